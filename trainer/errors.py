@@ -1,0 +1,14 @@
+"""Errors that a user can mend: one sentence, exit code 2, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a command, a config or an input; its text says in one sentence what to change."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the most similar of `words`, or an empty string when none is near."""
+    match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
