@@ -1,0 +1,216 @@
+"""A pool of long-lived gloo processes that all distributed tests share.
+
+Starting a process that imports torch costs seconds, a job in a running one costs milliseconds:
+
+    def job(rank_offset):                     # a module-level function of a test file
+        return dist.get_rank() + rank_offset
+
+    def test_ranks(pool):
+        assert pool.run(4, job, 10) == [10, 11, 12, 13]
+
+Each job finds the environment that torchrun would give it and a fresh default process group. Arguments
+and results are pickled: return plain CPU tensors, numbers and strings, no DTensors.
+"""
+
+import contextlib
+import datetime
+import importlib.util
+import inspect
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Any
+
+MAX_WORKERS = 4
+GRACE_SECONDS = 5.0  # how long the other ranks may go on after one has failed
+
+
+class JobError(AssertionError):
+    """A job failed, hung or died; the text holds the rank and its traceback or the end of its output."""
+
+
+class _Worker:
+    """One process and the pipe to it; its output goes to a temporary file."""
+
+    def __init__(self) -> None:
+        self.pipe, child = Pipe()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(child.fileno())],
+            pass_fds=[child.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            env=env,
+        )
+        child.close()
+
+    def output(self) -> str:
+        """The last 4000 characters that the process wrote."""
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace")[-4000:]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.pipe.close()
+        self.log.close()
+
+
+class Pool:
+    """Up to four workers, started when first needed, one torch thread each."""
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+
+    def run(self, world_size: int, fn, *args: Any, timeout: float = 120, init: bool = True) -> list:
+        """`fn(*args)` on `world_size` ranks; the results by rank.
+
+        With `init` the default process group (gloo) is there when `fn` starts; without it `fn` makes its own
+        from the environment. Raises JobError when a rank raises, dies or has not finished after `timeout`
+        seconds.
+        """
+        if not 1 <= world_size <= MAX_WORKERS:
+            raise ValueError(f"world_size {world_size} is not in 1..{MAX_WORKERS}")
+        while len(self._workers) < world_size:
+            self._workers.append(_Worker())
+        workers = self._workers[:world_size]
+        port, path = _free_port(), inspect.getfile(fn)
+        packed = pickle.dumps(args)
+        for rank, worker in enumerate(workers):
+            env = {
+                "RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            env = {key: str(value) for key, value in env.items()}
+            job = (path, fn.__module__, fn.__qualname__, packed, env, init, timeout)
+            worker.pipe.send_bytes(pickle.dumps(job))
+        return self._collect(workers, timeout)
+
+    def _collect(self, workers: list[_Worker], timeout: float) -> list:
+        waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
+        results: list = [None] * len(workers)
+        failures: list[str] = []
+        deadline = time.monotonic() + timeout
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), timeout=left):
+                rank = waiting.pop(pipe)
+                try:
+                    ok, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    ok, value = False, f"the process died; its output ends with:\n{workers[rank].output()}"
+                    waiting[pipe] = rank  # keeps the pool from being used again
+                    deadline = time.monotonic()
+                if ok:
+                    results[rank] = value
+                else:
+                    failures.append(f"rank {rank} of {len(workers)}: {value}")
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if waiting:
+            stuck = sorted(waiting.values())
+            if not failures:
+                outputs = "\n".join(f"rank {r}: {workers[r].output()}" for r in stuck)
+                failures.append(f"ranks {stuck} did not finish within {timeout} s\n{outputs}")
+            else:
+                failures.append(f"ranks {stuck} had not finished and were stopped")
+            self.close()
+        if failures:
+            raise JobError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        """Ends the workers; the next `run` starts new ones."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _load(path: str, module_name: str, qualname: str):
+    """The function, from its file: pytest's importlib mode puts no test folder on sys.path."""
+    module = sys.modules.get(module_name)
+    if module is None or getattr(module, "__file__", None) != path:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # so that classes of the file unpickle
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    function = module
+    for part in qualname.split("."):
+        function = getattr(function, part)
+    return function
+
+
+def _run_job(path, module_name, qualname, packed, env, init, timeout):
+    import torch.distributed as dist
+
+    os.environ.update(env)
+    try:
+        fn = _load(path, module_name, qualname)
+        args = pickle.loads(packed)
+        if init:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+        return fn(*args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _forget_meshes()
+        for key in env:
+            os.environ.pop(key, None)
+
+
+def _forget_meshes() -> None:
+    """DTensor caches the results of sharding propagation, and with them meshes of groups that are gone."""
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()
+    with contextlib.suppress(AttributeError):  # the C++ cache came with torch 2.10
+        debug._clear_fast_path_sharding_prop_cache()
+
+
+def _exit_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _serve(pipe: Connection) -> None:
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = pickle.dumps((True, _run_job(*job)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # tests/, whose folders are no packages
+    _serve(Connection(int(sys.argv[1])))
