@@ -1,0 +1,78 @@
+"""FSDP2 sharding of a model handed over as a list of blocks, with sums instead of means over ranks."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def shard_model(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """`fully_shard` on each block, then on the root (embedding, final norm, head), in place.
+
+    Gradients are SUMMED over all ranks in `reduce_dtype`: the loss is divided by the global number of valid
+    tokens before backward, so that ranks with fewer tokens weigh less. FSDP's own mean would not do that;
+    gloo has no pre-multiplied sum, hence `set_force_sum_reduction_for_comms` with a divide factor of 1.
+
+    A mesh of one replica becomes its shard dimension (FSDP), otherwise both dimensions are used (HSDP).
+    """
+    mesh = mesh["shard"] if mesh["replicate"].size() == 1 else mesh
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    # The root's parameters are used at both ends of the step: they stay gathered between forward and backward.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def all_reduce_on_last(model: nn.Module, last: bool) -> None:
+    """Under HSDP, reduce over the replicas only in the last micro-batch; shards are reduced in each one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, or the tensor itself; shares storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_slice(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(local shape, global offset per dimension) of this rank's part of a parameter.
+
+    Offsets follow the layout of `fully_shard`, which shards dimension 0 in chunks of ceil(rows / ranks).
+    """
+    shape = tuple(local(parameter).shape)
+    offset = [0] * len(shape)
+    if isinstance(parameter, DTensor):
+        for dimension, placement in enumerate(parameter.placements):
+            if placement.is_shard():
+                ranks = parameter.device_mesh.size(dimension)
+                chunk = -(-parameter.shape[placement.dim] // ranks)
+                rank = parameter.device_mesh.get_local_rank(dimension)
+                offset[placement.dim] = min(rank * chunk, parameter.shape[placement.dim])
+    return shape, tuple(offset)
+
+
+def global_norm(gradients: list[torch.Tensor], mesh: DeviceMesh | None) -> torch.Tensor:
+    """L2 norm over all gradients of the model, the same 0-dim tensor on every rank.
+
+    Gradients are plain, or DTensors sharded over `mesh["shard"]` and equal over `mesh["replicate"]`.
+    """
+    norms = torch._foreach_norm([local(g) for g in gradients])
+    squares = torch.stack(norms).square().sum()
+    if mesh is not None and mesh["shard"].size() > 1:
+        torch.distributed.all_reduce(squares, group=mesh["shard"].get_group())
+    return squares.sqrt()

@@ -1,0 +1,235 @@
+"""The configuration of a run: YAML sections, one-level `base:`, dotted overrides, the origin of every value.
+
+Imports no torch: `stepline plan`, `--help` and every check of a user's mistake answer at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stepline.models.config import ModelConfig, Section
+
+
+def _count(value: object) -> object:
+    """Counts may be written 1e9 or 1_000_000; a fraction is left for pydantic to refuse."""
+    if isinstance(value, str) and value != "auto":
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+Auto = Literal["auto"]
+
+
+class Source(Section):
+    """One prepared data folder and its share of the training windows."""
+
+    path: Path
+    """Folder written by `stepline prepare`."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the windows, relative to the other sources' weights."""
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut."""
+
+    path: Path | None = None
+    """Folder written by `stepline prepare`; for several, use `sources`."""
+    sources: list[Source] = []
+    """Several folders with mixture weights, instead of `path`."""
+    seq_len: Count = Field(1024, ge=2)
+    """Tokens per window."""
+    confine_attention: bool = False
+    """Attend only within the same document of a packed window."""
+    prefetch: int = Field(2, ge=1, le=64)
+    """Batches read ahead by a background thread."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "DataConfig":
+        if self.path is not None and self.sources:
+            raise ValueError("give either data.path or data.sources, not both")
+        return self
+
+    def folders(self) -> list[Source]:
+        """The sources, whichever way they were given."""
+        return self.sources or ([Source(path=self.path)] if self.path is not None else [])
+
+
+class BudgetConfig(Section):
+    """How long the run is."""
+
+    tokens: Count | None = Field(None, ge=1)
+    """D: training tokens; beyond the corpus it repeats (epochs)."""
+    steps: Count | None = Field(None, ge=1)
+    """Optimizer steps, instead of `tokens`."""
+    batch_tokens: Auto | Annotated[Count, Field(ge=1)] = "auto"
+    """Global batch in tokens; auto: by the scaling law, rounded to ranks x micro-batch x sequence."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "BudgetConfig":
+        if self.tokens is not None and self.steps is not None:
+            raise ValueError("give either budget.tokens or budget.steps, not both")
+        return self
+
+
+class GuardConfig(Section):
+    """When a step is skipped, alike on all ranks, and when the run stops."""
+
+    sigma: float = Field(6.0, gt=0)
+    """Skip a step whose loss or gradient norm is this many standard deviations above the recent mean."""
+    window: int = Field(128, ge=8, le=65536)
+    """Accepted steps that make the recent mean."""
+    max_skipped: int = Field(10, ge=1)
+    """Stop the run after this many skipped steps in a row."""
+
+
+class OptimizerConfig(Section):
+    """The update."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the blocks' matrices with AdamW for the rest (arXiv 2502.16982)."""
+    lr: Auto | Annotated[float, Field(gt=0, le=10)] = "auto"
+    """Peak learning rate; auto: by the scaling law."""
+    weight_decay: Auto | Annotated[float, Field(ge=0, le=10)] = "auto"
+    """Decoupled weight decay of the matrices (norms and embeddings have none); auto: by the scaling law."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's second moment."""
+    eps: float = Field(1e-8, gt=0, lt=1)
+    """AdamW's epsilon."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's momentum (Nesterov)."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    guard: GuardConfig = GuardConfig()
+    """NaN and spike guard."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run."""
+
+    name: Literal["linear", "cosine", "wsd"] = "linear"
+    """Decay after warm-up: linear, cosine, or stable then linear (wsd)."""
+    warmup_steps: Auto | Annotated[Count, Field(ge=0)] = "auto"
+    """Linear warm-up; auto: 10 % of the steps, at most 2000."""
+    final_fraction: float = Field(0.0, ge=0, le=1)
+    """Last learning rate as a fraction of the peak."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd: share of the steps at the end in which the learning rate decays."""
+
+
+class ParallelConfig(Section):
+    """How ranks divide the work."""
+
+    backend: Literal["fsdp"] = "fsdp"
+    """PyTorch FSDP2."""
+    shard: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """Ranks that shard one replica (replicas = world / shard); auto: all ranks."""
+    sync: Literal["all_reduce"] = "all_reduce"
+    """How replicas agree on gradients."""
+    micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """Windows of one forward-backward on one rank; auto: up to 16,384 tokens on a GPU, 8,192 on a CPU."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward and gather them again in backward (ZeRO-3)."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds after which a collective that hangs ends the run."""
+
+
+class PrecisionConfig(Section):
+    """Numbers in compute; parameters, reductions and optimizer state are fp32 (fp64 when compute is fp64)."""
+
+    compute: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """auto: bf16 on a GPU that has it, fp32 on CPUs."""
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    every: Auto | Annotated[Count, Field(ge=1)] = "auto"
+    """Steps between checkpoints; auto: a tenth of the run, at most 1000."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept; the last of a run is always among them."""
+
+
+class LoggingConfig(Section):
+    """What is watched."""
+
+    every: Count = Field(10, ge=1)
+    """Steps between rows of metrics.jsonl."""
+    eval_every: Auto | Annotated[Count, Field(ge=0)] = "auto"
+    """Steps between validations, 0 for none before the end; auto: a tenth of the run."""
+    eval_windows: Count | None = Field(None, ge=1)
+    """Windows of a validation during the run, evenly spaced; default: the whole split, as at the end."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when a key is there, else offline; off: not at all."""
+    project: str = "stepline"
+    """wandb project."""
+
+
+class RunConfig(Section):
+    """Where and how the run goes."""
+
+    folder: Path | None = None
+    """The run's folder; default runs/NAME with the config file's name."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the data order and of the initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU for every rank, else the CPU."""
+    compile: Auto | bool = "auto"
+    """torch.compile per block; auto: on CUDA."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recompute: none; selective (attention and products are kept); full (a block's input is kept)."""
+    deterministic: bool = False
+    """Deterministic kernels on CUDA (slower): a resume is then bitwise the same run."""
+    init_from: Path | None = None
+    """Start from the weights of another run or checkpoint."""
+    profile: bool = False
+    """Write a torch profiler trace of steps 5 to 8 and, on CUDA, a memory snapshot to the run's folder."""
+
+
+class Config(Section):
+    """A whole run. `stepline train CONFIG section.key=value` overrides single values."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    budget: BudgetConfig = BudgetConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    run: RunConfig = RunConfig()
+
+    def total_steps(self) -> int:
+        """Optimizer steps of a resolved config: ceil(D / B)."""
+        if self.budget.steps is not None:
+            return self.budget.steps
+        return -(-self.budget.tokens // self.budget.batch_tokens)
+
+
+MAY_CHANGE_ON_RESUME = (
+    "parallel.shard",
+    "parallel.micro_batch",
+    "parallel.reshard_after_forward",
+    "parallel.timeout_s",
+    "data.path",
+    "data.prefetch",
+    "checkpoint.*",
+    "logging.*",
+    "run.folder",
+    "run.device",
+    "run.compile",
+    "run.recompute",
+    "run.profile",
+    "run.init_from",
+)
+"""Keys (or whole sections) that may differ between the attempts of one run; data.path because a folder may
+have moved: its fingerprint, which the checkpoint holds, may not differ."""

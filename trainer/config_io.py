@@ -1,0 +1,249 @@
+"""Reading, checking and writing configurations."""
+
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from stepline.trainer.config import MAY_CHANGE_ON_RESUME, Config
+from stepline.trainer.errors import UserError, nearest
+
+Origins = dict[str, str]
+"""Dotted key to where its value came from: default, base, file, override, law, machine, saved run."""
+
+
+def shipped_configs() -> Path:
+    """Folder of the configs that travel with the package."""
+    return Path(__file__).resolve().parent.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A config file by path, or one of the shipped configs by its name with or without `.yaml`."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    for candidate in (shipped / path.name, shipped / f"{path.name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.stem for p in shipped.glob("*.yaml"))
+    raise UserError(f"no config file '{name}'{nearest(path.stem, names)} (shipped: {', '.join(names)})")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold sections such as `model:` and `data:`")
+    return content
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to dotted keys; an empty mapping is a leaf."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"'{dotted}' goes through '{section}', which is a value and has no keys")
+    tree[last] = value
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """`section.key=value` arguments; values are YAML (`null`, `true`, `1e-3`, `[a, b]`)."""
+    parsed = {}
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise UserError(f"'{text}' is not an override; write section.key=value")
+        try:
+            parsed[key] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise UserError(f"the value in '{text}' is not valid YAML") from None
+    return parsed
+
+
+def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
+    """Reads a config file with its base and overrides.
+
+    Returns the checked config and the origin of every value; raises UserError with one sentence.
+    """
+    path = find_config(name)
+    content = _read_yaml(path)
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    base = content.pop("base", None)
+    if base is not None:
+        base_path = path.parent / str(base)
+        if not base_path.is_file():
+            raise UserError(f"{path}: base '{base}' is not a file in {path.parent}")
+        base_content = _read_yaml(base_path)
+        if "base" in base_content:
+            raise UserError(f"{base_path} has a base of its own; only one level is allowed")
+        _merge(tree, base_content)
+        origins |= dict.fromkeys(flatten(base_content), f"base {base_path.name}")
+    _merge(tree, content)
+    origins |= dict.fromkeys(flatten(content), f"file {path.name}")
+    for key, value in parse_overrides(list(overrides)).items():
+        _set(tree, key, value)
+        origins[key] = "override"
+    config = check(tree, str(path))
+    if config.run.folder is None:
+        config.run.folder = Path("runs") / path.stem
+    return config, {key: origins.get(key, "default") for key in flatten(dump(config))}
+
+
+def check(tree: dict[str, Any], where: str) -> Config:
+    """Validates nested sections; the first problem becomes one sentence that starts with `where`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(error.errors()[0])}") from None
+
+
+def _key(problem: dict[str, Any]) -> list[str]:
+    """The dotted key of a problem: a union (`auto` or a number) adds the branch that failed, which is cut off."""
+    parts = [str(part) for part in problem["loc"]]
+    return [p for p in parts if p.replace("_", "").isalnum() and p not in {"float", "int", "bool", "literal"}]
+
+
+def _section(keys: list[str]) -> type[BaseModel] | None:
+    """The section's class at `keys`, through optional sections and lists of sections."""
+    section: type[BaseModel] | None = Config
+    for name in keys:
+        if name.isdigit():
+            continue
+        if section is None or name not in section.model_fields:
+            return None
+        stack, section = [section.model_fields[name].annotation], None
+        while stack:
+            annotation = stack.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                section = annotation
+            stack.extend(get_args(annotation))
+    return section
+
+
+def _allowed(keys: list[str]) -> str:
+    """What a key may hold, in words, from its annotation: `'auto' or a number above 0 and at most 10`."""
+    field = _section(keys[:-1]).model_fields[keys[-1]]
+    choices, kinds, bounds = [], [], []
+    stack: list[Any] = [field.annotation, *field.metadata]
+    while stack:
+        item = stack.pop(0)
+        if get_origin(item) is Literal:
+            choices += [repr(choice) for choice in get_args(item)]
+        elif item in (int, float, bool, str, Path):
+            kinds.append({int: "a whole number", float: "a number", bool: "true or false"}.get(item, "text"))
+        for name, words in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
+            bound = getattr(item, name, None)
+            if isinstance(bound, int | float):
+                bounds.append(f"{words} {bound}")
+        stack += [*get_args(item), *getattr(item, "metadata", ())] if get_origin(item) is not Literal else []
+    kind = " ".join([*kinds[:1], " and ".join(dict.fromkeys(bounds))]).strip()
+    options = [*choices, kind] if kind else choices
+    return " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    keys, given, kind = _key(problem), problem.get("input"), problem["type"]
+    key, section = ".".join(keys), _section(keys[:-1])
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'{nearest(keys[-1], section.model_fields if section else ())}"
+    if kind == "missing":
+        return f"'{key}' is missing"
+    if kind == "value_error":
+        text = str(problem["ctx"]["error"])
+        return text if not key or "." in text.split(" ")[0] else f"{key}: {text}"
+    if section is not None and keys[-1] in section.model_fields and _section(keys) is None:
+        words = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{key} is {given!r}; it must be {_allowed(keys)}{nearest(str(given), words)}"
+    return f"{key} is {given!r}; it must be a section with keys of its own"
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The config as nested plain values (paths as text)."""
+    return config.model_dump(mode="json")
+
+
+def write_config(config: Config, origins: Origins, path: Path) -> None:
+    """Writes the resolved config; each value is followed by its origin."""
+    lines = [
+        "# The resolved configuration of this run; after each value stands where it came from.",
+        f"# These may change on resume: {', '.join(MAY_CHANGE_ON_RESUME)}.",
+        "# Any other difference is refused: start a new run (run.init_from takes over the weights).",
+    ]
+
+    def section(tree: dict[str, Any], prefix: str, indent: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                lines.append(f"{indent}{key}:")
+                section(value, f"{prefix}{key}.", indent + "  ")
+            else:
+                text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n")
+                lines.append(f"{indent}{key}: {text.strip()}  # {origins.get(prefix + key, 'default')}")
+
+    section(dump(config), "", "")
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_run_config(run: Path) -> Config:
+    """The resolved config of an existing run; raises UserError where there is none."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml")
+    return check(_read_yaml(path), str(path))
+
+
+def may_change(key: str) -> bool:
+    """Whether a dotted key may differ between two attempts of one run."""
+    return any(key == k or (k.endswith(".*") and key.startswith(k[:-1])) for k in MAY_CHANGE_ON_RESUME)
+
+
+def merge_for_resume(saved: Config, asked: Config, asked_origins: Origins) -> tuple[Config, Origins]:
+    """The config of a resumed run: the saved one with the allowed changes of the new one.
+
+    What the new config leaves at `auto` or at its default keeps the saved value; raises UserError with
+    both values for a difference that is not allowed.
+    """
+    old, new = flatten(dump(saved)), flatten(dump(asked))
+    origins = dict.fromkeys(old, "saved run")
+    tree = dump(saved)
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after or after == "auto" or asked_origins.get(key) == "default":
+            continue
+        if not may_change(key):
+            raise UserError(
+                f"{key} was {before!r} in {saved.run.folder} and is now {after!r}; it cannot change on resume: "
+                "give the old value back or choose a new run.folder"
+            )
+        _set(tree, key, after)
+        origins[key] = asked_origins[key]
+    return check(tree, "the resumed config"), origins
