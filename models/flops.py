@@ -1,0 +1,63 @@
+"""Exact counts of parameters and floating-point operations, from the shape alone (no torch)."""
+
+from dataclasses import dataclass
+
+from stepline.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of weights."""
+
+    total: int
+    """All of them; a tied head is counted once."""
+    embedding: int
+    """Embedding, and the head when it is not tied."""
+    linear: int
+    """Linear weights without embedding and head: the N of the scaling laws and of Step Law
+    (arXiv 2503.04715)."""
+    norm: int
+    """Weights of the norms."""
+    active: int
+    """Linear weights that one token uses: `linear` in a dense model."""
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Floating-point operations of forward and backward for one token, recomputation not counted."""
+
+    matmul: int
+    """6 for each weight of a product, the head's included (2 forward, 4 backward)."""
+    attention_full: int
+    """12 * layers * heads * head_dim * seq: scores and values as if every token saw the whole sequence."""
+    attention_causal: int
+    """Half of it: what a causal mask leaves to compute."""
+
+    @property
+    def total(self) -> int:
+        """`matmul + attention_causal`: only work that must be done. Stepline's MFU uses this; it is the
+        lower of the two conventions."""
+        return self.matmul + self.attention_causal
+
+    @property
+    def total_full(self) -> int:
+        """`matmul + attention_full`: the convention of PaLM (arXiv 2204.02311, appendix B), nanoGPT and
+        torchtitan, to compare with their MFU."""
+        return self.matmul + self.attention_full
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Numbers of weights of the model with this shape."""
+    dim, head_dim, layers = config.hidden_size, config.dim_per_head, config.num_layers
+    attention = 2 * dim * head_dim * (config.num_heads + config.kv_heads)  # wq and wo, wk and wv
+    linear = layers * (attention + 3 * dim * config.ffn_size)
+    embedding = config.vocab_size * dim * (1 if config.tied_embeddings else 2)
+    norm = layers * (2 * dim + (2 * head_dim if config.qk_norm else 0)) + dim
+    return ParameterCounts(linear + embedding + norm, embedding, linear, norm, linear)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> FlopsPerToken:
+    """Operations of one training step for each token of sequences of `seq_len` tokens."""
+    weights = parameter_counts(config).active + config.vocab_size * config.hidden_size
+    full = 12 * config.num_layers * config.num_heads * config.dim_per_head * seq_len
+    return FlopsPerToken(6 * weights, full, full // 2)

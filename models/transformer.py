@@ -1,0 +1,70 @@
+"""A Llama-family decoder-only transformer (arXiv 2302.13971)."""
+
+import torch
+from stepline.kernels.cross_entropy import LossSums, linear_cross_entropy
+from stepline.models.attention import Attention, document_mask, document_positions, rope_tables
+from stepline.models.config import ModelConfig
+from stepline.models.ffn import SwiGLU
+from stepline.models.norm import RMSNorm
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`x` and result `[batch, seq, hidden]`; tables of `rope_tables`; mask of `document_mask`."""
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, norm and head. It has no buffers, so meta construction and `to_empty` lose nothing.
+
+    The loss uses the head's weight directly: keep embedding, norm and head in the root's FSDP group.
+    Weights are those of torch's constructors until `stepline.models.init` sets them.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = (
+            None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor | LossSums:
+        """Logits `[batch, seq, vocab]`, or with targets the sums of the loss over them.
+
+        Args:
+            tokens: `[batch, seq]` int64.
+            targets: `[batch, seq]` int64, the token that follows each; -100 carries no loss. The loss to
+                differentiate is `nll + config.z_loss * z`, times any constant.
+            doc_ids: `[batch, seq]` integers; a run of equal ids is a document. Attention is confined to it
+                and positions start again with it. Ids may not return later in a row.
+        """
+        x = self.embed(tokens)
+        if doc_ids is None:
+            positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
+        else:
+            positions, mask = document_positions(doc_ids), document_mask(doc_ids)
+        # bf16 tables would round the angles' cosines to 8 bits; rotation is done in at least fp32
+        cos, sin = rope_tables(self.config, positions, torch.promote_types(x.dtype, torch.float32))
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        x = self.norm(x)
+        weight = self.embed.weight if self.head is None else self.head.weight
+        if targets is None:
+            return nn.functional.linear(x, weight)
+        return linear_cross_entropy(x, weight, targets, self.config.z_loss)
