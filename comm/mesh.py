@@ -54,6 +54,4 @@ def build_mesh(device: torch.device, world_size: int, shard: int) -> DeviceMesh:
     """
     if world_size % shard:
         raise ValueError(f"shard {shard} does not divide the {world_size} ranks")
-    return init_device_mesh(
-        device.type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(device.type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))

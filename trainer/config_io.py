@@ -190,8 +190,8 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def write_config(config: Config, origins: Origins, path: Path) -> None:
-    """Writes the resolved config; each value is followed by its origin."""
+def format_config(config: Config, origins: Origins) -> str:
+    """The config as YAML; each value is followed by its origin."""
     lines = [
         "# The resolved configuration of this run; after each value stands where it came from.",
         f"# These may change on resume: {', '.join(MAY_CHANGE_ON_RESUME)}.",
@@ -208,8 +208,13 @@ def write_config(config: Config, origins: Origins, path: Path) -> None:
                 lines.append(f"{indent}{key}: {text.strip()}  # {origins.get(prefix + key, 'default')}")
 
     section(dump(config), "", "")
+    return "\n".join(lines) + "\n"
+
+
+def write_config(config: Config, origins: Origins, path: Path) -> None:
+    """Writes the resolved config whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.write_text(format_config(config, origins), encoding="utf-8")
     partial.replace(path)
 
 

@@ -12,3 +12,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the most similar of `words`, or an empty string when none is near."""
     match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+class TrainingStopped(Exception):
+    """The run ended itself on all ranks (too many skipped steps): one sentence, exit code 1."""

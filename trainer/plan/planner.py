@@ -63,7 +63,9 @@ def resolve(config: Config, origins: Origins, machine: Machine, corpus_tokens: i
             "or start more ranks"
         )
     if world % parallel.shard:
-        raise UserError(f"parallel.shard {parallel.shard} does not divide the {world} ranks; choose a divisor")
+        raise UserError(
+            f"parallel.shard {parallel.shard} does not divide the {world} ranks; choose a divisor"
+        )
 
     if budget.tokens is None and budget.steps is None:
         if corpus_tokens is None:
@@ -81,13 +83,18 @@ def resolve(config: Config, origins: Origins, machine: Machine, corpus_tokens: i
         raise UserError("budget.steps needs budget.batch_tokens, or give budget.tokens instead")
     tokens = budget.tokens or budget.steps * budget.batch_tokens
     ideal_batch = law.batch_tokens(tokens)
-    per_rank = max(1, (budget.batch_tokens if budget.batch_tokens != "auto" else ideal_batch) // (world * seq_len))
+    per_rank = max(
+        1, (budget.batch_tokens if budget.batch_tokens != "auto" else ideal_batch) // (world * seq_len)
+    )
     most = max(1, (16_384 if machine.device == "cuda" else 8_192) // seq_len)
     if parallel.micro_batch == "auto":
         pieces = math.ceil(per_rank / most)
         settle("parallel", "micro_batch", math.ceil(per_rank / pieces), "machine")
     settle(
-        "budget", "batch_tokens", round_batch(ideal_batch, world * parallel.micro_batch * seq_len), "law: Step Law"
+        "budget",
+        "batch_tokens",
+        round_batch(ideal_batch, world * parallel.micro_batch * seq_len),
+        "law: Step Law",
     )
     ratio = budget.batch_tokens / ideal_batch
     if not 0.5 <= ratio <= 2:
@@ -102,13 +109,17 @@ def resolve(config: Config, origins: Origins, machine: Machine, corpus_tokens: i
                 "(N 0.2-1.1 B, D 4-100 B): the learning rate is extrapolated"
             )
         if config.optimizer.name != "adamw":
-            warnings.append("the learning rate's law was fitted with AdamW, not Muon: set optimizer.lr if you know better")
+            warnings.append(
+                "the learning rate's law was fitted with AdamW, not Muon: set optimizer.lr if you know better"
+            )
     if config.optimizer.weight_decay == "auto":
         decay = PowerLines().weight_decay(counts.linear, tokens, config.optimizer.lr, budget.batch_tokens)
         low, high = WEIGHT_DECAY_RANGE
         settle("optimizer", "weight_decay", min(max(decay, low), high), "law: Power Lines")
         if not low <= decay <= high:
-            warnings.append(f"the law's weight decay {decay:.3g} is clamped to {config.optimizer.weight_decay}")
+            warnings.append(
+                f"the law's weight decay {decay:.3g} is clamped to {config.optimizer.weight_decay}"
+            )
 
     steps = config.total_steps()
     settle("schedule", "warmup_steps", min(2000, max(1, steps // 10)), "10 % of the steps")

@@ -1,0 +1,161 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepline.trainer.errors import UserError
+
+app = typer.Typer(
+    name="stepline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Pre-train transformer language models from two numbers, N (parameters) and D (tokens).",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, nothing else.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(version("stepline"))
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Files and folders: .txt, .py, …, .jsonl[.gz|.zst], .parquet.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="sentencepiece .model, tokenizer.json or Hugging Face folder.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Size of a newly trained tokenizer.", min=260)] = 32000,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.", min=1)] = None,
+    exclude: Annotated[
+        list[str], typer.Option(help="Glob of paths to leave out, e.g. '*/tests/*'; repeatable.")
+    ] = [],  # noqa: B006
+    text_key: Annotated[
+        str, typer.Option(help="Field of .jsonl and .parquet rows that holds the text.")
+    ] = "text",
+    val_share: Annotated[
+        float, typer.Option(help="Share of the documents held out for validation.", min=0, max=0.5)
+    ] = 0.01,
+    tune_share: Annotated[float, typer.Option(help="Share held out for tuning.", min=0, max=0.5)] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Turn text into tokenised, memory-mapped shards.
+
+    Example: stepline prepare corpus/ more.jsonl.zst --output data/mine --vocab-size 32000
+    """
+    from stepline.trainer.data.prepare import prepare as run
+
+    meta = run(
+        inputs,
+        output,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        workers=workers,
+        exclude=exclude,
+        text_key=text_key,
+        val_share=val_share,
+        tune_share=tune_share,
+    )
+    if as_json:
+        print(json.dumps(meta))
+        return
+    for name, split in meta["splits"].items():
+        print(
+            f"{name:6} {split['documents']:>12,} documents {split['tokens']:>16,} tokens {split['bytes']:>16,} bytes"
+        )
+    print(f"written to {output}")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint of the run.")] = "auto",
+    dry_run: Annotated[bool, typer.Option(help="Resolve and print the config, then stop.")] = False,
+) -> None:
+    """Train a model: one process, or every rank under torchrun.
+
+    Example: torchrun --nproc-per-node 8 -m stepline.trainer train configs/dense-1b.yaml data.path=data/mine
+    """
+    from stepline.trainer.run.launch import dry_run as show
+    from stepline.trainer.run.launch import run_training
+
+    action = show if dry_run else run_training
+    raise typer.Exit(action(config, overrides or [], resume))
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
+    data: Annotated[Path, typer.Option(help="Folder written by `stepline prepare`.")],
+    split: Annotated[str, typer.Option(help="val, tune or train.")] = "val",
+    as_json: Json = False,
+) -> None:
+    """Loss and bits per byte of a trained model on held-out text.
+
+    Example: stepline eval runs/mine --data data/mine
+    """
+    from stepline.trainer.run.infer import evaluate_run
+
+    values = evaluate_run(run, data, split)
+    if as_json:
+        print(json.dumps(values))
+    else:
+        print(
+            f"loss {values['val_loss']:.4f} nats per token, {values['val_bits_per_byte']:.4f} bits per byte"
+        )
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0)] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens up to this mass.", min=0, max=1)
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Continue a text with a trained model.
+
+    Example: stepline generate runs/mine --prompt "def main("
+    """
+    from stepline.trainer.run.infer import generate_text
+
+    for piece in generate_text(
+        run, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main() -> None:
+    """Entry point of `stepline`: a user's mistake is one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,92 @@
+"""The one place that joins models, comm and kernels, in one order:
+
+model on meta -> recompute -> compile per block -> shard -> init -> optimizer -> checkpoint load (state.py).
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from stepline.comm.fsdp import local, shard_model, shard_slice
+from stepline.models.init import init_parameter
+from stepline.models.transformer import Transformer
+from stepline.trainer.config import Config
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def master_dtype(config: Config) -> torch.dtype:
+    """Type of parameters, gradients and optimizer state."""
+    return torch.float64 if config.precision.compute == "fp64" else torch.float32
+
+
+def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Transformer:
+    """The initialised model, sharded over `mesh`; without a mesh (evaluation) it stays whole."""
+    compute = COMPUTE_DTYPES[config.precision.compute]
+    with torch.device("meta"):
+        model = Transformer(config.model).to(master_dtype(config))
+    for block in model.layers:
+        _recompute(block, config.run.recompute)
+        if config.run.compile is True:
+            # The forward alone: FSDP's hooks, which surround it, stay outside of the compiled graph.
+            block.forward = torch.compile(block.forward)
+    if mesh is not None and (mesh.size() > 1 or compute != master_dtype(config)):
+        shard_model(
+            model,
+            model.layers,
+            mesh,
+            compute_dtype=compute,
+            reduce_dtype=master_dtype(config),
+            reshard_after_forward=config.parallel.reshard_after_forward,
+        )
+    model.to_empty(device=device)
+    initialise(model, config)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: Transformer, config: Config) -> None:
+    """Each value is a function of seed, parameter name and global index: the same for every layout of ranks."""
+    for name, parameter in model.named_parameters():
+        shape, offset = shard_slice(parameter)
+        part = local(parameter)
+        values = init_parameter(
+            name,
+            tuple(parameter.shape),
+            config.model,
+            seed=config.run.seed,
+            offset=offset,
+            shape=shape,
+            device=part.device,
+            dtype=part.dtype,
+        )
+        part.copy_(values)
+
+
+def _recompute(block: nn.Module, mode: str) -> None:
+    """Activation recompute inside the block's hooks, so that FSDP has gathered its parameters when it runs."""
+    if mode == "none":
+        return
+    context = {}
+    if mode == "selective":
+        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **context)
+
+
+def _keep_products(
+    _context: object, operation: object, *_args: object, **_kwargs: object
+) -> CheckpointPolicy:
+    """Selective recompute keeps what is dear to compute (products, attention) and repeats the rest."""
+    dear = {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+    return CheckpointPolicy.MUST_SAVE if operation in dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,143 @@
+"""Everything that is decided before the first collective, so that a user's mistake ends in one sentence."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from stepline.comm.mesh import World
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
+from stepline.trainer.data.dataset import Meta, load_meta
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.planner import Machine, resolve
+from stepline.trainer.run.checkpoint import complete_checkpoints, read_state
+
+
+@dataclass
+class Job:
+    """A checked run, ready to start."""
+
+    config: Config
+    origins: Origins
+    world: World
+    device: torch.device
+    metas: list[Meta]
+    """One for each source of the config."""
+    resume_from: Path | None = None
+    """Checkpoint to continue from."""
+    notes: list[str] = field(default_factory=list)
+    """Warnings of the plan and what this machine cannot do, each one sentence."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.config.run.folder
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """What identifies the data, in the order of the sources."""
+        return [meta.fingerprint for meta in self.metas]
+
+
+def pick_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
+    """The device of this rank, and what was done instead of what one would expect."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and gpus == 0:
+        raise UserError("run.device is cuda but this machine has no usable GPU; use run.device=cpu or auto")
+    if asked == "cuda" and gpus < world.local_size:
+        raise UserError(
+            f"run.device is cuda but this machine has {gpus} GPUs for {world.local_size} ranks; start {gpus} ranks"
+        )
+    if asked == "cpu" or gpus == 0:
+        return torch.device("cpu"), []
+    if gpus < world.local_size:
+        note = f"{gpus} GPUs cannot serve {world.local_size} ranks: this run uses the CPU"
+        return torch.device("cpu"), [note]
+    return torch.device("cuda", world.local_rank), []
+
+
+def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job:
+    """Reads and checks the config, the data, the machine and the run's folder; starts nothing.
+
+    resume: `auto` continues the run of that folder where it has a complete checkpoint, `never` refuses a folder
+    that is not empty, anything else is the checkpoint to continue from. Raises UserError.
+    """
+    config, origins = load_config(name, overrides)
+    resume_from = _checkpoint_to_resume(config.run.folder, resume)
+    if resume_from is not None:
+        saved = read_run_config(config.run.folder)
+        config, origins = merge_for_resume(saved, config, origins)
+    device, notes = pick_device(config.run.device, world)
+    config.run.device = device.type
+
+    folders = config.data.folders()
+    if not folders:
+        raise UserError("the config names no data; set data.path to a folder written by `stepline prepare`")
+    metas = [load_meta(source.path) for source in folders]
+    for source, meta in zip(folders, metas):
+        if meta.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"the tokenizer of {source.path} has {meta.vocab_size} tokens but model.vocab_size is "
+                f"{config.model.vocab_size}; set it to at least {meta.vocab_size}"
+            )
+        if meta.tokenizer_sha256 != metas[0].tokenizer_sha256:
+            raise UserError(f"{source.path} was prepared with another tokenizer than {folders[0].path}")
+
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    corpus = sum(meta.splits["train"].tokens for meta in metas)
+    notes += resolve(config, origins, Machine(world.size, device.type, bf16), corpus)
+    if config.precision.compute == "bf16" and device.type == "cpu":
+        notes.append("bf16 products on a CPU are about 100 times slower than fp32")
+    budget = config.total_steps() * config.budget.batch_tokens
+    if budget > 1.01 * corpus:
+        notes.append(
+            f"the budget of {budget:,} tokens repeats the corpus of {corpus:,} {budget / corpus:.1f} times"
+        )
+
+    job = Job(config, origins, world, device, metas, resume_from, notes)
+    if resume_from is not None:
+        held = read_state(resume_from)["fingerprints"]
+        if held != job.fingerprints:
+            raise UserError(
+                f"the data differs from the one that {config.run.folder} was trained on "
+                f"(fingerprints {held} and {job.fingerprints}); give the old folder or start a new run"
+            )
+    return job
+
+
+def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
+    found = complete_checkpoints(folder)
+    if resume == "never":
+        if found:
+            raise UserError(
+                f"{folder} holds a run already; choose another run.folder or resume it (--resume auto)"
+            )
+        return None
+    if resume == "auto":
+        return found[-1] if found else None
+    path = Path(resume)
+    if path not in found and path.resolve() not in [p.resolve() for p in found]:
+        raise UserError(
+            f"{path} is no complete checkpoint of {folder}; it has {[p.name for p in found] or 'none'}"
+        )
+    return path
+
+
+def write_environment(job: Job, attempt: int) -> None:
+    """environment.json: versions, machine, and every note of what was done instead of what was asked."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    content = {
+        "attempt": attempt,
+        "versions": versions,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "world_size": job.world.size,
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
+        "notes": job.notes,
+    }
+    (job.folder / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,109 @@
+"""What a run is at a step: everything that a checkpoint holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from stepline.models.transformer import Transformer
+from stepline.trainer.config import Config
+from stepline.trainer.data.loader import TrainLoader
+from stepline.trainer.errors import UserError
+from stepline.trainer.optim.build import Optimizer, build_optimizer
+from stepline.trainer.optim.guard import Guard
+from stepline.trainer.run.build import build_model
+from stepline.trainer.run.checkpoint import find_checkpoint, load_tensors, read_state
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, guard, data cursor and counters of one rank."""
+
+    config: Config
+    device: torch.device
+    mesh: DeviceMesh
+    model: Transformer
+    parameters: list[nn.Parameter]
+    optimizer: Optimizer
+    guard: Guard
+    loader: TrainLoader
+    fingerprints: list[str]
+    step: int = 0
+    """Finished optimizer steps."""
+    tokens: int = 0
+    """Training tokens with loss that were consumed."""
+
+    @classmethod
+    def create(
+        cls, config: Config, device: torch.device, mesh: DeviceMesh, rank: int, fingerprints: list[str]
+    ) -> "TrainState":
+        """The state before the first step."""
+        model = build_model(config, device, mesh)
+        named = dict(model.named_parameters())
+        optimizer = build_optimizer(
+            named,
+            name=config.optimizer.name,
+            beta1=config.optimizer.beta1,
+            beta2=config.optimizer.beta2,
+            eps=config.optimizer.eps,
+            momentum=config.optimizer.momentum,
+        )
+        window = config.optimizer.guard.window
+        guard = Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device)
+        loader = TrainLoader(
+            [(source.path, source.weight) for source in config.data.folders()],
+            seq_len=config.data.seq_len,
+            batch_windows=config.budget.batch_tokens // config.data.seq_len,
+            micro_batch=config.parallel.micro_batch,
+            rank=rank,
+            world_size=mesh.size(),
+            seed=config.run.seed,
+            confine_attention=config.data.confine_attention,
+            prefetch=config.data.prefetch,
+        )
+        return cls(config, device, mesh, model, list(named.values()), optimizer, guard, loader, fingerprints)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The live tensors of a checkpoint by name; loading writes into them."""
+        return {
+            **model_tensors(self.model),
+            **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
+            **{f"guard.{name}": tensor for name, tensor in self.guard.state().items()},
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """The rest of a checkpoint, plain values."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loader": self.loader.state_dict(),
+            "fingerprints": self.fingerprints,
+        }
+
+    def load(self, checkpoint: Path) -> None:
+        """Continues where `checkpoint` stands, whatever layout of ranks wrote it."""
+        load_tensors(checkpoint, self.tensors())
+        counters = read_state(checkpoint)
+        self.step, self.tokens = counters["step"], counters["tokens"]
+        self.loader.load_state_dict(counters["loader"])
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's parameters under their names in a checkpoint."""
+    return {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+
+
+def load_weights(model: nn.Module, path: Path) -> Path:
+    """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError on other shapes."""
+    checkpoint = find_checkpoint(path)
+    try:
+        load_tensors(checkpoint, model_tensors(model))
+    except Exception as error:
+        # DCP reports a missing key or another size through several exception types.
+        raise UserError(
+            f"the weights in {checkpoint} do not fit this model: {str(error).splitlines()[0]}"
+        ) from error
+    return checkpoint

@@ -1,0 +1,78 @@
+"""One optimizer step: accumulate, normalise by global tokens, clip, guard, update."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from stepline.comm.fsdp import all_reduce_on_last, global_norm, local
+from stepline.trainer.data.loader import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured; 0-dim tensors on the device, alike on all ranks, read only when logged."""
+
+    loss: torch.Tensor
+    """Mean negative log likelihood per valid token of the global batch, in nats."""
+    grad_norm: torch.Tensor
+    """Global L2 norm before clipping."""
+    skipped: torch.Tensor
+    """1.0 where the guard left parameters and optimizer untouched."""
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sums in place over all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A batch part on the device, copied beside the computation."""
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def accumulate(model: nn.Module, batch: Batch, device: torch.device, z_weight: float) -> torch.Tensor:
+    """Forward and backward of a global batch; returns its loss (0-dim, global mean over valid tokens).
+
+    Every micro-batch's loss is a SUM divided by the number of valid tokens of the whole global batch, and
+    gradients are summed over micro-batches and ranks: no token weighs more than another, wherever it stands.
+    batch.inputs, batch.targets: `[accumulation, micro_batch, seq]`; targets of -100 carry no loss.
+    """
+    targets = to_device(batch.targets, device)
+    inputs, doc_ids = to_device(batch.inputs, device), to_device(batch.doc_ids, device)
+    valid = all_sum((targets != -100).sum()).clamp(min=1)
+    total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    for i in range(len(inputs)):
+        all_reduce_on_last(model, last=i == len(inputs) - 1)
+        sums = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i])
+        loss = sums.nll / valid
+        if z_weight:
+            loss = loss + z_weight * sums.z / valid
+        loss.backward()
+        total += sums.nll.detach()
+    return all_sum(total) / valid
+
+
+@torch.no_grad()
+def clip(parameters: list[nn.Parameter], mesh: DeviceMesh | None, max_norm: float) -> torch.Tensor:
+    """Scales all gradients so that their global norm is at most max_norm; returns the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(gradients, mesh)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(g) for g in gradients], scale)
+    return norm
+
+
+def train_step(state, batch: Batch, lr: float) -> StepResult:
+    """One step of the run: afterwards the parameters are updated, or untouched where the guard said skip."""
+    config = state.config
+    loss = accumulate(state.model, batch, state.device, config.model.z_loss)
+    norm = clip(state.parameters, state.mesh, config.optimizer.grad_clip)
+    skip = state.guard.check(loss, norm)
+    state.optimizer.step(lr, config.optimizer.weight_decay, skip)
+    state.optimizer.zero_grad()
+    return StepResult(loss, norm, skip)
