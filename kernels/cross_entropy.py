@@ -73,9 +73,9 @@ class _ChunkedSums(torch.autograd.Function):
         nll, z = hidden.new_zeros((), dtype=exact), hidden.new_zeros((), dtype=exact)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
-        for h, t, rows in zip(
-            hidden.split(chunk), targets.split(chunk), torch.arange(len(hidden)).split(chunk), strict=True
-        ):
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            h, t = hidden[rows], targets[rows]
             logits = F.linear(h, weight).to(exact)
             valid = t != IGNORE
             index = t.clamp_min(0).unsqueeze(-1)
@@ -88,7 +88,7 @@ class _ChunkedSums(torch.autograd.Function):
             p *= ((1 + 2 * z_weight * lse) * valid).unsqueeze(-1)
             grad = p.scatter_add_(-1, index, -valid.to(exact).unsqueeze(-1)).to(h.dtype)
             if need_hidden:
-                torch.mm(grad, weight, out=grad_hidden[rows[0] : rows[-1] + 1])
+                torch.mm(grad, weight, out=grad_hidden[rows])
             if need_weight:
                 grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))

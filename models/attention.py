@@ -26,9 +26,10 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
 def _llama3_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
     """High frequencies kept, low ones divided by `factor`, those between interpolated."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_context * freqs / (2 * math.pi)  # rotations within the original context
+    # same order of operations as transformers, whose fp32 roundings show at long contexts
+    turns = scaling.original_context / (2 * math.pi / freqs)  # rotations within the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return kept * freqs + (1 - kept) * freqs / scaling.factor
+    return (1 - kept) * freqs / scaling.factor + kept * freqs
 
 
 def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

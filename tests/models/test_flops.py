@@ -1,0 +1,66 @@
+"""Counts from the shape against modules on the meta device and torch's own operation counter."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepline.models.config import ModelConfig
+from stepline.models.flops import flops_per_token, parameter_counts
+from stepline.models.transformer import Transformer
+
+SMALL = {"vocab_size": 96, "hidden_size": 48, "num_layers": 3, "num_heads": 6, "ffn_size": 80}
+SHAPES = {
+    "mha": ModelConfig(**SMALL),
+    "gqa tied": ModelConfig(**SMALL, num_kv_heads=2, tied_embeddings=True),
+    "wide heads": ModelConfig(**SMALL, num_kv_heads=3, head_dim=16, qk_norm=True),
+}
+LLAMA3_8B = ModelConfig(
+    vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_size=14336
+)
+
+
+@pytest.mark.parametrize("config", [*SHAPES.values(), LLAMA3_8B], ids=[*SHAPES, "llama3 8b"])
+def test_parameters_equal_modules(config):
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts = parameter_counts(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert counts.total == sum(sizes.values())
+    assert counts.embedding == sum(n for k, n in sizes.items() if k in ("embed.weight", "head.weight"))
+    assert counts.norm == sum(n for k, n in sizes.items() if "norm" in k)
+    assert counts.linear == counts.active == counts.total - counts.embedding - counts.norm
+
+
+def test_llama3_8b_has_its_published_size():
+    assert parameter_counts(LLAMA3_8B).total == 8_030_261_248
+
+
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_flops_equal_torch_counter(config):
+    batch, seq = 2, 32
+    tokens = torch.randint(0, config.vocab_size, (batch, seq))
+    with torch.device("meta"):
+        model = Transformer(config)
+        tokens = tokens.to("meta")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        nll, _ = model(tokens, tokens)
+        nll.backward()
+    counts = counter.get_flop_counts()["Global"]
+    flops = flops_per_token(config, seq)
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    attention = sum(n for op, n in counts.items() if "attention" in str(op))
+    if attention == 0:  # the math path: two of the products are attention's
+        products, attention = flops.matmul * batch * seq, products - flops.matmul * batch * seq
+    assert products == flops.matmul * batch * seq
+    assert attention in (flops.attention_full * batch * seq, flops.attention_full * batch * seq * 7 // 6)
+    assert flops.total == flops.matmul + flops.attention_full // 2
+    assert flops.total_full == flops.matmul + flops.attention_full
+
+
+def test_counts_do_not_import_torch():
+    code = "import sys, stepline.models.flops; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
