@@ -4,9 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from stepline.models.config import ModelConfig, RopeScaling
 from stepline.models.norm import RMSNorm
-from torch import Tensor, nn
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:

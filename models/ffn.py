@@ -1,8 +1,9 @@
 """The dense feed-forward layer."""
 
 import torch.nn.functional as F
-from stepline.models.config import ModelConfig
 from torch import Tensor, nn
+
+from stepline.models.config import ModelConfig
 
 
 class SwiGLU(nn.Module):

@@ -14,8 +14,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from stepline.models.config import ModelConfig
 from torch import Tensor, nn
+
+from stepline.models.config import ModelConfig
 
 CHUNK = 2**20
 """Values computed at once: some 100 MB of temporaries at most."""

@@ -1,12 +1,13 @@
 """A Llama-family decoder-only transformer (arXiv 2302.13971)."""
 
 import torch
+from torch import Tensor, nn
+
 from stepline.kernels.cross_entropy import LossSums, linear_cross_entropy
 from stepline.models.attention import Attention, document_mask, document_positions, rope_tables
 from stepline.models.config import ModelConfig
 from stepline.models.ffn import SwiGLU
 from stepline.models.norm import RMSNorm
-from torch import Tensor, nn
 
 
 class Block(nn.Module):

@@ -21,9 +21,7 @@ SHAPES = {
     "gqa": ModelConfig(**SMALL, num_kv_heads=2, rope_theta=500_000.0),
     "tied, wide heads": ModelConfig(**SMALL, num_kv_heads=1, head_dim=32, tied_embeddings=True),
     "linear scaling": ModelConfig(**SMALL, rope_scaling={"type": "linear", "factor": 3}),
-    "llama3 scaling": ModelConfig(
-        **SMALL, num_kv_heads=2, rope_scaling={"original_context": 24, "factor": 4}
-    ),
+    "llama3 scaling": ModelConfig(**SMALL, num_kv_heads=2, rope_scaling=LLAMA3),
     "qwen3": ModelConfig(**SMALL, num_kv_heads=2, head_dim=24, qk_norm=True, norm_eps=1e-6),
 }
 
