@@ -5,11 +5,12 @@ on the device when told so, without waiting for it.
 """
 
 import torch
-from stepline.trainer.errors import UserError, nearest
-from stepline.trainer.optim.muon import Muon
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from stepline.trainer.errors import UserError, nearest
+from stepline.trainer.optim.muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
 

@@ -13,18 +13,19 @@ class Guard:
     """Says which updates to skip: a loss or gradient norm that is not finite, or far above recent ones.
 
     "Far above" is more than `sigma` standard deviations (population, with a floor relative to the mean) above
-    the mean of the last `window` accepted steps, once there are `min_history` of them. Only accepted steps
-    enter the history. All state lives on `device` in fixed tensors; given the same inputs all ranks decide
-    alike.
+    the mean of the last `window` accepted steps, once there are `min_history` of them (default: half a
+    window). Only accepted steps enter the history. All state lives on `device` in fixed tensors; given the
+    same inputs all ranks decide alike.
     """
 
     def __init__(
         self,
         window: int = 128,
         sigma: float = 6.0,
-        min_history: int = 64,
+        min_history: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        min_history = max(1, window // 2) if min_history is None else min_history
         if not 1 <= min_history <= window:
             raise ValueError(f"min_history {min_history} is not in 1..window ({window})")
         self.sigma, self.min_history = sigma, min_history

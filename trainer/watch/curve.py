@@ -1,0 +1,50 @@
+"""A picture of a run: loss against tokens."""
+
+from pathlib import Path
+
+from stepline.trainer.errors import UserError
+from stepline.trainer.watch.metrics import read_metrics
+
+
+def draw_curve(metrics_path: str | Path, output_png: str | Path, title: str | None = None) -> Path:
+    """Draws the training loss as a line and the validation losses as points over the tokens seen.
+
+    Losses in nats per token. Raises UserError when there is no loss to draw or matplotlib is missing.
+    """
+    rows = read_metrics(metrics_path)
+    train = [(r["tokens"], r["loss"]) for r in rows if "tokens" in r and r.get("loss") is not None]
+    val = [(r["tokens"], r["val_loss"]) for r in rows if "tokens" in r and r.get("val_loss") is not None]
+    if not train and not val:
+        raise UserError(f"{metrics_path} holds no loss yet; draw the curve after the first logged step")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ImportError:
+        raise UserError("a curve needs matplotlib: pip install 'stepline[watch]'") from None
+
+    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#1f6feb", linewidth=1.4, label="training")
+    if val:
+        axes.plot(*zip(*val, strict=True), "o", color="#d1242f", markersize=6, label="validation")
+        tokens, loss = val[-1]
+        axes.annotate(
+            f"{loss:.3f}", (tokens, loss), (0, 9), textcoords="offset points", ha="center", fontsize=12
+        )
+    axes.set_xlabel("tokens", fontsize=13)
+    axes.set_ylabel("loss (nats per token)", fontsize=13)
+    axes.set_title(title or "", fontsize=14)
+    axes.tick_params(labelsize=12)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=12)
+    output = Path(output_png)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    return output

@@ -1,0 +1,51 @@
+"""Tokens per second, memory and utilisation of a run."""
+
+import contextlib
+import resource
+import sys
+import time
+
+import torch
+
+from stepline.models.flops import flops_per_token
+from stepline.trainer.config import Config
+from stepline.trainer.watch.peaks import device_peak_flops, mfu
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: allocated on the GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Speedometer:
+    """Tokens per second of training between two logged steps; validation and saving are not counted."""
+
+    def __init__(self, config: Config, device: torch.device, world_size: int) -> None:
+        self.batch_tokens = config.budget.batch_tokens
+        self.flops = flops_per_token(config.model, config.data.seq_len).total
+        self.device, self.world_size = device, world_size
+        self.peak = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.step, self.started, self.idle = None, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time inside is not training time."""
+        start = time.perf_counter()
+        yield
+        self.idle += time.perf_counter() - start
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Speed since the lap before; the first lap includes warm-up (compilation, first allocations)."""
+        now = time.perf_counter()
+        seconds = max(now - self.started - self.idle, 1e-9)
+        steps = 1 if self.step is None else step - self.step
+        self.step, self.started, self.idle = step, now, 0.0
+        rate = steps * self.batch_tokens / seconds
+        row = {"tokens_per_second": round(rate, 1), "memory_gb": round(memory_gb(self.device), 3)}
+        row["tflops_per_device"] = round(rate * self.flops / self.world_size / 1e12, 4)
+        if self.peak is not None:
+            row["mfu"] = mfu(rate, self.flops, self.peak * self.world_size)
+        return row
