@@ -70,9 +70,7 @@ class ModelConfig(Section):
         if self.dim_per_head % 2:
             raise ValueError(f"head_dim {self.dim_per_head} is odd; RoPE rotates pairs and needs an even one")
         if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}"
-            )
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         return self
 
     @property

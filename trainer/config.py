@@ -41,7 +41,7 @@ class DataConfig(Section):
 
     path: Path | None = None
     """Folder written by `stepline prepare`; for several, use `sources`."""
-    sources: list[Source] = []
+    sources: list[Source] = Field(default_factory=list)
     """Several folders with mixture weights, instead of `path`."""
     seq_len: Count = Field(1024, ge=2)
     """Tokens per window."""

@@ -16,6 +16,7 @@ SMALL = {
     "ffn_size": 112,
     "init_std": 0.15,
 }
+LLAMA3 = {"original_context": 24, "factor": 4}
 SHAPES = {
     "mha": ModelConfig(**SMALL),
     "gqa": ModelConfig(**SMALL, num_kv_heads=2, rope_theta=500_000.0),

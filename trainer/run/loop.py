@@ -1,15 +1,13 @@
 """The training loop. It reads from top to bottom; what happens at a step happens here."""
 
-import contextlib
 import logging
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from stepline.comm.mesh import build_mesh
-from stepline.models.flops import flops_per_token, parameter_counts
+from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import write_config
 from stepline.trainer.data.loader import ValidationLoader
@@ -21,9 +19,8 @@ from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepResult, train_step
-from stepline.trainer.watch.loggers import Watcher
-from stepline.trainer.watch.metrics import memory_gb
-from stepline.trainer.watch.peaks import device_peak_flops, mfu
+from stepline.trainer.watch.speed import Speedometer
+from stepline.trainer.watch.watch import Watch
 
 log = logging.getLogger("stepline")
 
@@ -50,7 +47,7 @@ def train(job: Job) -> dict[str, float]:
 
     steps = config.total_steps()
     checkpointer = Checkpointer(job.folder, config.checkpoint.keep)
-    watcher = Watcher(job.folder, config, total_steps=steps, start_step=state.step, enabled=world.rank == 0)
+    watch = Watch(job.folder, config, state.step, enabled=world.rank == 0)
     speed = Speedometer(config, device, world.size)
     validation: dict[str, float] = {}
     saved_step = state.step if job.resume_from is not None else -1
@@ -67,14 +64,14 @@ def train(job: Job) -> dict[str, float]:
                 last = state.step == steps
                 if state.step % config.logging.every == 0 or last or state.step == 1:
                     row = step_row(state, result, lr) | speed.lap(state.step)
-                    watcher.step(row)
+                    watch.log(row)
                     stop_after_skips(row["skipped_in_a_row"], config)
 
                 every = config.logging.eval_every
                 if last or (every and state.step % every == 0):
                     with speed.paused():
                         validation = validate(state, whole=last)
-                    watcher.validation({"step": state.step, "tokens": state.tokens} | validation)
+                    watch.log({"step": state.step, "tokens": state.tokens} | validation)
 
                 checkpointer.poll()
                 if state.step % config.checkpoint.every == 0 or last:
@@ -84,7 +81,7 @@ def train(job: Job) -> dict[str, float]:
         checkpointer.finish()
     finally:
         state.loader.close()
-        watcher.close()
+        watch.close()
     log.info("done at step %d, checkpoint of step %d", state.step, saved_step)
     return validation
 
@@ -145,37 +142,6 @@ def validate(state: TrainState, whole: bool) -> dict[str, float]:
         return next(iter(results.values()))
     mean = {k: sum(r[k] for r in results.values()) / len(results) for k in ("val_loss", "val_bits_per_byte")}
     return mean | {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()}
-
-
-class Speedometer:
-    """Tokens per second of training between two logged steps; validation and saving are not counted."""
-
-    def __init__(self, config: Config, device: torch.device, world_size: int) -> None:
-        self.batch_tokens = config.budget.batch_tokens
-        self.flops = flops_per_token(config.model, config.data.seq_len).total
-        self.device, self.world_size = device, world_size
-        self.peak = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.step, self.started, self.idle = None, time.perf_counter(), 0.0
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Time inside is not training time."""
-        start = time.perf_counter()
-        yield
-        self.idle += time.perf_counter() - start
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Speed since the lap before; the first lap includes warm-up (compilation, first allocations)."""
-        now = time.perf_counter()
-        seconds = max(now - self.started - self.idle, 1e-9)
-        steps = 1 if self.step is None else step - self.step
-        self.step, self.started, self.idle = step, now, 0.0
-        rate = steps * self.batch_tokens / seconds
-        row = {"tokens_per_second": round(rate, 1), "memory_gb": round(memory_gb(self.device), 3)}
-        row["tflops_per_device"] = round(rate * self.flops / self.world_size / 1e12, 4)
-        if self.peak is not None:
-            row["mfu"] = mfu(rate, self.flops, self.peak * self.world_size)
-        return row
 
 
 def _describe(job: Job, state: TrainState) -> None:

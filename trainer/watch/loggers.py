@@ -1,4 +1,4 @@
-"""Where the rows of a run go to be watched: metrics.jsonl, the terminal and wandb."""
+"""Where the rows of a run go to be watched: the terminal and wandb."""
 
 import netrc
 import os
@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlparse
-
-from stepline.trainer.watch.metrics import MetricsFile
 
 
 class Logger(Protocol):
@@ -22,37 +20,19 @@ class Logger(Protocol):
         """The run has ended."""
 
 
-class Watcher:
-    """Hands each row to metrics.jsonl, the terminal and wandb; on all ranks but the first it is silent."""
+class Loggers:
+    """Hands each row to several loggers in turn."""
 
-    def __init__(
-        self, folder: Path, config, total_steps: int, start_step: int = 0, enabled: bool = True
-    ) -> None:
-        """`config` is the run's (stepline.trainer.config); rows after `start_step` are written anew."""
-        self.metrics = MetricsFile(folder / "metrics.jsonl")
-        self.loggers: list[Logger] = []
-        if enabled:
-            self.metrics.truncate_after(start_step)
-            settings, values = config.logging, config.model_dump(mode="json")
-            self.loggers = [
-                ProgressLogger(total_steps),
-                WandbLogger(folder, settings.project, folder.name, values, settings.wandb),
-            ]
+    def __init__(self, *loggers: Logger) -> None:
+        self.loggers = loggers
 
-    def step(self, row: dict[str, Any]) -> None:
-        """A row of a training step."""
-        if self.loggers:
-            self.metrics.write(row)
+    def log(self, row: dict[str, Any]) -> None:
+        """One row, with at least `step`."""
         for logger in self.loggers:
             logger.log(row)
 
-    def validation(self, row: dict[str, Any]) -> None:
-        """A row of a validation: `step`, `tokens`, `val_loss`, `val_bits_per_byte`."""
-        self.step(row)
-
-    def close(self, exit_code: int = 0) -> None:
-        """The run has ended; wandb marks it failed where `exit_code` is not 0."""
-        self.metrics.close()
+    def finish(self, exit_code: int = 0) -> None:
+        """The run has ended."""
         for logger in self.loggers:
             logger.finish(exit_code)
 
@@ -60,7 +40,7 @@ class Watcher:
 class ProgressLogger:
     """Progress on standard error: a live bar on a terminal, a line per row elsewhere."""
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
         self.total_steps = total_steps
         self.stream = sys.stderr if stream is None else stream
         self._first: tuple[int, float] | None = None  # step and time of the first row: start-up is no pace
@@ -75,7 +55,7 @@ class ProgressLogger:
                 TextColumn("{task.description}"),
             )
             self._progress = Progress(*columns, console=Console(file=self.stream))
-            self._task = self._progress.add_task("starting", total=total_steps)
+            self._task = self._progress.add_task("starting", total=total_steps, completed=start_step)
             self._progress.start()
 
     def log(self, row: dict[str, Any]) -> None:

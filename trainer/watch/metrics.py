@@ -3,12 +3,8 @@
 import json
 import math
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from stepline.trainer.errors import UserError
 
@@ -89,14 +85,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         elif number < len(lines):  # only what follows the last newline may be half-written
             raise UserError(f"{path}, line {number}, is not a JSON object; delete that line")
     return rows
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB (1e9 bytes): allocated on a CUDA device, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # Linux counts KiB, macOS bytes
 
 
 def _drop_half_line(path: Path) -> None:

@@ -27,7 +27,7 @@ PEAKS = (
 )
 
 
-def device_peak_flops(device_name: str) -> float | None:
+def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of one device by the name of `torch.cuda.get_device_name()`; None where not known."""
     name = re.sub(r"^(NVIDIA|Tesla) ", "", re.sub(r"^NVIDIA Tesla ", "", device_name.strip()))
     for pattern, flops in PEAKS:

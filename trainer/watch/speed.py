@@ -9,7 +9,7 @@ import torch
 
 from stepline.models.flops import flops_per_token
 from stepline.trainer.config import Config
-from stepline.trainer.watch.peaks import device_peak_flops, mfu
+from stepline.trainer.watch.peaks import mfu, peak_flops
 
 
 def memory_gb(device: torch.device) -> float:
@@ -27,7 +27,7 @@ class Speedometer:
         self.batch_tokens = config.budget.batch_tokens
         self.flops = flops_per_token(config.model, config.data.seq_len).total
         self.device, self.world_size = device, world_size
-        self.peak = device_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.step, self.started, self.idle = None, time.perf_counter(), 0.0
 
     @contextlib.contextmanager

@@ -1,0 +1,42 @@
+# make quickstart | test | test-e2e | lint | bench | gpu-check
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-e2e lint bench gpu-check clean
+
+# One file per set of extras says that it is installed; a changed list of packages installs again.
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[watch]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+quickstart: $(VENV)/.run
+	$(BIN)/python -m stepline.trainer.quickstart
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not e2e and not gpu"
+
+test-e2e: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m e2e
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/data.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cpu_step.py
+	$(BIN)/python benchmarks/quickstart_quality.py
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu_check.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,247 @@
+"""Tokenizers: a sentencepiece model or a Hugging Face tokenizer, behind one small interface."""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+from stepline.trainer.errors import UserError
+
+SPACE_MARK = "\u2581"  # sentencepiece's internal space: in a text it would come back as an ordinary space
+# Serialised protobuf messages merge when they are concatenated; this one sets normalizer_spec (field 3)
+# .add_dummy_prefix (field 3) to false in whatever model it is appended to.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+SENTENCE_CHARS = 3000
+UNTRAINABLE = "[\0\t\u2585]"  # sentencepiece drops training sentences with these; their bytes stand for them
+
+
+class Tokenizer(Protocol):
+    """What the rest of the trainer needs of a tokenizer."""
+
+    vocab_size: int
+    """Largest id + 1."""
+    eod_id: int
+    """Id that ends every document."""
+    sha256: str
+    """Hash of the tokenizer's file."""
+    kind: str
+    """`sentencepiece` or `huggingface`."""
+    joinable: bool
+    """Whether a document may be encoded in pieces that are cut at line ends."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special tokens; special tokens' names in the text are ordinary text."""
+        ...
+
+    def encode_pieces(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
+        """Ids of each piece of text; `starts` says which of them begin a document."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens give no text."""
+        ...
+
+    def save(self, folder: Path) -> str:
+        """Write the tokenizer into a data folder; returns the name of its file or sub-folder."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model (`.model`). U+2581 is emitted as its three byte pieces, so that it survives."""
+
+    kind = "sentencepiece"
+    joinable = True
+
+    def __init__(self, proto: bytes, name: str) -> None:
+        """Load a serialised model; UserError, naming `name`, when it is none or has no `</s>`."""
+        import sentencepiece as spm
+
+        try:
+            self._decoder = spm.SentencePieceProcessor(model_proto=proto)
+            self._encoder = spm.SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"{name} is not a tokenizer: give a sentencepiece .model, a tokenizer.json or a folder with one"
+            ) from error
+        self._proto = proto
+        self.sha256 = hashlib.sha256(proto).hexdigest()
+        self.vocab_size = self._decoder.get_piece_size()
+        self.eod_id = self._decoder.eos_id()
+        if self.eod_id < 0:
+            raise UserError(f"{name} has no </s> piece to end documents with; train it with eos_id >= 0")
+        dummy = self._decoder.encode("a") != self._encoder.encode("a")
+        self._prefix = " " if dummy else ""
+        pieces = [self._decoder.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self._mark_ids = pieces if all(self._decoder.is_byte(piece) for piece in pieces) else None
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_pieces([text], [True])[0]
+
+    def encode_pieces(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
+        if self._prefix:
+            texts = [self._prefix + text if start and text else text for text, start in zip(texts, starts)]
+        ids = self._encoder.encode(list(texts), out_type=int, num_threads=1)
+        if self._mark_ids is not None:
+            for i, text in enumerate(texts):
+                if SPACE_MARK in text:
+                    ids[i] = self._encode_marked(text)
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        parts = self._encoder.encode(text.split(SPACE_MARK), out_type=int, num_threads=1)
+        return list(chain(parts[0], *(self._mark_ids + part for part in parts[1:])))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode([int(i) for i in ids])
+
+    def save(self, folder: Path) -> str:
+        (folder / "tokenizer.model").write_bytes(self._proto)
+        return "tokenizer.model"
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, with the end-of-text token of the `tokenizer_config.json` beside it."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        """Load `path` (a tokenizer.json); UserError when it is none or names no end-of-text token."""
+        try:
+            from tokenizers import Tokenizer as FastTokenizer
+        except ImportError as error:
+            raise UserError(
+                f"{path} is a Hugging Face tokenizer: install it with `pip install tokenizers`"
+            ) from error
+        content = path.read_bytes()
+        try:
+            self._tokenizer = FastTokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(
+                f"{path} is not a tokenizer: give a sentencepiece .model, a tokenizer.json or a folder with one"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is ordinary text
+        self._files = {path.name: content}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        eos = self._end_of_text(path, vocabulary)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eod_id = vocabulary[eos]
+        self.sha256 = hashlib.sha256(content + eos.encode()).hexdigest()
+        probe = ("a b\n", " c\n", "d")
+        pieces = self.encode_pieces(probe, [True, False, False])
+        self.joinable = self.decode(list(chain(*pieces))) == "".join(probe)
+
+    def _end_of_text(self, path: Path, vocabulary: dict[str, int]) -> str:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            file = path.parent / name
+            if path.name == "tokenizer.json" and file.is_file():
+                self._files[name] = file.read_bytes()
+                eos = json.loads(self._files[name]).get("eos_token")
+                eos = eos.get("content") if isinstance(eos, dict) else eos
+                if eos in vocabulary:
+                    return eos
+        for eos in END_OF_TEXT:
+            if eos in vocabulary:
+                return eos
+        raise UserError(
+            f"{path} names no end-of-text token; put a tokenizer_config.json with `eos_token` beside it"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_pieces([text], [True])[0]
+
+    def encode_pieces(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids if i != self.eod_id], skip_special_tokens=False)
+
+    def save(self, folder: Path) -> str:
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        for name, content in self._files.items():
+            name = name if name in ("tokenizer_config.json", "special_tokens_map.json") else "tokenizer.json"
+            (folder / "tokenizer" / name).write_bytes(content)
+        return "tokenizer"
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Load a sentencepiece `.model`, a `tokenizer.json`, or a folder (a prepared data folder, too) with one.
+
+    Raises UserError when the path is missing or is no tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer"):
+            if (path / name).exists():
+                return load_tokenizer(path / name)
+        raise UserError(f"{path} has neither a tokenizer.json nor a tokenizer.model; give the right folder")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a sentencepiece .model or a tokenizer.json")
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    return SentencePieceTokenizer(path.read_bytes(), str(path))
+
+
+def sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Cut texts into training sentences of whole lines, at most SENTENCE_CHARS characters each."""
+    for text in texts:
+        for part in re.split(UNTRAINABLE, text):
+            start = 0
+            while start < len(part):
+                end = start + SENTENCE_CHARS
+                if end < len(part):
+                    end = part.rfind("\n", start, end) + 1 or end
+                yield part[start:end]
+                start = end
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, threads: int = 2) -> SentencePieceTokenizer:
+    """Train a byte-pair-encoding sentencepiece model that every text survives unchanged.
+
+    Bytes stand in for rare characters (byte fallback), nothing is normalised, all white space is kept;
+    merges may span line ends and runs of spaces, so that indentation is cheap. The result depends on the
+    texts and `vocab_size` alone. Raises UserError when the texts are too few for `vocab_size`.
+    """
+    import sentencepiece as spm
+
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * SENTENCE_CHARS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(vocabulary_error(str(error), vocab_size)) from error
+    return SentencePieceTokenizer(model.getvalue(), "the new tokenizer")
+
+
+def vocabulary_error(message: str, vocab_size: int) -> str:
+    """One sentence for what sentencepiece's trainer said about `vocab_size`."""
+    if most := re.search(r"too high \(\d+\).*<= (\d+)", message):
+        return f"--vocab-size {vocab_size} is too large for this text; give at most {most[1]} or more text"
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"--vocab-size {vocab_size} is too small for this text's characters; give at least {least[1]}"
+    if "sentences_.empty()" in message:
+        return "the input has no text to train a tokenizer on; give more text or a --tokenizer"
+    return f"no tokenizer could be trained (--vocab-size {vocab_size}); sentencepiece says: {message}"
