@@ -1,5 +1,6 @@
 """Where the rows of a run go to be watched: the terminal and wandb."""
 
+import functools
 import netrc
 import os
 import secrets
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlparse
+
+KEPT = "its files stay in the run's folder, for `wandb sync`"
 
 
 class Logger(Protocol):
@@ -142,31 +145,36 @@ class WandbLogger:
         except ImportError:
             self._off("wandb is not installed (pip install 'stepline[watch]')")
             return
-        wandb.setup(wandb.Settings(silent=True))
-        # A service that is away costs `init_timeout` once; the run is then kept in files for `wandb sync`.
-        for mode in dict.fromkeys((self.mode, "offline")):
-            try:
-                self._run = wandb.init(
-                    project=project,
-                    name=name,
-                    id=run_id(self.folder),
-                    dir=str(self.folder),
-                    config=config,
-                    mode=mode,
-                    resume="allow" if mode == "online" else None,
-                    settings=wandb.Settings(silent=True, console="off", init_timeout=init_timeout),
-                )
-                self._run.define_metric("step")
-                self._run.define_metric("*", step_metric="step")
-                self.mode = mode
-                return
-            except Exception as error:
-                if mode == "offline":
-                    self._off(_reason(error))
-                else:
-                    self._say(
-                        f"wandb is not reachable ({_reason(error)}); its files stay in the run's folder"
-                    )
+        start = functools.partial(self._start, wandb, project, name, config, init_timeout)
+        try:
+            if self.mode != "offline":
+                try:
+                    self._run = start(self.mode)
+                    return
+                except Exception as error:
+                    self._say(f"wandb is not reachable ({_reason(error)}); {KEPT}")
+                    wandb.teardown()  # the failed attempt still holds the run's id
+            self.mode = "offline"
+            self._run = start("offline")
+        except Exception as error:
+            self._off(_reason(error))
+
+    def _start(self, wandb, project: str, name: str, config: dict[str, Any], init_timeout: float, mode: str):
+        settings = wandb.Settings(silent=True, console="off", init_timeout=init_timeout)
+        wandb.setup(settings)
+        run = wandb.init(
+            project=project,
+            name=name,
+            id=run_id(self.folder),
+            dir=str(self.folder),
+            config=config,
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            settings=settings,
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
 
     def log(self, row: dict[str, Any]) -> None:
         """Sends one row; a failure ends the sending, not the run."""
@@ -190,13 +198,10 @@ class WandbLogger:
     def _choose(self, mode: str) -> str:
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-            return "off" if mode == "disabled" else mode
         if mode == "online" and not has_key():
-            self._say(
-                "wandb has no key (set WANDB_API_KEY or `wandb login`); its files stay in the run's folder"
-            )
+            self._say(f"wandb has no key (set WANDB_API_KEY or run `wandb login`); {KEPT}")
             return "offline"
-        return mode
+        return {"disabled": "off", "dryrun": "offline"}.get(mode, mode)
 
     def _off(self, reason: str) -> None:
         self._run, self.mode = None, "off"
