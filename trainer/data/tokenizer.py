@@ -201,7 +201,7 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
                 start = end
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, threads: int = 2) -> SentencePieceTokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
     """Train a byte-pair-encoding sentencepiece model that every text survives unchanged.
 
     Bytes stand in for rare characters (byte fallback), nothing is normalised, all white space is kept;
@@ -228,7 +228,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, threads: int = 2) -> 
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=threads,
+            num_threads=4,  # a constant, because the model records it
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -1,0 +1,59 @@
+"""A tiny prepared corpus and a tiny config for tests of whole runs."""
+
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+TINY = {
+    # Widths and counts that two or four ranks cannot divide.
+    "model": {
+        "vocab_size": 331,
+        "hidden_size": 36,
+        "num_layers": 2,
+        "num_heads": 3,
+        "ffn_size": 50,
+        "qk_norm": True,
+        "z_loss": 1e-4,
+    },
+    "data": {"seq_len": 32},
+    "budget": {"steps": 20, "batch_tokens": 6 * 32},
+    "optimizer": {"lr": 5e-3, "weight_decay": 0.1},
+    "parallel": {"micro_batch": 2},
+    "checkpoint": {"every": 1000},
+    "logging": {"every": 1, "eval_every": 0, "wandb": "off"},
+}
+
+
+def _text(words: int, seed: int) -> str:
+    """Sentences of a small grammar: learnable, and different in every document."""
+    draw = random.Random(seed)
+    names, verbs = ["alice", "bob", "carol", "dave"], ["sees", "finds", "sends", "keeps"]
+    things = ["the tree", "a letter", "nine stones", "the old map"]
+    return " ".join(
+        f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)} at {draw.randint(0, 99)}."
+        for _ in range(words)
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """About 30,000 tokens in 120 documents, vocabulary 330."""
+    from stepline.trainer.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tiny")
+    texts = folder / "texts"
+    texts.mkdir()
+    for i in range(120):
+        (texts / f"{i:03}.txt").write_text(_text(60, i))
+    prepare([texts], folder / "data", vocab_size=330, workers=1, val_share=0.1, progress=False)
+    return folder / "data"
+
+
+@pytest.fixture
+def tiny_config(tmp_path, tiny_data) -> Path:
+    """A config file of a 20-step run; tests override single keys."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"data": {"path": str(tiny_data), "seq_len": 32}}))
+    return path

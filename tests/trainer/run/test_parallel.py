@@ -1,0 +1,274 @@
+"""One process and many make the same run; the reference for the numbers is transformers with torch's AdamW."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stepline.comm.fsdp import local
+from stepline.comm.mesh import World, build_mesh
+from stepline.trainer.run.build import build_model
+from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.start import start_job
+from stepline.trainer.watch.metrics import read_metrics
+
+
+def run(config: str, overrides: list[str], resume: str = "never") -> int:
+    sys.argv = ["stepline"]
+    return run_training(config, overrides, resume)
+
+
+def train(pool, world: int, config: Path, folder: Path, *overrides: str, resume: str = "never") -> list[dict]:
+    """Rows of metrics.jsonl of a run on `world` gloo processes."""
+    codes = pool.run(
+        world, run, str(config), [f"run.folder={folder}", *overrides], resume, init=False, timeout=300
+    )
+    assert codes == [0] * world
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def losses(rows: list[dict]) -> torch.Tensor:
+    return torch.tensor([r["loss"] for r in rows if "loss" in r], dtype=torch.float64)
+
+
+def initial_weights(config: str, shard: int) -> dict[str, torch.Tensor]:
+    job = start_job(config, [f"parallel.shard={shard}"], "never", World.from_environment())
+    mesh = build_mesh(job.device, job.world.size, shard)
+    model = build_model(job.config, job.device, mesh)
+    full = {}
+    for name, p in model.named_parameters():
+        full[name] = p.full_tensor() if hasattr(p, "full_tensor") else p.data
+    return {name: tensor.detach().clone() for name, tensor in full.items()}
+
+
+def test_initial_weights_are_bitwise_the_same_on_any_layout(pool, tiny_config):
+    (reference,) = pool.run(1, initial_weights, str(tiny_config), 1)
+    assert reference["layers.1.ffn.w1.weight"].std() > 0
+    for world, shard in ((2, 2), (4, 4), (4, 2), (4, 1)):
+        for weights in pool.run(world, initial_weights, str(tiny_config), shard):
+            assert weights.keys() == reference.keys()
+            for name in reference:
+                assert torch.equal(weights[name], reference[name]), (world, shard, name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "tolerance"),
+    [
+        ("fp32", "adamw", 1e-6),
+        ("fp64", "adamw", 1e-12),
+        ("fp32", "muon", 1e-6),
+        ("fp64", "muon", 1e-12),
+    ],
+)
+def test_one_two_and_four_ranks_give_the_same_loss_curve(
+    pool, tiny_config, tmp_path, precision, optimizer, tolerance
+):
+    options = [f"precision.compute={precision}", f"optimizer.name={optimizer}", "budget.steps=200"]
+    one = losses(train(pool, 1, tiny_config, tmp_path / "1", *options))
+    assert one[-1] < one[0] - 1
+    for world in (2, 4):
+        many = losses(train(pool, world, tiny_config, tmp_path / f"{world}", *options))
+        assert len(many) == 200
+        assert (many / one - 1).abs().max() < tolerance, world
+
+
+def test_hsdp_equals_fsdp(pool, tiny_config, tmp_path):
+    options = [
+        "precision.compute=fp64",
+        "budget.batch_tokens=512",
+        "parallel.micro_batch=1",
+    ]  # 4 micro-batches
+    fsdp = losses(train(pool, 4, tiny_config, tmp_path / "fsdp", "parallel.shard=4", *options))
+    for shard in (1, 2):
+        hsdp = losses(
+            train(pool, 4, tiny_config, tmp_path / f"hsdp{shard}", f"parallel.shard={shard}", *options)
+        )
+        assert (hsdp / fsdp - 1).abs().max() < 1e-12
+
+
+def test_accumulation_equals_a_larger_micro_batch(pool, tiny_config, tmp_path):
+    options = ["budget.batch_tokens=512", "budget.steps=50"]
+    large = losses(train(pool, 2, tiny_config, tmp_path / "large", "parallel.micro_batch=8", *options))
+    small = losses(train(pool, 2, tiny_config, tmp_path / "small", "parallel.micro_batch=2", *options))
+    assert (small / large - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "run.recompute=full",
+        "run.recompute=selective",
+        "parallel.reshard_after_forward=false",
+        "data.prefetch=7",
+    ],
+)
+def test_what_must_not_change_the_numbers(pool, tiny_config, tmp_path, option):
+    plain = losses(train(pool, 2, tiny_config, tmp_path / "plain"))
+    other = losses(train(pool, 2, tiny_config, tmp_path / "other", option))
+    assert torch.equal(plain, other)
+
+
+def test_compiled_blocks_give_the_same_curve(pool, tiny_config, tmp_path):
+    plain = losses(train(pool, 2, tiny_config, tmp_path / "plain"))
+    compiled = losses(train(pool, 2, tiny_config, tmp_path / "compiled", "run.compile=true"))
+    assert (plain / compiled - 1).abs().max() < 1e-5
+
+
+def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tmp_path):
+    """An independent trainer, in float64: LlamaForCausalLM, its own loss, torch's AdamW and clipping."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from stepline.models.hf import llama_config_dict, to_hf_state
+    from stepline.trainer.data.loader import TrainLoader
+
+    options = ["precision.compute=fp64", "model.qk_norm=false", "model.z_loss=0", "schedule.warmup_steps=5"]
+    ours = train(pool, 2, tiny_config, tmp_path / "run", *options)
+    job = start_job(str(tiny_config), [f"run.folder={tmp_path / 'x'}", *options], "never", World(0, 1, 0, 1))
+    config = job.config
+    start = build_model(config, torch.device("cpu"), None)
+    theirs = LlamaForCausalLM(LlamaConfig(**llama_config_dict(config.model))).double()
+    theirs.load_state_dict(to_hf_state(start.state_dict(), config.model), strict=True)
+    plain = [p for n, p in theirs.named_parameters() if p.ndim < 2 or "embed" in n]
+    decayed = [p for n, p in theirs.named_parameters() if p.ndim >= 2 and "embed" not in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    source = config.data.folders()[0]
+    loader = TrainLoader(
+        [(source.path, 1.0)], seq_len=32, batch_windows=6, micro_batch=6, rank=0, world_size=1, seed=0
+    )
+    for step, row in enumerate(r for r in ours if "loss" in r):
+        batch = next(loader)
+        logits = theirs(batch.inputs[0]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets[0].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        lr = 5e-3 * ((step + 1) / 5 if step < 5 else 1 - (step - 5) / 15)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        assert row["lr"] == pytest.approx(lr, rel=1e-12)
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-10)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-8)
+    loader.close()
+
+
+def test_resume_is_bitwise_at_the_same_world_size(pool, tiny_config, tmp_path):
+    options = ["optimizer.name=muon", "data.confine_attention=true", "checkpoint.every=7"]
+    straight = train(pool, 2, tiny_config, tmp_path / "straight", *options)
+    folder = tmp_path / "resumed"
+    train(pool, 2, tiny_config, folder, *options)
+    for path in (folder / "checkpoints").glob("step-*"):
+        if path.name != "step-000014":
+            (path / "COMPLETE").unlink()  # as if the run had died after step 14
+    rows = train(pool, 2, tiny_config, folder, *options, resume="auto")
+    for key in ("loss", "grad_norm", "lr", "tokens", "val_loss"):
+        assert [r.get(key) for r in rows] == [r.get(key) for r in straight], key
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 21))
+
+
+def test_resume_on_other_numbers_of_ranks(pool, tiny_config, tmp_path):
+    """2 -> 1 -> 4 processes: the curve of an undisturbed run, no window twice or never."""
+    straight = losses(train(pool, 2, tiny_config, tmp_path / "straight", "checkpoint.every=6"))
+    folder = tmp_path / "resized"
+    options = ["checkpoint.every=6", "checkpoint.keep=10"]
+    train(pool, 2, tiny_config, folder, *options)
+    for world, keep_until in ((1, 6), (4, 12)):
+        for path in (folder / "checkpoints").glob("step-*"):
+            if int(path.name.removeprefix("step-")) > keep_until:
+                (path / "COMPLETE").unlink()
+        rows = train(pool, world, tiny_config, folder, *options, "parallel.shard=auto", resume="auto")
+    assert (losses(rows) / straight - 1).abs().max() < 1e-6
+
+
+def test_validation_with_less_data_than_ranks(pool, tiny_config, tmp_path):
+    """One window of validation on four ranks: three have nothing, none waits; the value is that of one rank."""
+    options = ["logging.eval_every=10", "logging.eval_windows=1", "parallel.micro_batch=1"]
+    four = [r["val_loss"] for r in train(pool, 4, tiny_config, tmp_path / "4", *options) if "val_loss" in r]
+    one = [r["val_loss"] for r in train(pool, 1, tiny_config, tmp_path / "1", *options) if "val_loss" in r]
+    assert four == pytest.approx(one, rel=1e-6)
+    assert len(four) == 2
+
+
+def broken_step(config: str, folder: str, bad_rank: int) -> tuple[list[float], int, bool]:
+    """Three steps; in the second one, a single rank's gradients are NaN."""
+    from stepline.trainer.run.state import TrainState
+    from stepline.trainer.run.step import train_step
+
+    job = start_job(config, [f"run.folder={folder}"], "never", World.from_environment())
+    mesh = build_mesh(job.device, job.world.size, job.config.parallel.shard)
+    state = TrainState.create(job.config, job.device, mesh, job.world.rank, job.fingerprints)
+    skipped, unchanged = [], True
+    for step in range(3):
+        if step == 1 and dist.get_rank() == bad_rank:
+            weight = local(state.model.layers[0].ffn.w1.weight)
+            handle = state.model.layers[0].register_forward_hook(lambda m, i, o: o * math.nan)
+        before = {
+            n: t.clone() if not hasattr(t, "to_local") else t.to_local().clone()
+            for n, t in state.tensors().items()
+        }
+        result = train_step(state, next(state.loader), 1e-3)
+        if step == 1:
+            if dist.get_rank() == bad_rank:
+                handle.remove()
+                assert torch.equal(weight, local(state.model.layers[0].ffn.w1.weight))
+            for name, tensor in state.tensors().items():
+                if not name.startswith("guard."):
+                    unchanged &= torch.equal(local(tensor), before[name])
+        skipped.append(result.skipped.item())
+    state.loader.close()
+    return skipped, int(state.guard.skipped_total), unchanged
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(pool, tiny_config, tmp_path):
+    for result in pool.run(4, broken_step, str(tiny_config), str(tmp_path / "r"), 2):
+        assert result == ([0.0, 1.0, 0.0], 1, True)
+
+
+def test_a_run_that_only_skips_stops_with_a_sentence(pool, tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    options = [
+        f"run.folder={folder}",
+        "optimizer.lr=10",
+        "optimizer.grad_clip=1e9",
+        "optimizer.guard.max_skipped=3",
+        "model.init_std=1e19",
+        "budget.steps=30",
+    ]
+    assert pool.run(2, run, str(tiny_config), options, "never", init=False) == [1, 1]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["exit_code"] == 1
+    assert "3 steps in a row" in outcome["message"]
+
+
+def test_overfits_one_batch(pool, tiny_config, tmp_path, tiny_data):
+    """One batch again and again: the corpus is cut down to the windows of a single batch."""
+    from stepline.trainer.data.dataset import load_meta
+
+    windows = load_meta(tiny_data).splits["train"].tokens // 32
+    assert windows > 6
+    (final,) = pool.run(1, overfit, str(tiny_config), str(tmp_path / "r"))
+    assert final < 0.01
+
+
+def overfit(config: str, folder: str) -> float:
+    from stepline.trainer.run.state import TrainState
+    from stepline.trainer.run.step import train_step
+
+    job = start_job(
+        config, [f"run.folder={folder}", "optimizer.name=muon"], "never", World.from_environment()
+    )
+    mesh = build_mesh(job.device, 1, 1)
+    state = TrainState.create(job.config, job.device, mesh, 0, job.fingerprints)
+    batch = next(state.loader)
+    for step in range(300):
+        result = train_step(state, batch, 2e-2 * min(1, (300 - step) / 150))
+    state.loader.close()
+    return result.loss.item()

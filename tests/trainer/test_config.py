@@ -1,0 +1,156 @@
+"""Sections, base, overrides, origins, and the one sentence for each mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepline.models.flops import parameter_counts
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import (
+    flatten,
+    format_config,
+    load_config,
+    merge_for_resume,
+    read_run_config,
+    shipped_configs,
+    write_config,
+)
+from stepline.trainer.errors import UserError
+
+MODEL = {"vocab_size": 100, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump({"model": MODEL, "optimizer": {"beta2": 0.99}}))
+    return path
+
+
+def test_base_file_and_overrides_in_that_order_with_their_origins(tmp_path, file):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: a.yaml\nmodel: {ffn_size: 256}\noptimizer: {lr: 2e-3}\n")
+    config, origins = load_config(
+        str(child), ["model.num_layers=3", "optimizer.lr=1e-3", "budget.tokens=1e9"]
+    )
+    assert (config.model.ffn_size, config.model.num_layers, config.model.hidden_size) == (256, 3, 64)
+    assert (config.optimizer.lr, config.optimizer.beta2, config.budget.tokens) == (1e-3, 0.99, 10**9)
+    assert origins["model.hidden_size"] == "base a.yaml"
+    assert origins["model.ffn_size"] == "file child.yaml"
+    assert origins["optimizer.lr"] == "override"
+    assert origins["optimizer.beta1"] == "default"
+    assert config.run.folder == Path("runs/child")
+    assert origins.keys() == flatten(config.model_dump(mode="json")).keys()
+
+
+def test_a_base_has_no_base(tmp_path, file):
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\n")
+    with pytest.raises(UserError, match=r"b\.yaml has a base of its own"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_the_written_config_reads_back_and_names_every_origin(tmp_path, file):
+    config, origins = load_config(str(file), ["data.path=some/folder", "optimizer.lr=1e-3"])
+    write_config(config, origins, tmp_path / "config.yaml")
+    assert read_run_config(tmp_path) == config
+    assert "  lr: 0.001  # override" in format_config(config, origins)
+    assert "  beta2: 0.99  # file a.yaml" in format_config(config, origins)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        ("optimzer.lr=1", "unknown key 'optimzer'; did you mean 'optimizer'?"),
+        ("optimizer.guard.sgma=2", "unknown key 'optimizer.guard.sgma'; did you mean 'sigma'?"),
+        ("data.sources=[{path: a, wight: 2}]", "unknown key 'data.sources.0.wight'; did you mean 'weight'?"),
+        ("optimizer.lr=-1", "optimizer.lr is -1; it must be 'auto' or a number above 0 and at most 10"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast'; it must be 'auto' or a number above 0 and at most 10"),
+        ("optimizer.beta1=1.5", "optimizer.beta1 is 1.5; it must be a number at least 0 and below 1"),
+        ("run.seed=-2", "run.seed is -2; it must be a whole number at least 0 and below 2147483648"),
+        ("schedule.name=cosin", "it must be 'linear', 'cosine' or 'wsd'; did you mean 'cosine'?"),
+        ("budget.tokens=1.5", "budget.tokens is 1.5; it must be a whole number at least 1"),
+        ("budget.batch_tokens=0", "budget.batch_tokens is 0; it must be 'auto' or a whole number at least 1"),
+        ("model.num_heads=0", "model.num_heads is 0; it must be a whole number at least 1"),
+        (
+            "model.hidden_size=66",
+            "hidden_size 66 is not divisible by num_heads 4; the nearest width that is: 64",
+        ),
+        ("model.num_kv_heads=3", "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ("model.head_dim=3", "head_dim 3 is odd"),
+        ("optimizer=3", "optimizer is 3; it must be a section with keys of its own"),
+        ("parallel.backend=ddp", "parallel.backend is 'ddp'; it must be 'fsdp'"),
+        ("model.num_layers=null", "model.num_layers is None; it must be a whole number at least 1"),
+        ("nonsense", "'nonsense' is not an override; write section.key=value"),
+        ("run.seed.deep=1", "run.seed is {'deep': 1}; it must be a whole number"),
+    ],
+)
+def test_one_sentence_for_a_mistake(file, override, sentence):
+    with pytest.raises(UserError) as error:
+        load_config(str(file), [override])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_contradictions_missing_sections_and_files(tmp_path, file):
+    with pytest.raises(UserError, match="either budget.tokens or budget.steps"):
+        load_config(str(file), ["budget.tokens=10", "budget.steps=10"])
+    with pytest.raises(UserError, match=r"either data.path or data.sources"):
+        load_config(str(file), ["data.path=a", "data.sources=[{path: b}]"])
+    (tmp_path / "empty.yaml").write_text("data: {seq_len: 8}\n")
+    with pytest.raises(UserError, match="'model' is missing"):
+        load_config(str(tmp_path / "empty.yaml"))
+    (tmp_path / "broken.yaml").write_text("model: [\n")
+    with pytest.raises(UserError, match=r"broken\.yaml:2 is not valid YAML"):
+        load_config(str(tmp_path / "broken.yaml"))
+    with pytest.raises(UserError, match="did you mean 'quickstart'"):
+        load_config("quikstart")
+
+
+def test_resume_keeps_what_was_planned_and_refuses_other_changes(file):
+    saved, _ = load_config(str(file), ["optimizer.lr=1e-3", "budget.tokens=1e6", "parallel.micro_batch=4"])
+    again, origins = load_config(str(file), ["parallel.micro_batch=2", "budget.tokens=1e6"])
+    merged, where = merge_for_resume(saved, again, origins)
+    assert merged.optimizer.lr == 1e-3  # auto in the new command: not planned again
+    assert merged.parallel.micro_batch == 2
+    assert where["optimizer.lr"] == "saved run"
+    other, origins = load_config(str(file), ["model.num_layers=3"])
+    with pytest.raises(UserError, match=r"model\.num_layers was 2 in runs/a and is now 3"):
+        merge_for_resume(saved, other, origins)
+
+
+PARAMETERS = {
+    "dense-125m": 123_587_328,
+    "dense-350m": 355_124_224,
+    "dense-1b": 1_317_373_952,
+    "dense-8b": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("path", sorted(shipped_configs().glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_have_their_exact_size_on_the_meta_device(path):
+    import torch
+
+    from stepline.models.transformer import Transformer
+
+    config, _ = load_config(str(path))
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    total = sum(p.numel() for p in model.parameters())
+    assert total == parameter_counts(config.model).total
+    if path.stem in PARAMETERS:
+        assert total == PARAMETERS[path.stem]
+
+
+def test_every_key_has_help():
+    """Attribute docstrings become help; none is missing."""
+    stack = [Config]
+    while stack:
+        section = stack.pop()
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                stack.append(field.annotation)
+            else:
+                assert field.description, f"{section.__name__}.{name}"

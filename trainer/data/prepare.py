@@ -1,0 +1,245 @@
+"""From text to a data folder: find, split, tokenise in parallel, join into shards. Resumable and atomic."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from stepline.trainer.data.parts import SPLITS, ShardWriter, token_dtype, write_json
+from stepline.trainer.data.pool import WorkerLost, run_pool
+from stepline.trainer.data.sources import ReadOptions
+from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from stepline.trainer.data.units import InputFile, Plan, discover, plan_units, sample_texts
+from stepline.trainer.errors import UserError
+
+FORMAT = 1
+COMMIT_SECONDS = 2.0
+
+
+def prepare(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int = 32_000,
+    workers: int | None = None,
+    exclude: Sequence[str] = (),
+    text_key: str = "text",
+    val_share: float = 0.01,
+    tune_share: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    """Tokenise text files, folders, JSON lines and Parquet into the data folder `output`; returns its meta.
+
+    Without `tokenizer` (a sentencepiece model, a tokenizer.json or a folder with one) a sentencepiece model
+    of `vocab_size` pieces is trained on the training split. `val_share` and `tune_share` are the shares of
+    documents (or of each file's tail, when there are only a few text files) held out as the splits `val` and
+    `tune`. `exclude` holds glob patterns for paths. The result does not depend on `workers` (default: the
+    CPUs of this process). Everything is built in `output.partial`; after a kill the same call goes on there.
+
+    Raises UserError for whatever the user can mend: missing or damaged input, a tokenizer that is none,
+    a full disk, an `output` that exists.
+    """
+    output = Path(output)
+    partial = output.with_name(output.name + ".partial")
+    if output.exists():
+        raise UserError(f"{output} exists already; remove it or choose another --output")
+    for name, share in (("val_share", val_share), ("tune_share", tune_share)):
+        if not 0 <= share < 1 or val_share + tune_share >= 1:
+            raise UserError(
+                f"{name} {share} is out of range; the held-out shares are 0 or more, below 1 together"
+            )
+    given = load_tokenizer(tokenizer) if tokenizer is not None else None
+    options = ReadOptions(
+        text_key, val_share, tune_share, seed, whole=given is not None and not given.joinable
+    )
+    workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    if workers < 1:
+        raise UserError(f"--workers {workers} is out of range; give 1 or more")
+    try:
+        files, skipped = discover(inputs, exclude, (output.resolve(), partial.resolve()))
+        if not any(file.size for file in files):
+            raise UserError(f"{_names(inputs)} has no text (no documents); give files with text")
+        if progress and skipped["binary"]:
+            print(f"prepare: left out {skipped['binary']} binary files found in folders", file=sys.stderr)
+        request = _request(files, options, given.sha256 if given else vocab_size)
+        partial.mkdir(parents=True, exist_ok=True)
+        with _lock(partial):
+            _start_or_resume(partial, request)
+            plan = plan_units(files, options)
+            used = _tokenizer(partial, given, plan, options, vocab_size)
+            writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size))
+            _encode(plan, writer, workers, partial, options, progress)
+            meta = _meta(writer, used, plan, options, inputs, dict(skipped))
+            _check(meta, inputs, options)
+            shutil.rmtree(partial / "parts")
+            for name in ("joined.json", "request.json"):
+                (partial / name).unlink()
+            write_json(partial / "meta.json", meta)
+            (partial / "lock").unlink()
+        os.replace(partial, output)
+    except WorkerLost:
+        raise UserError(
+            f"a worker that wrote to {partial} was killed (out of memory?); "
+            "run the same command again, with fewer --workers, to go on"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{partial}: the disk is full; free some space and run the same command again to go on"
+            ) from error
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}; mend that and run the command again") from error
+    return meta
+
+
+def _names(inputs: Sequence[Path]) -> str:
+    return ", ".join(map(str, inputs)) or "the input"
+
+
+def _request(files: Sequence[InputFile], options: ReadOptions, tokenizer: str | int) -> str:
+    """Hash of everything that a half-done folder must agree on to be gone on with."""
+    value = [FORMAT, [asdict(file) for file in files], asdict(options), tokenizer]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@contextmanager
+def _lock(partial: Path) -> Iterator[None]:
+    """Keep a second `prepare` out of the same folder."""
+    import fcntl
+
+    with open(partial / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another `stepline prepare` is writing {partial}; wait for it") from error
+        yield
+
+
+def _start_or_resume(partial: Path, request: str) -> None:
+    """Keep what a killed run of the same request left; clear anything else."""
+    marker = partial / "request.json"
+    if not (marker.exists() and json.loads(marker.read_text()) == request):
+        for path in partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+        write_json(marker, request)
+    parts = partial / "parts"
+    parts.mkdir(exist_ok=True)
+    for path in parts.glob("*.*.*.*"):  # INDEX.PID.SPLIT.KIND: a part that was being written
+        path.unlink()
+
+
+def _tokenizer(
+    partial: Path, given: Tokenizer | None, plan: Plan, options: ReadOptions, vocab_size: int
+) -> Tokenizer:
+    """The tokenizer to use, saved in `partial`: the given one, a killed run's, or a newly trained one."""
+    saved = partial / "tokenizer.json"  # written last: names the tokenizer's file
+    if saved.exists():
+        return load_tokenizer(partial / json.loads(saved.read_text()))
+    used = given or train_tokenizer(sample_texts(plan, options), vocab_size)
+    write_json(saved, used.save(partial))
+    return used
+
+
+def _encode(
+    plan: Plan, writer: ShardWriter, workers: int, partial: Path, options: ReadOptions, progress: bool
+) -> None:
+    """Encode the units that are not done, appending finished ones to the shards in order."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    parts = writer.parts
+    todo = [
+        (index, unit)
+        for index, unit in enumerate(plan.units)
+        if index >= writer.next_unit and not (parts / f"{index:08d}.json").exists()
+    ]
+    tokenizer_path = partial / json.loads((partial / "tokenizer.json").read_text())
+    columns = (
+        TextColumn("tokenize"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        missing = sum(plan.weights[index] for index, _ in todo)
+        total = sum(plan.weights)
+        task = bar.add_task("tokenize", total=total, completed=total - missing)
+        committed = time.monotonic()
+        for index in run_pool(todo, min(workers, max(1, len(todo))), tokenizer_path, options, parts):
+            bar.advance(task, plan.weights[index])
+            while writer.ready():
+                writer.append()
+            if time.monotonic() - committed > COMMIT_SECONDS:
+                writer.commit()
+                committed = time.monotonic()
+        while writer.ready():
+            writer.append()
+        writer.commit()
+
+
+def _meta(
+    writer: ShardWriter,
+    used: Tokenizer,
+    plan: Plan,
+    options: ReadOptions,
+    inputs: Sequence[Path],
+    skipped: dict[str, int],
+) -> dict:
+    """The content of meta.json."""
+    rule = {**asdict(options), "rule": plan.rule}
+    content = {split: progress.content for split, progress in writer.splits.items()}
+    identity = [FORMAT, content, used.sha256, used.vocab_size, used.eod_id, str(writer.dtype), rule]
+    splits = {}
+    for split in SPLITS:
+        splits[split] = asdict(writer.splits[split])
+        del splits[split]["content"]
+    return {
+        "format": FORMAT,
+        "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        "tokenizer": {
+            "kind": used.kind,
+            "file": json.loads((writer.folder / "tokenizer.json").read_text()),
+            "sha256": used.sha256,
+        },
+        "vocab_size": used.vocab_size,
+        "eod_id": used.eod_id,
+        "dtype": writer.dtype.name,
+        "splits": splits,
+        "held_out": rule,
+        "skipped": skipped,
+        "inputs": [str(path) for path in inputs],
+    }
+
+
+def _check(meta: dict, inputs: Sequence[Path], options: ReadOptions) -> None:
+    """Refuse a result without training text, or without a split that was asked for."""
+    splits = meta["splits"]
+    if not any(split["tokens"] for split in splits.values()):
+        raise UserError(f"{_names(inputs)} has no text (no documents); give files with text")
+    for split, share in (("train", 1.0), ("val", options.val_share), ("tune", options.tune_share)):
+        if share > 0 and not splits[split]["tokens"]:
+            raise UserError(
+                f"no document of {_names(inputs)} fell into the split '{split}'; "
+                f"give more documents or a larger share (val_share {options.val_share})"
+            )
