@@ -21,6 +21,7 @@ from stepline.trainer.errors import UserError
 
 FORMAT = 1
 COMMIT_SECONDS = 2.0
+TOKENIZER_NAME = "tokenizer-name.json"  # while building: names the file or sub-folder of the tokenizer
 
 
 def prepare(
@@ -81,7 +82,7 @@ def prepare(
             meta = _meta(writer, used, plan, options, inputs, dict(skipped))
             _check(meta, inputs, options)
             shutil.rmtree(partial / "parts")
-            for name in ("joined.json", "request.json"):
+            for name in ("joined.json", TOKENIZER_NAME, "request.json"):
                 (partial / name).unlink()
             write_json(partial / "meta.json", meta)
             (partial / "lock").unlink()
@@ -145,7 +146,7 @@ def _tokenizer(
     partial: Path, given: Tokenizer | None, plan: Plan, options: ReadOptions, vocab_size: int
 ) -> Tokenizer:
     """The tokenizer to use, saved in `partial`: the given one, a killed run's, or a newly trained one."""
-    saved = partial / "tokenizer.json"  # written last: names the tokenizer's file
+    saved = partial / TOKENIZER_NAME  # written last
     if saved.exists():
         return load_tokenizer(partial / json.loads(saved.read_text()))
     used = given or train_tokenizer(sample_texts(plan, options), vocab_size)
@@ -173,7 +174,7 @@ def _encode(
         for index, unit in enumerate(plan.units)
         if index >= writer.next_unit and not (parts / f"{index:08d}.json").exists()
     ]
-    tokenizer_path = partial / json.loads((partial / "tokenizer.json").read_text())
+    tokenizer_path = partial / json.loads((partial / TOKENIZER_NAME).read_text())
     columns = (
         TextColumn("tokenize"),
         BarColumn(),
@@ -219,7 +220,7 @@ def _meta(
         "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "tokenizer": {
             "kind": used.kind,
-            "file": json.loads((writer.folder / "tokenizer.json").read_text()),
+            "file": json.loads((writer.folder / TOKENIZER_NAME).read_text()),
             "sha256": used.sha256,
         },
         "vocab_size": used.vocab_size,

@@ -1,0 +1,142 @@
+"""A prepared data folder: its meta.json and its memory-mapped splits."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stepline.trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class SplitMeta:
+    """Counts of one split, over all its shards."""
+
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+    bytes: int
+    """UTF-8 bytes of the documents' text."""
+    shards: tuple[dict, ...]
+    """{file, tokens, documents, crc32}"""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The content of meta.json."""
+
+    path: Path
+    fingerprint: str
+    """Hash of the tokens, the tokenizer and the parameters."""
+    vocab_size: int
+    eod_id: int
+    dtype: str
+    tokenizer_path: Path
+    tokenizer_sha256: str
+    splits: dict[str, SplitMeta]
+
+
+def load_meta(path: Path | str) -> Meta:
+    """Read a data folder's meta.json and check that its shards have the sizes it says.
+
+    Raises UserError when the folder is no prepared data folder or a shard is missing or cut off.
+    """
+    path = Path(path)
+    file = path / "meta.json"
+    if not file.is_file():
+        raise UserError(f"{path} is no prepared data folder (no meta.json); run `stepline prepare`")
+    try:
+        raw = json.loads(file.read_text())
+        meta = Meta(
+            path=path,
+            fingerprint=raw["fingerprint"],
+            vocab_size=raw["vocab_size"],
+            eod_id=raw["eod_id"],
+            dtype=raw["dtype"],
+            tokenizer_path=path / raw["tokenizer"]["file"],
+            tokenizer_sha256=raw["tokenizer"]["sha256"],
+            splits={
+                name: SplitMeta(s["documents"], s["tokens"], s["bytes"], tuple(s["shards"]))
+                for name, s in raw["splits"].items()
+            },
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); run `stepline prepare` again") from error
+    itemsize = np.dtype(meta.dtype).itemsize
+    for split in meta.splits.values():
+        for shard in split.shards:
+            for name, size in (
+                (shard["file"], shard["tokens"] * itemsize),
+                (shard["file"].removesuffix(".bin") + ".idx", shard["documents"] * 8),
+            ):
+                actual = (path / name).stat().st_size if (path / name).is_file() else -1
+                if actual != size:
+                    state = "is missing" if actual < 0 else f"has {actual} bytes instead of {size}"
+                    raise UserError(f"{path / name} {state}; copy it again or run `stepline prepare` again")
+    return meta
+
+
+class TokenSplit:
+    """One split of a data folder, memory-mapped; its shards in order form one sequence of tokens."""
+
+    def __init__(self, path: Path | str, split: str = "train") -> None:
+        """Open `split` of the data folder `path`; UserError when it is missing."""
+        self.meta = load_meta(path)
+        self.path, self.split = Path(path), split
+        if split not in self.meta.splits:
+            raise UserError(f"{path} has no split '{split}' (it has {', '.join(self.meta.splits)})")
+        counts = self.meta.splits[split]
+        self.num_tokens, self.num_documents, self.num_bytes = counts.tokens, counts.documents, counts.bytes
+        self.vocab_size, self.eod_id = self.meta.vocab_size, self.meta.eod_id
+        self._dtype = np.dtype(self.meta.dtype).newbyteorder("<")
+        files = [self.path / shard["file"] for shard in counts.shards]
+        self._shards = [np.memmap(file, self._dtype, "r") for file in files]
+        self._lengths = np.array([len(shard) for shard in self._shards], np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
+
+    def document_ends(self) -> np.ndarray:
+        """One past the last token (its end-of-document token) of each document, uint64 [documents]."""
+        files = [self.path / shard["file"] for shard in self.meta.splits[self.split].shards]
+        ends = [
+            np.fromfile(file.with_suffix(".idx"), "<u8") + np.uint64(start)
+            for file, start in zip(files, self._starts)
+        ]
+        return np.concatenate(ends) if ends else np.zeros(0, np.uint64)
+
+    def windows_per_shard(self, seq_len: int) -> np.ndarray:
+        """How many windows of seq_len + 1 tokens, seq_len apart, each shard holds: int64 [shards]."""
+        return np.maximum(self._lengths - 1, 0) // seq_len
+
+    def num_windows(self, seq_len: int) -> int:
+        """Windows of the split; a shard's last (len - 1) % seq_len tokens are in none."""
+        return int(self.windows_per_shard(seq_len).sum())
+
+    def gather(self, window_indices: np.ndarray, seq_len: int) -> np.ndarray:
+        """Tokens [n, seq_len + 1] of windows [n]: window i of a shard covers its tokens [i*S, i*S + S]."""
+        indices = np.asarray(window_indices, np.int64)
+        ends = np.cumsum(self.windows_per_shard(seq_len))
+        shard_of = np.searchsorted(ends, indices, side="right")
+        out = np.empty((len(indices), seq_len + 1), self._dtype)
+        for shard in np.unique(shard_of):
+            rows = np.flatnonzero(shard_of == shard)
+            local = indices[rows] - (ends[shard - 1] if shard else 0)
+            tokens = self._shards[shard]
+            windows = np.lib.stride_tricks.as_strided(
+                tokens,
+                ((len(tokens) - 1) // seq_len, seq_len + 1),
+                (seq_len * tokens.itemsize, tokens.itemsize),
+                writeable=False,
+            )
+            out[rows] = windows[local]
+        return out
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of the whole split, across shards; shorter at the end."""
+        stop = min(start + length, self.num_tokens)
+        pieces = [
+            shard[max(start - begin, 0) : stop - begin]
+            for shard, begin in zip(self._shards, self._starts)
+            if begin < stop and begin + len(shard) > start
+        ]
+        return np.concatenate(pieces) if pieces else np.zeros(0, self._dtype)

@@ -1,0 +1,272 @@
+"""Batches for training and validation: shuffled, resumable at any world size, prefetched."""
+
+import math
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepline.trainer.data.dataset import TokenSplit
+from stepline.trainer.data.order import OrderBlock, SampleOrder
+from stepline.trainer.errors import UserError
+
+IGNORE = -100  # target without loss, as in torch.nn.functional.cross_entropy
+ORDER_BLOCK = 8192  # samples whose order is computed at once
+
+
+@dataclass
+class Batch:
+    """One rank's share of a global batch."""
+
+    inputs: Tensor
+    """[accum, micro_batch, seq] int64"""
+    targets: Tensor
+    """[accum, micro_batch, seq] int64, -100 where there is no loss"""
+    doc_ids: Tensor | None
+    """[accum, micro_batch, seq] int32: documents that ended before the position, within the window"""
+    state: dict
+    """The loader's state after this batch."""
+
+
+def to_batch(
+    tokens: np.ndarray, shape: tuple[int, int], eod_id: int, confine_attention: bool, state: dict
+) -> Batch:
+    """Batch of [accum, micro_batch] windows from tokens [n, seq + 1]; missing rows have no targets."""
+    accum, micro_batch = shape
+    rows, seq_len = accum * micro_batch, tokens.shape[1] - 1
+    inputs = torch.zeros(rows, seq_len, dtype=torch.int64)
+    targets = (
+        torch.full((rows, seq_len), IGNORE, dtype=torch.int64)
+        if len(tokens) < rows
+        else torch.empty(rows, seq_len, dtype=torch.int64)
+    )
+    inputs[: len(tokens)].numpy()[...] = tokens[:, :-1]
+    targets[: len(tokens)].numpy()[...] = tokens[:, 1:]
+    doc_ids = None
+    if confine_attention:
+        ended = (inputs == eod_id).to(torch.int32)
+        doc_ids = (ended.cumsum(1, dtype=torch.int32) - ended).view(accum, micro_batch, seq_len)
+    shape3 = (accum, micro_batch, seq_len)
+    return Batch(inputs.view(shape3), targets.view(shape3), doc_ids, state)
+
+
+class TrainLoader:
+    """Endless shuffled batches of one rank, over one data folder or a weighted mixture of several.
+
+    The global order of samples depends on the seed alone; step t takes samples [t * G, (t + 1) * G) and rank
+    r a contiguous share of them, so the state (a sample index and a count for each source) fits any world
+    size. Each window of a source comes once per epoch. When G does not divide into world_size * micro_batch,
+    the last micro-batches are filled with rows whose targets are all -100. A thread prepares batches ahead;
+    `state_dict` counts consumed ones only. Iterate in one thread, and `close` at the end.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Path | str, float]],
+        *,
+        seq_len: int,
+        batch_windows: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        confine_attention: bool = False,
+        prefetch: int = 2,
+        split: str = "train",
+    ) -> None:
+        """`sources`: (data folder, mixture weight). Raises UserError when a folder is none or too small."""
+        self.splits = [TokenSplit(path, split) for path, _ in sources]
+        if not sources:
+            raise UserError("data.sources is empty; name at least one data folder")
+        for (path, weight), tokens in zip(sources, self.splits):
+            if not weight > 0:
+                raise UserError(f"{path} has mixture weight {weight}; give a weight above 0 or leave it out")
+            if not tokens.num_windows(seq_len):
+                raise UserError(
+                    f"{path} has {tokens.num_tokens} tokens in '{split}', fewer than seq_len {seq_len} + 1; "
+                    "prepare more text or lower the sequence length"
+                )
+            if tokens.eod_id != self.splits[0].eod_id or tokens.meta.tokenizer_sha256 != (
+                self.splits[0].meta.tokenizer_sha256
+            ):
+                raise UserError(
+                    f"{path} and {sources[0][0]} have different tokenizers; prepare both with the same one"
+                )
+        self.seq_len, self.batch_windows, self.micro_batch = seq_len, batch_windows, micro_batch
+        self.seed, self.confine_attention, self.prefetch = seed, confine_attention, prefetch
+        self.accum = math.ceil(batch_windows / (world_size * micro_batch))
+        self.num_windows = [tokens.num_windows(seq_len) for tokens in self.splits]
+        # this rank's part of every global batch
+        self._low, self._high = (r * batch_windows // world_size for r in (rank, rank + 1))
+        self._order = SampleOrder(self.num_windows, [weight for _, weight in sources], seed)
+        self._identity = {
+            "seed": seed,
+            "seq_len": seq_len,
+            "sources": [[t.meta.fingerprint, float(w)] for t, (_, w) in zip(self.splits, sources)],
+        }
+        self._sample, self._counts = 0, [0] * len(sources)
+        self._thread: threading.Thread | None = None
+        self._queue: queue.Queue = queue.Queue(max(1, prefetch))
+        self._stop = threading.Event()
+        self._producer: Iterator[Batch] | None = None
+
+    def _state(self, sample: int, counts: Sequence[int]) -> dict:
+        return {**self._identity, "sample": int(sample), "counts": [int(c) for c in counts]}
+
+    def state_dict(self) -> dict:
+        """State after the batches consumed so far: plain numbers and strings, the same on all ranks."""
+        return self._state(self._sample, self._counts)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after `state`, at any world size. UserError when it belongs to other data or settings."""
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise UserError(
+                    f"the data's {key} changed since the checkpoint ({state.get(key)} then, {mine} now); "
+                    "use the same, or start a new run"
+                )
+        self._join()
+        self._sample, self._counts = state["sample"], list(state["counts"])
+
+    @property
+    def epochs(self) -> list[float]:
+        """Epochs consumed of each source."""
+        return [count / n for count, n in zip(self._counts, self.num_windows)]
+
+    def _produce(self, sample: int, counts: Sequence[int]) -> Iterator[Batch]:
+        size = self.batch_windows
+        length = math.ceil(ORDER_BLOCK / size) * size
+        block = OrderBlock(self._order, sample, np.asarray(counts, np.int64), length)
+        while True:
+            if sample == block.stop:
+                block = OrderBlock(self._order, sample, block.counts[-1], length)
+            begin = sample - block.first
+            mine = slice(begin + self._low, begin + self._high)
+            tokens = self._gather(block.source[mine], block.window[mine])
+            sample += size
+            state = self._state(sample, block.counts[begin + size])
+            shape = (self.accum, self.micro_batch)
+            yield to_batch(tokens, shape, self.splits[0].eod_id, self.confine_attention, state)
+
+    def _gather(self, sources: np.ndarray, windows: np.ndarray) -> np.ndarray:
+        if len(self.splits) == 1:
+            return self.splits[0].gather(windows, self.seq_len)
+        out = np.empty((len(windows), self.seq_len + 1), np.int64)
+        for source, split in enumerate(self.splits):
+            rows = np.flatnonzero(sources == source)
+            out[rows] = split.gather(windows[rows], self.seq_len)
+        return out
+
+    def _fill(self, batches: Iterator[Batch]) -> None:
+        """The thread's work: batches, or the exception that ended them, into the queue."""
+        item: Batch | Exception
+        while not self._stop.is_set():
+            try:
+                item = next(batches)
+            except Exception as error:  # handed to the consumer, who raises it
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.05)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._producer is None:
+            self._producer = self._produce(self._sample, self._counts)
+            if self.prefetch > 0:
+                self._thread = threading.Thread(target=self._fill, args=(self._producer,), daemon=True)
+                self._thread.start()
+        item = self._queue.get() if self._thread is not None else next(self._producer)
+        if isinstance(item, Exception):
+            self._join()
+            raise item
+        self._sample, self._counts = item.state["sample"], item.state["counts"]
+        return item
+
+    def _join(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = self._producer = None
+        self._queue = queue.Queue(max(1, self.prefetch))
+        self._stop = threading.Event()
+
+    def close(self) -> None:
+        """Stop the prefetching thread."""
+        self._join()
+
+
+class ValidationLoader:
+    """One pass over a split in order: every token but the first is a target exactly once.
+
+    Each rank takes a contiguous share of the windows and yields the same number of micro-batches
+    ([1, micro_batch, seq]), the last ones with all targets -100, so that ranks stay in step. `max_windows`
+    picks that many evenly spaced windows.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        split: str = "val",
+        *,
+        seq_len: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_windows: int | None = None,
+        confine_attention: bool = False,
+    ) -> None:
+        """Open the split; UserError when it holds fewer than two tokens."""
+        self.tokens = TokenSplit(path, split)
+        num_targets = self.tokens.num_tokens - 1
+        if num_targets < 1:
+            raise UserError(
+                f"{path} has no tokens in '{split}' to evaluate; prepare it with a held-out share"
+            )
+        self.seq_len, self.micro_batch, self.confine_attention = seq_len, micro_batch, confine_attention
+        total = math.ceil(num_targets / seq_len)
+        chosen = total if max_windows is None else min(max_windows, total)
+        self._windows = np.arange(chosen, dtype=np.int64) * total // chosen
+        covered = np.minimum(num_targets - self._windows * seq_len, seq_len).sum()
+        self.num_targets = int(covered)
+        """Targets of the pass, over all ranks."""
+        self.num_bytes = (
+            self.tokens.num_bytes
+            if chosen == total
+            else (self.tokens.num_bytes * self.num_targets / num_targets)
+        )
+        """UTF-8 bytes of the text covered, over all ranks: exact for a full pass, else in proportion."""
+        low, high = (r * chosen // world_size for r in (rank, rank + 1))
+        self._mine = self._windows[low:high]
+        self._len = math.ceil(math.ceil(chosen / world_size) / micro_batch)
+
+    def __len__(self) -> int:
+        """Micro-batches, the same on every rank."""
+        return self._len
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = self.seq_len
+        for i in range(self._len):
+            rows = self._mine[i * self.micro_batch : (i + 1) * self.micro_batch]
+            tokens = np.zeros((len(rows), size + 1), np.int64)
+            short = []
+            for row, window in enumerate(rows):
+                part = self.tokens.read(int(window) * size, size + 1)
+                tokens[row, : len(part)] = part
+                short.append(len(part))
+            batch = to_batch(tokens, (1, self.micro_batch), self.tokens.eod_id, self.confine_attention, {})
+            for row, length in enumerate(short):
+                batch.targets[0, row, length - 1 :] = IGNORE
+            yield batch
