@@ -85,19 +85,25 @@ class Pool:
         workers = self._workers[:world_size]
         port, path = _free_port(), inspect.getfile(fn)
         packed = pickle.dumps(args)
-        for rank, worker in enumerate(workers):
-            env = {
-                "RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_RANK": rank,
-                "LOCAL_WORLD_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            env = {key: str(value) for key, value in env.items()}
-            job = (path, fn.__module__, fn.__qualname__, packed, env, init, timeout)
-            worker.pipe.send_bytes(pickle.dumps(job))
-        return self._collect(workers, timeout)
+        try:
+            for rank, worker in enumerate(workers):
+                env = {
+                    "RANK": rank,
+                    "WORLD_SIZE": world_size,
+                    "LOCAL_RANK": rank,
+                    "LOCAL_WORLD_SIZE": world_size,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+                env = {key: str(value) for key, value in env.items()}
+                job = (path, fn.__module__, fn.__qualname__, packed, env, init, timeout)
+                worker.pipe.send_bytes(pickle.dumps(job))
+            return self._collect(workers, timeout)
+        except JobError:
+            raise
+        except BaseException:  # interrupted, or a worker died between jobs: no answer may reach the next job
+            self.close()
+            raise
 
     def _collect(self, workers: list[_Worker], timeout: float) -> list:
         waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
@@ -164,6 +170,7 @@ def _load(path: str, module_name: str, qualname: str):
 def _run_job(path, module_name, qualname, packed, env, init, timeout):
     import torch.distributed as dist
 
+    environment, folder = dict(os.environ), os.getcwd()
     os.environ.update(env)
     try:
         fn = _load(path, module_name, qualname)
@@ -175,8 +182,21 @@ def _run_job(path, module_name, qualname, packed, env, init, timeout):
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_meshes()
-        for key in env:
-            os.environ.pop(key, None)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        _default_settings()
+
+
+def _default_settings() -> None:
+    """What a job may have set for its process."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
 
 
 def _forget_meshes() -> None:
@@ -196,9 +216,7 @@ def _exit_with(parent: int) -> None:
 
 def _serve(pipe: Connection) -> None:
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
-    import torch
-
-    torch.set_num_threads(1)
+    _default_settings()
     while True:
         try:
             job = pickle.loads(pipe.recv_bytes())

@@ -58,6 +58,21 @@ def test_meshes_of_successive_jobs_do_not_mix(pool):
     assert pool.run(2, _mesh_sum, (2,), ("s",)) == [24, 24]
 
 
+def _changes_settings():
+    os.environ["LEFT_BEHIND"] = "1"
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+
+
+def _settings():
+    return "LEFT_BEHIND" in os.environ, os.getcwd(), torch.get_default_dtype()
+
+
+def test_a_job_leaves_nothing_to_the_next(pool):
+    pool.run(1, _changes_settings)
+    assert pool.run(1, _settings) == [(False, os.getcwd(), torch.float32)]
+
+
 def test_failures_name_the_rank(pool):
     with pytest.raises(AssertionError, match=r"rank 1 of 2: (.|\n)*ZeroDivisionError: on purpose"):
         pool.run(2, _fails_on, 1, timeout=20)

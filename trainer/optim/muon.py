@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-BUCKET_ELEMENTS = 1 << 28  # elements a rank exchanges at once: bounds the memory beside the parameters
+BUCKET_ELEMENTS = 1 << 27  # elements a rank exchanges at once: bounds the memory beside the parameters
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -187,14 +188,18 @@ def test_refusals():
         build_optimizer(dict(model.named_parameters()))
 
 
-def sharded_job(mesh_shape, name, dtype, skips):
+def sharded(mesh_shape, name, dtype):
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     model = Toy(dtype=dtype)
     for layer in model.layers:
         fully_shard(layer["w"], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = build_optimizer(dict(model.named_parameters()), name=name)
+    return model, build_optimizer(dict(model.named_parameters()), name=name)
+
+
+def sharded_job(mesh_shape, name, dtype, skips):
+    model, optimizer = sharded(mesh_shape, name, dtype)
     local = [
         k for k, t in optimizer.state().items() if not k.endswith(".step") and not isinstance(t, DTensor)
     ]
@@ -217,3 +222,28 @@ def test_any_sharding_equals_one_process(pool, name):
                     torch.testing.assert_close(
                         got[key], tensor, rtol=0, atol=tolerance, msg=f"{mesh_shape} {key}"
                     )
+
+
+def save_job(folder, name):
+    model, optimizer = sharded((2,), name, torch.float32)
+    train(model, optimizer)
+    dcp.save(dict(model.named_parameters()) | optimizer.state(), checkpoint_id=folder)
+
+
+def load_job(folder, name, mesh_shape):
+    model, optimizer = sharded(mesh_shape, name, torch.float32)
+    dcp.load(dict(model.named_parameters()) | optimizer.state(), checkpoint_id=folder)
+    return train(model, optimizer, first=3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_of_two_ranks_continues_on_any_number(pool, name, tmp_path):
+    model = Toy()
+    optimizer = build_optimizer(dict(model.named_parameters()), name=name)
+    train(model, optimizer)
+    expected = train(model, optimizer, first=3)
+    pool.run(2, save_job, str(tmp_path), name)
+    for mesh_shape in ((1,), (4,), (2, 2)):
+        for got in pool.run(int(np.prod(mesh_shape)), load_job, str(tmp_path), name, mesh_shape):
+            for key, tensor in expected.items():
+                torch.testing.assert_close(got[key], tensor, rtol=0, atol=1e-6, msg=f"{mesh_shape} {key}")
