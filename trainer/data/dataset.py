@@ -92,6 +92,7 @@ class TokenSplit:
         self._dtype = np.dtype(self.meta.dtype).newbyteorder("<")
         files = [self.path / shard["file"] for shard in counts.shards]
         self._shards = [np.memmap(file, self._dtype, "r") for file in files]
+        self._windows: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
         self._lengths = np.array([len(shard) for shard in self._shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
 
@@ -114,22 +115,32 @@ class TokenSplit:
 
     def gather(self, window_indices: np.ndarray, seq_len: int) -> np.ndarray:
         """Tokens [n, seq_len + 1] of windows [n]: window i of a shard covers its tokens [i*S, i*S + S]."""
+        if seq_len not in self._windows:
+            self._windows[seq_len] = self._window_views(seq_len)
+        ends, views = self._windows[seq_len]
+        if len(views) == 1:
+            return views[0][window_indices]
         indices = np.asarray(window_indices, np.int64)
-        ends = np.cumsum(self.windows_per_shard(seq_len))
         shard_of = np.searchsorted(ends, indices, side="right")
         out = np.empty((len(indices), seq_len + 1), self._dtype)
         for shard in np.unique(shard_of):
             rows = np.flatnonzero(shard_of == shard)
-            local = indices[rows] - (ends[shard - 1] if shard else 0)
-            tokens = self._shards[shard]
-            windows = np.lib.stride_tricks.as_strided(
-                tokens,
-                ((len(tokens) - 1) // seq_len, seq_len + 1),
-                (seq_len * tokens.itemsize, tokens.itemsize),
+            out[rows] = views[shard][indices[rows] - (ends[shard - 1] if shard else 0)]
+        return out
+
+    def _window_views(self, seq_len: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Cumulative windows per shard, and each shard as overlapping windows [n, seq_len + 1]."""
+        counts = self.windows_per_shard(seq_len)
+        views = [
+            np.lib.stride_tricks.as_strided(
+                np.asarray(shard),
+                (count, seq_len + 1),
+                (seq_len * shard.itemsize, shard.itemsize),
                 writeable=False,
             )
-            out[rows] = windows[local]
-        return out
+            for shard, count in zip(self._shards, counts)
+        ]
+        return np.cumsum(counts), views
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the whole split, across shards; shorter at the end."""

@@ -37,22 +37,16 @@ def to_batch(
     tokens: np.ndarray, shape: tuple[int, int], eod_id: int, confine_attention: bool, state: dict
 ) -> Batch:
     """Batch of [accum, micro_batch] windows from tokens [n, seq + 1]; missing rows have no targets."""
-    accum, micro_batch = shape
-    rows, seq_len = accum * micro_batch, tokens.shape[1] - 1
-    inputs = torch.zeros(rows, seq_len, dtype=torch.int64)
-    targets = (
-        torch.full((rows, seq_len), IGNORE, dtype=torch.int64)
-        if len(tokens) < rows
-        else torch.empty(rows, seq_len, dtype=torch.int64)
-    )
-    inputs[: len(tokens)].numpy()[...] = tokens[:, :-1]
-    targets[: len(tokens)].numpy()[...] = tokens[:, 1:]
+    rows, filled, seq_len = shape[0] * shape[1], len(tokens), tokens.shape[1] - 1
+    inputs, targets = np.empty((2, rows, seq_len), np.int64)
+    inputs[:filled], targets[:filled] = tokens[:, :-1], tokens[:, 1:]
+    inputs[filled:], targets[filled:] = 0, IGNORE
     doc_ids = None
     if confine_attention:
-        ended = (inputs == eod_id).to(torch.int32)
-        doc_ids = (ended.cumsum(1, dtype=torch.int32) - ended).view(accum, micro_batch, seq_len)
-    shape3 = (accum, micro_batch, seq_len)
-    return Batch(inputs.view(shape3), targets.view(shape3), doc_ids, state)
+        ended = (inputs == eod_id).astype(np.int32)
+        doc_ids = torch.from_numpy((np.cumsum(ended, 1, np.int32) - ended).reshape(*shape, seq_len))
+    x, y = (torch.from_numpy(array.reshape(*shape, seq_len)) for array in (inputs, targets))
+    return Batch(x, y, doc_ids, state)
 
 
 class TrainLoader:

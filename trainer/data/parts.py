@@ -126,10 +126,11 @@ class ShardWriter:
             self.next_unit = state["next_unit"]
             self.splits = {split: SplitProgress(**state["splits"][split]) for split in SPLITS}
         shards = {shard["file"]: shard for split in self.splits.values() for shard in split.shards}
-        for file in folder.glob("*-*.bin"):
-            shard = shards.get(file.name, {"tokens": 0, "documents": 0})
-            os.truncate(file, shard["tokens"] * dtype.itemsize)
-            os.truncate(file.with_suffix(".idx"), shard["documents"] * 8)
+        empty = {"tokens": 0, "documents": 0}
+        for file in [*folder.glob("*-*.bin"), *folder.glob("*-*.idx")]:
+            shard = shards.get(file.with_suffix(".bin").name, empty)
+            tokens = file.suffix == ".bin"
+            os.truncate(file, shard["tokens"] * dtype.itemsize if tokens else shard["documents"] * 8)
 
     def ready(self) -> bool:
         """Whether the next unit's part is there."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from stepline.trainer.data.parts import SPLITS, ShardWriter, token_dtype, write_json
+from stepline.trainer.data.parts import SHARD_TOKENS, SPLITS, ShardWriter, token_dtype, write_json
 from stepline.trainer.data.pool import WorkerLost, run_pool
 from stepline.trainer.data.sources import ReadOptions
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -36,6 +36,7 @@ def prepare(
     val_share: float = 0.01,
     tune_share: float = 0.0,
     seed: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
     progress: bool = True,
 ) -> dict:
     """Tokenise text files, folders, JSON lines and Parquet into the data folder `output`; returns its meta.
@@ -43,8 +44,9 @@ def prepare(
     Without `tokenizer` (a sentencepiece model, a tokenizer.json or a folder with one) a sentencepiece model
     of `vocab_size` pieces is trained on the training split. `val_share` and `tune_share` are the shares of
     documents (or of each file's tail, when there are only a few text files) held out as the splits `val` and
-    `tune`. `exclude` holds glob patterns for paths. The result does not depend on `workers` (default: the
-    CPUs of this process). Everything is built in `output.partial`; after a kill the same call goes on there.
+    `tune`. `exclude` holds glob patterns for paths; a shard file holds `shard_tokens` at most. The result does
+    not depend on `workers` (default: the CPUs of this process). Everything is built in `output.partial`;
+    after a kill the same call goes on there.
 
     Raises UserError for whatever the user can mend: missing or damaged input, a tokenizer that is none,
     a full disk, an `output` that exists.
@@ -62,7 +64,7 @@ def prepare(
     options = ReadOptions(
         text_key, val_share, tune_share, seed, whole=given is not None and not given.joinable
     )
-    workers = workers if workers is not None else len(os.sched_getaffinity(0))
+    workers = workers if workers is not None else _cpus()
     if workers < 1:
         raise UserError(f"--workers {workers} is out of range; give 1 or more")
     try:
@@ -71,13 +73,13 @@ def prepare(
             raise UserError(f"{_names(inputs)} has no text (no documents); give files with text")
         if progress and skipped["binary"]:
             print(f"prepare: left out {skipped['binary']} binary files found in folders", file=sys.stderr)
-        request = _request(files, options, given.sha256 if given else vocab_size)
+        request = _request(files, options, given.sha256 if given else vocab_size, shard_tokens)
         partial.mkdir(parents=True, exist_ok=True)
         with _lock(partial):
             _start_or_resume(partial, request)
             plan = plan_units(files, options)
             used = _tokenizer(partial, given, plan, options, vocab_size)
-            writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size))
+            writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size), shard_tokens)
             _encode(plan, writer, workers, partial, options, progress)
             meta = _meta(writer, used, plan, options, inputs, dict(skipped))
             _check(meta, inputs, options)
@@ -103,13 +105,18 @@ def prepare(
     return meta
 
 
+def _cpus() -> int:
+    """CPUs this process may use (all of them where the system cannot say)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _names(inputs: Sequence[Path]) -> str:
     return ", ".join(map(str, inputs)) or "the input"
 
 
-def _request(files: Sequence[InputFile], options: ReadOptions, tokenizer: str | int) -> str:
+def _request(files: Sequence[InputFile], options: ReadOptions, *rest: str | int) -> str:
     """Hash of everything that a half-done folder must agree on to be gone on with."""
-    value = [FORMAT, [asdict(file) for file in files], asdict(options), tokenizer]
+    value = [FORMAT, [asdict(file) for file in files], asdict(options), rest]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

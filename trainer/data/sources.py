@@ -120,14 +120,20 @@ def _zstd_chunks(path: str) -> Iterator[bytes]:
     frame = None
     try:
         with open(path, "rb") as file:
-            # small reads bound what one of them can grow to
-            while data := file.read(1 << 14):
+            # zstd grows its input at most 32,768-fold: small reads bound what is in memory
+            grown, size = [], 0
+            while data := file.read(1 << 10):
                 while data:
                     frame = frame or decompressor.decompressobj()
-                    if out := frame.decompress(data):
-                        yield out
+                    grown.append(frame.decompress(data))
+                    size += len(grown[-1])
                     data = frame.unused_data if frame.eof else b""
                     frame = None if frame.eof else frame
+                if size >= CHUNK_BYTES:
+                    yield b"".join(grown)
+                    grown, size = [], 0
+            if size:
+                yield b"".join(grown)
     except zstandard.ZstdError as error:
         raise UserError(f"{path} is not a sound zstd file ({error}); copy or download it again") from error
     if frame is not None:
@@ -233,10 +239,10 @@ def _json_texts(span: Span, options: ReadOptions) -> Iterator[str]:
             continue
         problem = None
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
         except UnicodeDecodeError:
             problem = "is not UTF-8"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"is not JSON ({error})"
         else:
             if not isinstance(row, dict):
@@ -262,7 +268,7 @@ def _parquet_texts(span: Span, options: ReadOptions) -> Iterator[str]:
             rows = file.iter_batches(batch_size=1024, row_groups=[span.start], columns=[options.text_key])
             for batch in rows:
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{span.path} is not a sound Parquet file ({error}); download it again") from error
 
 

@@ -14,6 +14,7 @@ from stepline.trainer.data.sources import (
     Span,
     chunks,
     compression_of,
+    cut_before,
     read_pieces,
     split_of,
 )
@@ -122,15 +123,15 @@ def _tail_cuts(path: str, size: int, options: ReadOptions) -> list[tuple[str, in
         ("tune", 1 - options.val_share),
         ("val", 1.0),
     ):
-        position = round(size * share)
-        if not 0 < position < size:
-            ends.append((split, position))
+        if share == 1:
+            ends.append((split, size))
             continue
+        position = min(max(1, round(size * share)), size - 1)
         cut = _find_cut(path, position)
         if cut >= size:  # the last line begins before the position
             low = max(0, position - HEAD_BYTES)
-            before = b"".join(chunks(path, low, position))
-            cut = low + before.rfind(b"\n") + 1 if b"\n" in before else position
+            near = b"".join(chunks(path, low, position + 1))
+            cut = low + cut_before(near, position - low)
         ends.append((split, cut))
     return ends
 
