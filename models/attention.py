@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepline.kernels.rotary import rotate
 from stepline.models.config import ModelConfig, RopeScaling
 from stepline.models.norm import RMSNorm
 
@@ -34,18 +35,13 @@ def _llama3_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[..., seq, 1, head_dim / 2]` of the angles at `positions` `[..., seq]`.
+    """Tables of `rotate`, `[..., seq, 1, head_dim]` each, for `positions` `[..., seq]`.
 
     Recomputed in each forward: a few microseconds, and no buffer that `to_empty` would lose.
     """
-    angles = positions.unsqueeze(-1) * rope_frequencies(config, positions.device)
-    return angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of `x` `[batch, seq, heads, head_dim]` (the rotate-half order)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    angles = (positions.unsqueeze(-1) * rope_frequencies(config, positions.device)).unsqueeze(-2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def document_positions(doc_ids: Tensor) -> Tensor:
