@@ -157,16 +157,19 @@ class ShardWriter:
         ends = np.fromfile(part.with_suffix(".idx"), "<u8")
         shards, start = self.splits[split].shards, 0
         while start < num_tokens:
-            used = shards[-1]["tokens"] if shards else self.shard_tokens
-            room, left = self.shard_tokens - used, num_tokens - start
-            if left > room and (left <= self.shard_tokens or room == 0):
+            room = self.shard_tokens - (shards[-1]["tokens"] if shards else self.shard_tokens)
+            inside = ends[(ends > start) & (ends <= start + room)]
+            whole = num_tokens - start <= room
+            # a new shard for a part that would fit in one, and where not one document fits in the room left
+            if not whole and (
+                num_tokens - start <= self.shard_tokens
+                or room == 0
+                or (not len(inside) and room < self.shard_tokens)
+            ):
                 name = f"{split}-{len(shards):05d}.bin"
                 shards.append({"file": name, "tokens": 0, "documents": 0, "crc32": 0})
                 continue
-            stop = num_tokens
-            if left > room:  # a long part: cut after a document if one ends there
-                inside = ends[(ends > start) & (ends <= start + room)]
-                stop = int(inside[-1]) if len(inside) else start + room
+            stop = num_tokens if whole else int(inside[-1]) if len(inside) else start + room
             shard = shards[-1]
             chosen = ends[(ends > start) & (ends <= stop)] - np.uint64(start) + np.uint64(shard["tokens"])
             with open(self.folder / shard["file"], "ab") as file:

@@ -22,6 +22,7 @@ from stepline.trainer.errors import UserError
 
 FEW_TEXT_FILES = 50  # below this, whole-file splits would be empty or huge
 SAMPLE_BYTES = 100_000_000  # of text for training a tokenizer
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 18, 8 << 20  # of input; more units than workers, and few enough
 BINARY_SUFFIXES = (
     ".7z .a .avi .bin .bmp .bz2 .class .dll .dylib .exe .gif .ico .idx .jar .jpeg .jpg .lz4 .mo .model .mp3 "
     ".mp4 .npy .npz .o .ogg .pdf .pickle .pkl .png .pt .pth .pyc .pyd .pyo .rar .safetensors .so .sqlite "
@@ -199,7 +200,7 @@ def plan_units(files: Sequence[InputFile], options: ReadOptions) -> Plan:
 
     When there are fewer than FEW_TEXT_FILES text files, each one's tail is held out instead of whole files.
     """
-    unit_bytes = min(max(sum(file.size for file in files) // 64, 1 << 18), 8 << 20)
+    unit_bytes = min(max(sum(file.size for file in files) // 64, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     num_text = sum(file.format == "text" for file in files)
     tail = 0 < num_text < FEW_TEXT_FILES and options.val_share + options.tune_share > 0
     units: list[tuple[Span, ...]] = []

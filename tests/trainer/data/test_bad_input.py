@@ -1,0 +1,170 @@
+import errno
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from stepline.trainer.data import parts
+from stepline.trainer.data.dataset import TokenSplit, load_meta
+from stepline.trainer.data.prepare import prepare
+from stepline.trainer.errors import UserError
+
+zstandard = pytest.importorskip("zstandard")
+GOOD = b"".join(b'{"text": "document %d"}\n' % i for i in range(20_000))
+
+
+def refused(tmp_path: Path, tokenizer: Path | None, name: str, content: bytes, **options) -> str:
+    """The sentence with which `prepare` refuses a file; no folder looks finished afterwards."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        prepare(
+            [tmp_path / name], tmp_path / "out", tokenizer=tokenizer, workers=1, progress=False, **options
+        )
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("meta.json"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.jsonl.gz", gzip.compress(GOOD)[:-2000], "x.jsonl.gz is truncated"),
+        ("x.txt.gz", gzip.compress(GOOD)[:-4], "x.txt.gz is truncated"),
+        ("x.jsonl.gz", b"no gzip at all", "x.jsonl.gz is not a sound gzip file"),
+        ("x.jsonl.zst", zstandard.compress(GOOD)[:-200], "x.jsonl.zst is truncated"),
+        ("x.jsonl.zst", b"no zstd at all", "x.jsonl.zst is not a sound zstd file"),
+        ("x.txt", b"a\n" * 100_000 + b"\xff" + b"b\n" * 9, "x.txt is not UTF-8 text (byte 200000)"),
+        ("x.jsonl", GOOD + b'{"text": "\xff"}\n', "x.jsonl:20001 is not UTF-8"),
+        ("x.jsonl", GOOD + b'{"text": \n', "x.jsonl:20001 is not JSON"),
+        ("x.jsonl", GOOD + b"[1]\n" + GOOD, "x.jsonl:20001 is not a JSON object"),
+        ("x.jsonl", b'{"body": "b"}\n', "x.jsonl:1 has no text under 'text'"),
+        ("x.jsonl", b'{"text": 3}\n', "x.jsonl:1 has no text under 'text'"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', "x.jsonl has a text that is not valid Unicode"),
+        ("x.jsonl", b"[" * 100_000, "x.jsonl:1 is not JSON"),
+        ("x.parquet", b"PAR1 no parquet", "x.parquet is not a sound Parquet file"),
+        ("x.txt", b"", "x.txt has no text"),
+        ("x.jsonl", b"\n\n", "x.jsonl has no text"),
+        ("x.jsonl.gz", gzip.compress(b""), "x.jsonl.gz has no text"),
+        ("x.jsonl", b'{"text": ""}\n', "x.jsonl has no text"),
+        ("x.png", b"png", "x.png is a binary file"),
+        ("x.jsonl", b'{"text": "only one"}\n', "no document of"),
+    ],
+)
+def test_damaged_input_is_one_sentence_that_names_the_file(
+    tmp_path, tokenizer_file, name: str, content: bytes, words: str
+) -> None:
+    assert words in refused(tmp_path, tokenizer_file, name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("x.jsonl", b'{"text": ""}\n'), ("x.jsonl.gz", gzip.compress(b""))]
+)
+def test_nothing_to_train_a_tokenizer_on(tmp_path, name: str, content: bytes) -> None:
+    assert "no text" in refused(tmp_path, None, name, content)
+
+
+def test_vocabulary_too_large_for_the_text(tmp_path) -> None:
+    assert "--vocab-size 32000 is too large" in refused(tmp_path, None, "x.jsonl", GOOD)
+
+
+def test_wrong_tokenizer_file(tmp_path) -> None:
+    (tmp_path / "t.model").write_bytes(b"not a model")
+    assert "t.model is not a tokenizer" in refused(tmp_path, tmp_path / "t.model", "x.jsonl", GOOD)
+
+
+def test_missing_input_existing_output_and_bad_numbers(tmp_path, tokenizer_file) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    cases = [
+        ("nothing.txt does not exist", [tmp_path / "nothing.txt"], {}),
+        ("--workers 0", [tmp_path / "x.jsonl"], {"workers": 0}),
+        ("val_share 1.0 is out of range", [tmp_path / "x.jsonl"], {"val_share": 1.0}),
+        ("tune_share -1 is out of range", [tmp_path / "x.jsonl"], {"tune_share": -1}),
+        ("has no text", [], {}),
+    ]
+    for words, inputs, options in cases:
+        with pytest.raises(UserError, match=words):
+            prepare(inputs, tmp_path / "out", tokenizer=tokenizer_file, progress=False, **options)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="out exists already; remove it or choose another"):
+        prepare([tmp_path / "x.jsonl"], tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("where", ["tobytes", "append", "json"])
+def test_full_disk_names_the_folder_and_the_same_command_goes_on(
+    tmp_path, tokenizer_file, monkeypatch, where: str
+) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+
+    def full(*args, **options) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "some file")
+
+    with monkeypatch.context() as patch:
+        if where == "tobytes":
+            patch.setattr(parts.np, "cumsum", full)  # inside the worker's write
+        elif where == "append":
+            patch.setattr(parts.ShardWriter, "_append_part", full)
+        else:
+            patch.setattr(parts.json, "dumps", full)
+        with pytest.raises(UserError, match=r"out\.partial: the disk is full; free some space") as caught:
+            prepare(
+                [tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, workers=1, progress=False
+            )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    meta = prepare(
+        [tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, workers=1, progress=False
+    )
+    assert sum(split["documents"] for split in meta["splits"].values()) == 20_000
+
+
+def test_unreadable_file_is_named(tmp_path, tokenizer_file, monkeypatch) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    original = open
+
+    def denied(path, *args):
+        if str(path).endswith("x.jsonl"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *args)
+
+    monkeypatch.setattr("stepline.trainer.data.sources.open", denied, raising=False)
+    with pytest.raises(UserError, match=r"x\.jsonl: Permission denied"):
+        prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, workers=1, progress=False)
+
+
+def test_two_runs_at_once_are_refused(tmp_path, tokenizer_file) -> None:
+    import fcntl
+
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    (tmp_path / "out.partial").mkdir()
+    with open(tmp_path / "out.partial" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another `stepline prepare` is writing"):
+            prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, progress=False)
+
+
+def test_folders_that_are_no_data_folders(tmp_path, tokenizer_file) -> None:
+    with pytest.raises(UserError, match=r"no prepared data folder \(no meta\.json\); run `stepline prepare`"):
+        load_meta(tmp_path)
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    out = tmp_path / "out"
+    prepare([tmp_path / "x.jsonl"], out, tokenizer=tokenizer_file, workers=1, progress=False)
+    with pytest.raises(UserError, match="has no split 'test'"):
+        TokenSplit(out, "test")
+    shard = out / "train-00000.bin"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-2])
+    with pytest.raises(
+        UserError, match=rf"train-00000\.bin has {len(data) - 2} bytes instead of {len(data)}"
+    ):
+        load_meta(out)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00000\.bin is missing"):
+        load_meta(out)
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["splits"]
+    for text in (json.dumps(meta), "{"):
+        (out / "meta.json").write_text(text)
+        with pytest.raises(UserError, match=r"meta\.json is damaged"):
+            load_meta(out)
