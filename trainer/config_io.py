@@ -232,23 +232,22 @@ def may_change(key: str) -> bool:
 
 
 def merge_for_resume(saved: Config, asked: Config, asked_origins: Origins) -> tuple[Config, Origins]:
-    """The config of a resumed run: the saved one with the allowed changes of the new one.
+    """The config of a resumed run: what may change is taken from the new command, all else is kept.
 
-    What the new config leaves at `auto` or at its default keeps the saved value; raises UserError with
-    both values for a difference that is not allowed.
+    So what a law has set is never planned again, while an `auto` that the machine decides (ranks, micro-batch)
+    follows the machine. Raises UserError with both values for any other difference that was asked for.
     """
     old, new = flatten(dump(saved)), flatten(dump(asked))
     origins = dict.fromkeys(old, "saved run")
     tree = dump(saved)
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or after == "auto" or asked_origins.get(key) == "default":
-            continue
-        if not may_change(key):
+        if may_change(key):
+            _set(tree, key, after)
+            origins[key] = asked_origins.get(key, "default")
+        elif before != after and after != "auto" and asked_origins.get(key) != "default":
             raise UserError(
                 f"{key} was {before!r} in {saved.run.folder} and is now {after!r}; it cannot change on resume: "
                 "give the old value back or choose a new run.folder"
             )
-        _set(tree, key, after)
-        origins[key] = asked_origins[key]
     return check(tree, "the resumed config"), origins

@@ -52,13 +52,14 @@ def stepline(*arguments: str, launch: list[str] | None = None, capture: bool = F
 
 
 def main() -> None:
-    """Prepares, trains, evaluates, samples and shows a short table."""
+    """Prepares, trains (arguments are overrides of the config), evaluates, samples and shows a short table."""
     console = Console()
     if not (DATA / "meta.json").is_file():
         console.rule("1. prepare: the Python standard library's sources")
         stepline("prepare", *corpus_arguments(), "--output", str(DATA))
     console.rule("2. train")
-    stepline("train", "quickstart", f"run.folder={RUN}", f"data.path={DATA}", launch=launcher())
+    overrides = [f"run.folder={RUN}", f"data.path={DATA}", *sys.argv[1:]]
+    stepline("train", "quickstart", *overrides, launch=launcher())
     console.rule("3. evaluate on held-out text, and sample")
     values = json.loads(stepline("eval", str(RUN), "--data", str(DATA), "--json", capture=True))
     prompt = "def read_lines(path):\n"

@@ -104,7 +104,7 @@ def step_row(state: TrainState, result: StepResult, lr: float) -> dict[str, floa
     return {
         "step": state.step,
         "tokens": state.tokens,
-        "epoch": round(state.loader.epochs, 4),
+        "epoch": round(max(state.loader.epochs), 4),
         "loss": result.loss.item(),
         "lr": lr,
         "grad_norm": result.grad_norm.item(),

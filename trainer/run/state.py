@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 
 from stepline.models.transformer import Transformer
@@ -101,9 +102,7 @@ def load_weights(model: nn.Module, path: Path) -> Path:
     checkpoint = find_checkpoint(path)
     try:
         load_tensors(checkpoint, model_tensors(model))
-    except Exception as error:
-        # DCP reports a missing key or another size through several exception types.
-        raise UserError(
-            f"the weights in {checkpoint} do not fit this model: {str(error).splitlines()[0]}"
-        ) from error
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise UserError(f"the weights in {checkpoint} do not fit this model: {reason}") from error
     return checkpoint

@@ -56,23 +56,23 @@ def test_initial_weights_are_bitwise_the_same_on_any_layout(pool, tiny_config):
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer", "tolerance"),
+    ("precision", "optimizer", "steps", "tolerance"),
     [
-        ("fp32", "adamw", 1e-6),
-        ("fp64", "adamw", 1e-12),
-        ("fp32", "muon", 1e-6),
-        ("fp64", "muon", 1e-12),
+        ("fp32", "adamw", 200, 1e-6),
+        ("fp64", "adamw", 40, 1e-12),
+        ("fp32", "muon", 40, 1e-6),
+        ("fp64", "muon", 40, 1e-12),
     ],
 )
 def test_one_two_and_four_ranks_give_the_same_loss_curve(
-    pool, tiny_config, tmp_path, precision, optimizer, tolerance
+    pool, tiny_config, tmp_path, precision, optimizer, steps, tolerance
 ):
-    options = [f"precision.compute={precision}", f"optimizer.name={optimizer}", "budget.steps=200"]
+    options = [f"precision.compute={precision}", f"optimizer.name={optimizer}", f"budget.steps={steps}"]
     one = losses(train(pool, 1, tiny_config, tmp_path / "1", *options))
-    assert one[-1] < one[0] - 1
+    assert one[-1] < one[0] - 0.5
     for world in (2, 4):
         many = losses(train(pool, world, tiny_config, tmp_path / f"{world}", *options))
-        assert len(many) == 200
+        assert len(many) == steps
         assert (many / one - 1).abs().max() < tolerance, world
 
 
@@ -113,8 +113,9 @@ def test_what_must_not_change_the_numbers(pool, tiny_config, tmp_path, option):
 
 
 def test_compiled_blocks_give_the_same_curve(pool, tiny_config, tmp_path):
-    plain = losses(train(pool, 2, tiny_config, tmp_path / "plain"))
-    compiled = losses(train(pool, 2, tiny_config, tmp_path / "compiled", "run.compile=true"))
+    options = ["model.num_layers=1", "budget.steps=5"]
+    plain = losses(train(pool, 2, tiny_config, tmp_path / "plain", *options))
+    compiled = losses(train(pool, 2, tiny_config, tmp_path / "compiled", "run.compile=true", *options))
     assert (plain / compiled - 1).abs().max() < 1e-5
 
 
@@ -122,7 +123,7 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tm
     """An independent trainer, in float64: LlamaForCausalLM, its own loss, torch's AdamW and clipping."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stepline.models.hf import llama_config_dict, to_hf_state
+    from stepline.models.hf import hf_config_dict, to_hf_state
     from stepline.trainer.data.loader import TrainLoader
 
     options = ["precision.compute=fp64", "model.qk_norm=false", "model.z_loss=0", "schedule.warmup_steps=5"]
@@ -130,8 +131,8 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tm
     job = start_job(str(tiny_config), [f"run.folder={tmp_path / 'x'}", *options], "never", World(0, 1, 0, 1))
     config = job.config
     start = build_model(config, torch.device("cpu"), None)
-    theirs = LlamaForCausalLM(LlamaConfig(**llama_config_dict(config.model))).double()
-    theirs.load_state_dict(to_hf_state(start.state_dict(), config.model), strict=True)
+    theirs = LlamaForCausalLM(LlamaConfig(**hf_config_dict(config.model, 32))).double()
+    theirs.load_state_dict(to_hf_state(start.state_dict()), strict=True)
     plain = [p for n, p in theirs.named_parameters() if p.ndim < 2 or "embed" in n]
     decayed = [p for n, p in theirs.named_parameters() if p.ndim >= 2 and "embed" not in n]
     optimizer = torch.optim.AdamW(
@@ -236,10 +237,8 @@ def test_a_run_that_only_skips_stops_with_a_sentence(pool, tiny_config, tmp_path
     folder = tmp_path / "run"
     options = [
         f"run.folder={folder}",
-        "optimizer.lr=10",
-        "optimizer.grad_clip=1e9",
         "optimizer.guard.max_skipped=3",
-        "model.init_std=1e19",
+        "model.z_loss=1e38",
         "budget.steps=30",
     ]
     assert pool.run(2, run, str(tiny_config), options, "never", init=False) == [1, 1]

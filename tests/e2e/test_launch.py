@@ -1,0 +1,174 @@
+"""torchrun, kills, the wheel and the quickstart's own program, each in processes of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEPLINE = [sys.executable, "-m", "stepline.trainer"]
+NARROW = [
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.num_heads=4",
+    "model.ffn_size=128",
+    "data.seq_len=64",
+    "budget.batch_tokens=1024",
+    "parallel.micro_batch=4",
+]
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "stepline.trainer",
+    ]
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_help_and_version(sh):
+    assert "prepare" in sh(*STEPLINE, "--help").stdout
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", sh(*STEPLINE, "--version").stdout)
+    for command in ("prepare", "train", "eval", "generate"):
+        assert "Example" in sh(*STEPLINE, command, "--help").stdout
+
+
+def test_torchrun_trains_evaluates_and_generates(sh, data, tmp_path):
+    run = tmp_path / "run"
+    options = [f"run.folder={run}", f"data.path={data}", *NARROW, "budget.tokens=40960", "logging.every=1"]
+    sh(*torchrun(2), "train", "quickstart", *options)
+    steps = [r for r in rows(run) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 41))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert json.loads((run / "outcome.json").read_text())["status"] == "done"
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    last = [r for r in rows(run) if "val_loss" in r][-1]
+    values = json.loads(sh(*STEPLINE, "eval", run, "--data", data, "--json").stdout)
+    assert values["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    assert values["val_bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-6)
+    text = [
+        sh(*STEPLINE, "generate", run, "--prompt", "def é(", "--max-tokens", "20", "--seed", "3").stdout
+        for _ in range(2)
+    ]
+    assert text[0] == text[1]
+    assert text[0].startswith("def é(")
+    assert (run / "run_id").read_text().strip()
+
+
+def test_profile_writes_a_trace(sh, data, tmp_path):
+    run = tmp_path / "run"
+    options = [
+        f"run.folder={run}",
+        f"data.path={data}",
+        *NARROW,
+        "budget.tokens=10240",
+        "run.profile=true",
+        "logging.wandb=off",
+    ]
+    sh(*STEPLINE, "train", "quickstart", *options)
+    trace = json.loads((run / "profile" / "rank-0.json").read_text())
+    assert any("scaled_dot_product" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+def test_killed_run_goes_on_where_its_last_checkpoint_stands(sh, data, tmp_path):
+    """SIGKILL to the launcher and its ranks; the same command again ends with the curve of a run left alone."""
+    options = [
+        f"data.path={data}",
+        *NARROW,
+        "budget.tokens=61440",
+        "logging.every=1",
+        "checkpoint.every=5",
+        "logging.wandb=off",
+        "logging.eval_every=0",
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    sh(*torchrun(2), "train", "quickstart", f"run.folder={straight}", *options)
+    command = [*torchrun(2), "train", "quickstart", f"run.folder={killed}", *options]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ,
+    )
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("checkpoints/step-*/COMPLETE")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    # torchrun's ranks have sessions of their own: find them by their command line.
+    ranks = subprocess.run(["pgrep", "-f", str(killed)], capture_output=True, text=True, check=False)
+    for pid in ranks.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    process.wait()
+    assert not (killed / "outcome.json").exists(), "the run had ended before it was killed"
+    sh(*command)
+    keys = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
+    assert [[r.get(k) for k in keys] for r in rows(killed)] == [
+        [r.get(k) for k in keys] for r in rows(straight)
+    ]
+    assert (killed / "logs" / "attempt-2" / "rank-1.log").is_file()
+
+
+def test_a_mistake_under_torchrun_is_one_sentence_from_one_rank(sh, tmp_path):
+    process = sh(*torchrun(2), "train", "quickstart", f"data.path={tmp_path}", code=None)
+    assert process.returncode != 0
+    said = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "no meta.json" in said[0]
+    process = sh(*STEPLINE, "train", "quickstart", "optimizer.lrr=1", code=2)
+    assert process.stderr.count("\n") == 1
+    assert "did you mean 'lr'" in process.stderr
+
+
+def test_dry_run_prints_the_resolved_config_and_makes_nothing(sh, data, tmp_path):
+    run = tmp_path / "run"
+    out = sh(*STEPLINE, "train", "dense-125m", f"data.path={data}", f"run.folder={run}", "--dry-run").stdout
+    assert re.search(r"lr: 0\.00\d+  # law: Step Law", out)
+    assert re.search(r"weight_decay: 0\.\d+  # law: Power Lines", out)
+    assert not run.exists()
+
+
+def test_wheel_in_a_fresh_environment(sh, data, tmp_path):
+    """configs/ travels inside; the wheel's own files are used, from a folder that is no checkout."""
+    sh(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    sh(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel)
+    # The dependencies are those of this environment; its editable install of the checkout is not followed.
+    site = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
+    here = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("\n".join(here) + "\n")
+    out = sh(python, "-c", "import stepline.trainer.cli as c; print(c.__file__)", cwd=tmp_path).stdout
+    assert str(site) in out
+    assert "train" in sh(site.parent.parent.parent / "bin" / "stepline", "--help", cwd=tmp_path).stdout
+    options = ["run.folder=run", f"data.path={data}", *NARROW, "budget.tokens=2048", "logging.wandb=off"]
+    sh(python, "-m", "stepline.trainer", "train", "quickstart", *options, cwd=tmp_path)
+    assert [r["step"] for r in rows(tmp_path / "run") if "loss" in r] == [1, 2]
+
+
+def test_quickstart_program(sh, tmp_path):
+    """What `make quickstart` runs, with a smaller budget: the whole way, then again over the finished run."""
+    out = sh(sys.executable, "-m", "stepline.trainer.quickstart", "budget.tokens=131072", cwd=tmp_path)
+    for word in ("loss, first step", "bits per byte", "tokens/s", "runs/quickstart/curve.png"):
+        assert word in out.stdout
+    assert (tmp_path / "runs" / "quickstart" / "curve.png").stat().st_size > 10_000
+    again = sh(sys.executable, "-m", "stepline.trainer.quickstart", "budget.tokens=131072", cwd=tmp_path)
+    assert "is finished" in again.stderr
