@@ -91,8 +91,8 @@ def encode_unit(
         for kind in ("bin", "idx"):
             os.replace(f"{own}.{split}.{kind}", folder / f"{index:08d}.{split}.{kind}")
     summary = {split: total | {"sha256": hashes[split].hexdigest()} for split, total in totals.items()}
-    own.with_suffix(".json").write_text(json.dumps(summary))
-    os.replace(own.with_suffix(".json"), folder / f"{index:08d}.json")
+    Path(f"{own}.summary.json").write_text(json.dumps(summary))
+    os.replace(f"{own}.summary.json", folder / f"{index:08d}.json")
 
 
 @dataclass
