@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 
@@ -23,6 +24,12 @@ from stepline.models.flops import parameter_counts
 from stepline.models.hf import hf_config_dict, to_hf_state
 from stepline.models.init import init_model
 from stepline.models.transformer import Transformer
+from stepline.trainer.config import Config
+from stepline.trainer.data.loader import Batch
+from stepline.trainer.optim.build import build_optimizer
+from stepline.trainer.optim.guard import Guard
+from stepline.trainer.run.build import build_model
+from stepline.trainer.run.step import train_step
 
 # name: (shape, sequence, sequences in a batch)
 SHAPES = {
@@ -46,24 +53,25 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def ours(config: ModelConfig, compiled: bool) -> Step:
-    """Stepline's step: the model, per-block compile, fused clipping and AdamW."""
-    model = Transformer(config)
-    init_model(model, config, seed=0)
-    if compiled:
-        for layer in model.layers:
-            layer.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    parameters = list(model.parameters())
+    """The trainer's own step: accumulation, clipping, guard and fused AdamW, blocks compiled where asked."""
+    run = Config(model=config)
+    run.precision.compute, run.run.compile = "fp32", compiled
+    run.optimizer.weight_decay = WEIGHT_DECAY
+    model = build_model(run, torch.device("cpu"), mesh=None)
+    named = dict(model.named_parameters())
+    state = SimpleNamespace(
+        config=run,
+        device=torch.device("cpu"),
+        mesh=None,
+        model=model,
+        parameters=list(named.values()),
+        optimizer=build_optimizer(named, beta1=BETAS[0], beta2=BETAS[1]),
+        guard=Guard(),
+    )
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        sums = model(inputs, targets)
-        loss = (sums.nll + config.z_loss * sums.z) / targets.numel()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        inputs, targets = tokens[None, :, :-1].contiguous(), tokens[None, :, 1:].contiguous()
+        return train_step(state, Batch(inputs, targets, None, {}), LR).loss
 
     return step
 

