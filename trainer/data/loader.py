@@ -231,7 +231,7 @@ class ValidationLoader:
             )
         self.seq_len, self.micro_batch, self.confine_attention = seq_len, micro_batch, confine_attention
         total = math.ceil(num_targets / seq_len)
-        chosen = total if max_windows is None else min(max_windows, total)
+        chosen = total if max_windows is None else max(1, min(max_windows, total))
         self._windows = np.arange(chosen, dtype=np.int64) * total // chosen
         covered = np.minimum(num_targets - self._windows * seq_len, seq_len).sum()
         self.num_targets = int(covered)
