@@ -16,7 +16,7 @@ from stepline.trainer.data.order import OrderBlock, SampleOrder
 from stepline.trainer.errors import UserError
 
 IGNORE = -100  # target without loss, as in torch.nn.functional.cross_entropy
-ORDER_BLOCK = 8192  # samples whose order is computed at once
+ORDER_BLOCK = 8192  # samples whose order is computed at once, in corpora that have as many
 
 
 @dataclass
@@ -134,7 +134,7 @@ class TrainLoader:
 
     def _produce(self, sample: int, counts: Sequence[int]) -> Iterator[Batch]:
         size = self.batch_windows
-        length = math.ceil(ORDER_BLOCK / size) * size
+        length = math.ceil(min(ORDER_BLOCK, sum(self.num_windows)) / size) * size
         block = OrderBlock(self._order, sample, np.asarray(counts, np.int64), length)
         while True:
             if sample == block.stop:
