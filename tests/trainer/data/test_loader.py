@@ -184,12 +184,10 @@ def test_state_counts_consumed_batches_only(tmp_path, write_data, prefetch: int)
     assert loader.state_dict() == batches[-1].state
     assert loader.epochs == [20 / 30]
     following = [rows(next(loader)) for _ in range(3)]
-    for state, skip in ((batches[-1].state, 0), (batches[1].state, -3)):
+    for state, between in ((batches[-1].state, 0), (batches[1].state, 3)):
         loader.load_state_dict(state)
-        again = [rows(next(loader)) for _ in range(6)]
-        assert again[-skip:][: 3 if skip == 0 else None] == (
-            following if skip == 0 else following[: len(again) + skip]
-        )
+        again = [rows(next(loader)) for _ in range(between + 3)]
+        assert again[between:] == following
     loader.close()
 
 
@@ -231,7 +229,7 @@ def test_mistakes_are_one_sentence(tmp_path, write_data) -> None:
         return TrainLoader(sources, **{"seq_len": SEQ, "batch_windows": 1, "micro_batch": 1, **options})
 
     for words, sources in (
-        ("no data folder|names? at least one data folder", ()),
+        ("at least one data folder", ()),
         ("weight 0", ((good, 0),)),
         ("fewer than seq_len 4", ((good, 1), (short, 1))),
         ("different tokenizers", ((good, 1), (other, 1))),
