@@ -1,0 +1,167 @@
+"""Rates of the data path on this machine: `stepline prepare` against raw sentencepiece, and the loader.
+
+    python benchmarks/data.py [--workers K] [--copies C] [--rounds R] [--json]
+
+The corpus is the Python standard library's source without its tests, `--copies` times. *prepare* is the whole
+call (finding files, starting K workers, tokenising, hashing, writing, joining shards) with a given tokenizer;
+*raw* is K processes that have the tokenizer and a fair share of the same documents in memory and do nothing
+but `SentencePieceProcessor.encode`, timed from a common start to the last one's end. The two alternate;
+medians of the rounds are compared. The loader's rate is tokens of `TrainLoader` batches (int64 inputs and
+targets) consumed by one process, with prefetch, from the page cache.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+EXCLUDE = ["*/test/*", "*/tests/*", "*/idle_test/*", "*/site-packages/*", "*/dist-packages/*"]
+
+
+def corpus(folder: Path, copies: int) -> list[Path]:
+    """Copies of the standard library's readable source files under `folder`."""
+    from stepline.trainer.data.units import discover
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [Path(f.path) for f in discover([root], EXCLUDE)[0] if f.path.endswith(".py")]
+    made = []
+    for copy in range(copies):
+        for file in files:
+            target = folder / str(copy) / file.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # a first line of its own, so that the copies are different documents
+            target.write_bytes(f"# copy {copy}\n".encode() + file.read_bytes())
+            made.append(target)
+    return made
+
+
+def raw_worker(model: Path, files: list[Path], ready, begin, results) -> None:
+    """Encode the documents of `files` once everyone is ready; report when that was done."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    texts = [file.read_bytes().decode() for file in files]
+    ready.release()
+    begin.wait()
+    # one by one is its fastest way: a list of results of all texts costs memory
+    tokens = sum(len(processor.encode(text, out_type=int)) for text in texts)
+    results.put((time.monotonic(), tokens))
+
+
+def raw_seconds(model: Path, files: list[Path], workers: int) -> tuple[float, int]:
+    """Seconds and tokens of `workers` raw sentencepiece processes over the files, evenly shared."""
+    context = multiprocessing.get_context("spawn")
+    shares: list[list[Path]] = [[] for _ in range(workers)]
+    loads = [0] * workers
+    for file in sorted(files, key=lambda f: -f.stat().st_size):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(file)
+        loads[lightest] += file.stat().st_size
+    ready, begin, results = context.Semaphore(0), context.Event(), context.Queue()
+    processes = [context.Process(target=raw_worker, args=(model, s, ready, begin, results)) for s in shares]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        ready.acquire()
+    start = time.monotonic()
+    begin.set()
+    ends = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return max(end for end, _ in ends) - start, sum(tokens for _, tokens in ends)
+
+
+def prepare_rates(folder: Path, workers: int, copies: int, rounds: int, vocab_size: int) -> dict:
+    """MB/s of prepare and of raw sentencepiece, alternating; leaves the prepared data in folder/data."""
+    from stepline.trainer.data.prepare import prepare
+
+    files = corpus(folder / "in", copies)
+    size = sum(file.stat().st_size for file in files)
+    data, times = folder / "data", {"prepare": [], "raw": []}
+    prepare([folder / "in" / "0"], folder / "first", vocab_size=vocab_size, workers=workers, progress=False)
+    model = folder / "first" / "tokenizer.model"
+    for _ in range(rounds):
+        shutil.rmtree(data, ignore_errors=True)
+        start = time.monotonic()
+        meta = prepare([folder / "in"], data, tokenizer=model, workers=workers, progress=False)
+        times["prepare"].append(time.monotonic() - start)
+        seconds, raw_tokens = raw_seconds(model, files, workers)
+        times["raw"].append(seconds)
+    rates = {name: size / 1e6 / statistics.median(seconds) for name, seconds in times.items()}
+    return {
+        "megabytes": size / 1e6,
+        "workers": workers,
+        "prepare_mb_per_s": rates["prepare"],
+        "raw_mb_per_s": rates["raw"],
+        "ratio": rates["prepare"] / rates["raw"],
+        "seconds": times,
+        "tokens": sum(split["tokens"] for split in meta["splits"].values()),
+        "raw_tokens": raw_tokens,
+    }
+
+
+def loader_rate(data: Path, seq_len: int, batch_windows: int, seconds: float) -> float:
+    """Million tokens/s through TrainLoader, everything touched by the consumer once."""
+    from stepline.trainer.data.loader import TrainLoader
+
+    loader = TrainLoader(
+        [(data, 1.0)], seq_len=seq_len, batch_windows=batch_windows, micro_batch=8, prefetch=2
+    )
+    for _ in range(3):
+        next(loader)
+    tokens, start = 0, time.monotonic()
+    while time.monotonic() - start < seconds:
+        tokens += next(loader).inputs.numel()
+    rate = tokens / (time.monotonic() - start) / 1e6
+    loader.close()
+    return rate
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--copies", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per loader measurement")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+        }
+        result["prepare"] = prepare_rates(
+            folder, options.workers, options.copies, options.rounds, options.vocab_size
+        )
+        result["loader_mtokens_per_s"] = {
+            f"seq {seq_len}, {windows} windows": loader_rate(
+                folder / "data", seq_len, windows, options.seconds
+            )
+            for seq_len, windows in ((256, 8), (256, 64), (4096, 8), (4096, 64))
+        }
+    if options.json:
+        print(json.dumps(result))
+        return
+    prepared = result["prepare"]
+    print(result["machine"])
+    print(f"corpus                  {prepared['megabytes']:8.1f} MB, {prepared['tokens'] / 1e6:.2f}M tokens")
+    print(f"raw sentencepiece x {prepared['workers']}   {prepared['raw_mb_per_s']:8.2f} MB/s")
+    print(f"stepline prepare x {prepared['workers']}    {prepared['prepare_mb_per_s']:8.2f} MB/s")
+    print(f"ratio                   {prepared['ratio']:8.2f} (target 0.90)")
+    for shape, rate in result["loader_mtokens_per_s"].items():
+        print(f"loader, {shape:<22}{rate:9.1f} M tokens/s (target 20)")
+
+
+if __name__ == "__main__":
+    main()
