@@ -131,7 +131,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--copies", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=2.0, help="per loader measurement")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -14,11 +14,12 @@ import numpy as np
 
 from stepline.trainer.data.sources import Piece, ReadOptions, Span, read_pieces
 from stepline.trainer.data.tokenizer import Tokenizer
+from stepline.trainer.errors import UserError
 
 SPLITS = ("train", "val", "tune")
 SHARD_TOKENS = 1 << 28
 BATCH_BYTES = 1 << 20
-COPY_TOKENS = 1 << 22
+COPY_BYTES = 1 << 22
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -153,7 +154,6 @@ class ShardWriter:
         self.next_unit += 1
 
     def _append_part(self, split: str, part: Path, num_tokens: int) -> None:
-        tokens = np.memmap(part, self.dtype, "r")
         ends = np.fromfile(part.with_suffix(".idx"), "<u8")
         shards, start = self.splits[split].shards, 0
         while start < num_tokens:
@@ -172,11 +172,16 @@ class ShardWriter:
             stop = num_tokens if whole else int(inside[-1]) if len(inside) else start + room
             shard = shards[-1]
             chosen = ends[(ends > start) & (ends <= stop)] - np.uint64(start) + np.uint64(shard["tokens"])
-            with open(self.folder / shard["file"], "ab") as file:
-                for begin in range(start, stop, COPY_TOKENS):
-                    data = tokens[begin : min(begin + COPY_TOKENS, stop)].tobytes()
+            with open(part, "rb") as source, open(self.folder / shard["file"], "ab") as file:
+                source.seek(start * self.dtype.itemsize)
+                left = (stop - start) * self.dtype.itemsize
+                while left:
+                    data = source.read(min(left, COPY_BYTES))
+                    if not data:
+                        raise UserError(f"{part} is cut off (a crash?); remove {self.folder} and start again")
                     shard["crc32"] = zlib.crc32(data, shard["crc32"])
                     file.write(data)
+                    left -= len(data)
             with open((self.folder / shard["file"]).with_suffix(".idx"), "ab") as file:
                 file.write(chosen.astype("<u8").tobytes())
             shard["tokens"] += stop - start

@@ -246,3 +246,18 @@ def test_a_killed_worker_is_one_sentence_and_the_same_command_goes_on(tmp_path, 
     assert not (tmp_path / "out").exists()
     meta = run([source], tmp_path / "out", tokenizer_file, workers=2)
     assert sum(split["documents"] for split in meta["splits"].values()) == len(texts)
+
+
+def test_a_part_that_a_crash_cut_off_is_refused(tmp_path, tokenizer_file, monkeypatch) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", random_texts(50))
+    original = pool.encode_unit
+
+    def cut_off(index: int, *args) -> None:
+        original(index, *args)
+        part = tmp_path / "out.partial" / "parts" / f"{index:08d}.train.bin"
+        os.truncate(part, part.stat().st_size - 2)
+
+    monkeypatch.setattr(pool, "encode_unit", cut_off)
+    with pytest.raises(UserError, match=r"train\.bin is cut off .* remove .*out\.partial and start again"):
+        run([source], tmp_path / "out", tokenizer_file)
+    assert not (tmp_path / "out").exists()
