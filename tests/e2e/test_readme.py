@@ -14,7 +14,7 @@ ELSEWHERE = {
 SMALLER = {
     "prepare": ["--vocab-size", "512", "--val-share", "0.1"],
     "train": [
-        "model.hidden_size=64", "model.num_layers=2", "model.num_heads=4", "model.ffn_size=128", "data.seq_len=64",
+        "model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=4", "model.ffn_size=128", "data.seq_len=64",
         "budget.tokens=20480", "budget.batch_tokens=1024", "parallel.micro_batch=4", "run.device=cpu",
     ],
 }  # fmt: skip
