@@ -52,6 +52,7 @@ def train(job: Job) -> dict[str, float]:
     speed = Speedometer(config, device, world.size, state.step)
     validation: dict[str, float] = {}
     saved_step = state.step if job.resume_from is not None else -1
+    exit_code = 1
     try:
         with profiler(config, job.folder, world.rank, device) as profile:
             while state.step < steps:
@@ -80,9 +81,10 @@ def train(job: Job) -> dict[str, float]:
                         checkpointer.save(state.step, state.tensors(), state.counters())
                     saved_step = state.step
         checkpointer.finish()
+        exit_code = 0
     finally:
         state.loader.close()
-        watch.close()
+        watch.close(exit_code)
     log.info("done at step %d, checkpoint of step %d", state.step, saved_step)
     return validation | {"train_seconds": round(speed.total, 1)}
 
