@@ -14,8 +14,9 @@ ELSEWHERE = {
 SMALLER = {
     "prepare": ["--vocab-size", "512", "--val-share", "0.1"],
     "train": [
-        "model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=4", "model.ffn_size=128", "data.seq_len=64",
-        "budget.tokens=20480", "budget.batch_tokens=1024", "parallel.micro_batch=4", "run.device=cpu",
+        "model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=4",
+        "model.ffn_size=128", "data.seq_len=64", "budget.tokens=20480", "budget.batch_tokens=1024",
+        "parallel.micro_batch=4", "run.device=cpu",
     ],
 }  # fmt: skip
 """What is added to a command so that it is done in seconds."""

@@ -95,7 +95,7 @@ def test_one_sentence_for_a_mistake(file, override, sentence):
 
 
 def test_contradictions_missing_sections_and_files(tmp_path, file):
-    with pytest.raises(UserError, match="either budget.tokens or budget.steps"):
+    with pytest.raises(UserError, match=r"either budget\.tokens or budget\.steps"):
         load_config(str(file), ["budget.tokens=10", "budget.steps=10"])
     with pytest.raises(UserError, match=r"either data.path or data.sources"):
         load_config(str(file), ["data.path=a", "data.sources=[{path: b}]"])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Reads the named tensors in place; DTensors of any layout get their part (resharding included)."""
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings():
+        if alone:  # that a single process loads is what is asked for
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=alone)
 
 
 class Checkpointer:
