@@ -167,7 +167,7 @@ def test_wheel_in_a_fresh_environment(sh, data, tmp_path):
 def test_quickstart_program(sh, tmp_path):
     """What `make quickstart` runs, with a smaller budget: the whole way, then again over the finished run."""
     out = sh(sys.executable, "-m", "stepline.trainer.quickstart", "budget.tokens=131072", cwd=tmp_path)
-    for word in ("loss, first step", "bits per byte", "tokens/s", "runs/quickstart/curve.png"):
+    for word in ("loss, start", "bits per byte", "tokens/s", "runs/quickstart/curve.png"):
         assert word in out.stdout
     assert (tmp_path / "runs" / "quickstart" / "curve.png").stat().st_size > 10_000
     again = sh(sys.executable, "-m", "stepline.trainer.quickstart", "budget.tokens=131072", cwd=tmp_path)
