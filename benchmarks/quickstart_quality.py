@@ -28,7 +28,7 @@ from stepline.trainer.watch.metrics import read_metrics
 
 WORK = Path("runs/quality")
 DATA = WORK / "data"
-PLAIN_LR, PLAIN_BATCH, PLAIN_SEQ = 4e-3, 8, 256
+PLAIN_LR, PLAIN_BATCH, PLAIN_SEQ = 2e-3, 8, 256
 
 
 def plain_loop(seconds: float, lr: float, split: str) -> dict:
