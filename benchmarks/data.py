@@ -7,7 +7,8 @@ call (finding files, starting K workers, tokenising, hashing, writing, joining s
 *raw* is K processes that have the tokenizer and a fair share of the same documents in memory and do nothing
 but `SentencePieceProcessor.encode`, timed from a common start to the last one's end. The two alternate;
 medians of the rounds are compared. The loader's rate is tokens of `TrainLoader` batches (int64 inputs and
-targets) consumed by one process, with prefetch, from the page cache.
+targets) consumed by one process, with prefetch, from the page cache. The memory of prepare's largest process is
+compared between one copy of the corpus and all of them.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -107,6 +110,19 @@ def prepare_rates(folder: Path, workers: int, copies: int, rounds: int, vocab_si
     }
 
 
+def prepare_memory(inputs: Path, output: Path, model: Path, workers: int) -> float:
+    """Largest resident memory of any process of one `stepline prepare`, in MB, measured in a process of its own."""
+    program = (
+        "import resource, sys; from pathlib import Path; from stepline.trainer.data.prepare import prepare\n"
+        "source, output, model = map(Path, sys.argv[1:4])\n"
+        "prepare([source], output, tokenizer=model, workers=int(sys.argv[4]), progress=False)\n"
+        "who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)\n"
+        "print(max(resource.getrusage(w).ru_maxrss for w in who) / 1000)"
+    )
+    command = [sys.executable, "-c", program, str(inputs), str(output), str(model), str(workers)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def loader_rate(data: Path, seq_len: int, batch_windows: int, seconds: float) -> float:
     """Million tokens/s through TrainLoader, everything touched by the consumer once."""
     from stepline.trainer.data.loader import TrainLoader
@@ -144,6 +160,13 @@ def main() -> None:
         result["prepare"] = prepare_rates(
             folder, options.workers, options.copies, options.rounds, options.vocab_size
         )
+        model = folder / "first" / "tokenizer.model"
+        result["prepare_peak_mb"] = {
+            f"{copies} x the corpus": prepare_memory(
+                source, folder / f"memory-{copies}", model, options.workers
+            )
+            for copies, source in ((1, folder / "in" / "0"), (options.copies, folder / "in"))
+        }
         result["loader_mtokens_per_s"] = {
             f"seq {seq_len}, {windows} windows": loader_rate(
                 folder / "data", seq_len, windows, options.seconds
@@ -159,6 +182,8 @@ def main() -> None:
     print(f"raw sentencepiece x {prepared['workers']}   {prepared['raw_mb_per_s']:8.2f} MB/s")
     print(f"stepline prepare x {prepared['workers']}    {prepared['prepare_mb_per_s']:8.2f} MB/s")
     print(f"ratio                   {prepared['ratio']:8.2f} (target 0.90)")
+    for inputs, peak in result["prepare_peak_mb"].items():
+        print(f"prepare's memory, {inputs:<14}{peak:9.0f} MB in its largest process")
     for shape, rate in result["loader_mtokens_per_s"].items():
         print(f"loader, {shape:<22}{rate:9.1f} M tokens/s (target 20)")
 

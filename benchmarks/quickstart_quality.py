@@ -28,6 +28,7 @@ from stepline.trainer.watch.metrics import read_metrics
 
 WORK = Path("runs/quality")
 DATA = WORK / "data"
+CALIBRATION = 300  # steps: this machine's speed changes from second to second
 PLAIN_LR, PLAIN_BATCH, PLAIN_SEQ = 2e-3, 8, 256
 
 
@@ -88,12 +89,12 @@ def train(folder: Path, *overrides: str) -> dict:
 def stepline_run(seconds: float, split: str, overrides: list[str]) -> dict:
     """The quickstart's config for as many steps as `seconds` hold."""
     config, _ = load_config(str(find_config("quickstart")), overrides)
-    calibration = train(WORK / "calibration", *overrides, "budget.tokens=null", "budget.steps=80")
-    rows = [row for row in read_metrics(WORK / "calibration" / "metrics.jsonl") if row["step"] > 20]
+    calibration = train(WORK / "calibration", *overrides, "budget.tokens=null", f"budget.steps={CALIBRATION}")
+    rows = [row for row in read_metrics(WORK / "calibration" / "metrics.jsonl") if row["step"] > 60]
     rate = statistics.median(row["tokens_per_second"] for row in rows if "loss" in row)
     tokens_per_step = config.budget.batch_tokens
-    start_up = calibration["train_seconds"] - 80 * tokens_per_step / rate
-    steps = int((0.97 * seconds - start_up) * rate / tokens_per_step)
+    start_up = calibration["train_seconds"] - CALIBRATION * tokens_per_step / rate
+    steps = int((0.985 * seconds - start_up) * rate / tokens_per_step)
     outcome = train(WORK / "run", *overrides, "budget.tokens=null", f"budget.steps={steps}")
     command = [sys.executable, "-m", "stepline.trainer", "eval", str(WORK / "run"), "--data", str(DATA)]
     out = subprocess.run([*command, "--split", split, "--json"], check=True, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """torchrun, kills, the wheel and the quickstart's own program, each in processes of its own."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPLINE = [sys.executable, "-m", "stepline.trainer"]
@@ -172,3 +174,18 @@ def test_quickstart_program(sh, tmp_path):
     assert (tmp_path / "runs" / "quickstart" / "curve.png").stat().st_size > 10_000
     again = sh(sys.executable, "-m", "stepline.trainer.quickstart", "budget.tokens=131072", cwd=tmp_path)
     assert "is finished" in again.stderr
+
+
+def test_plumbing_of_the_gpu_benchmark(sh):
+    """benchmarks/gpu_step.py at a tiny shape on the CPU: the rows, their arithmetic and a loss near ln(vocabulary)."""
+    command = [sys.executable, "benchmarks/gpu_step.py", "--device", "cpu", "--shape", "tiny"]
+    out = sh(*command, "--no-compile", "--steps", "2", "--json")
+    rows = json.loads(out.stdout)["rows"]
+    assert [row["recompute"] for row in rows] == ["none", "full"]
+    for row in rows:
+        assert row["tokens_per_step"] == 512
+        assert row["loss"] == pytest.approx(math.log(256), abs=0.3)
+        assert row["mfu"] is None  # no known peak
+    assert rows[0]["loss"] == rows[1]["loss"]
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in sh(*command[:2], code=1).stderr

@@ -1,10 +1,20 @@
 """The trainer's step on CUDA against the same step on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from stepline.comm.mesh import World, start_process_group
+from stepline.comm.mesh import World, build_mesh, start_process_group
 from stepline.kernels.cross_entropy import linear_cross_entropy
+from stepline.models.config import ModelConfig
+from stepline.models.init import init_parameter
+from stepline.trainer.config import Config
+from stepline.trainer.data.loader import Batch
+from stepline.trainer.optim.build import build_optimizer
+from stepline.trainer.optim.guard import Guard
+from stepline.trainer.run.build import build_model
+from stepline.trainer.run.step import train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,46 +40,47 @@ def test_chunked_cross_entropy_equals_whole_logits(z_weight):
 
 
 def test_initial_weights_are_those_of_the_cpu():
-    from stepline.models.config import ModelConfig
-    from stepline.models.init import init_parameter
-
     config = ModelConfig(vocab_size=100, hidden_size=64, num_layers=2, num_heads=4, ffn_size=96)
     for name in ("embed.weight", "layers.0.ffn.w2.weight"):
         cpu, cuda = (init_parameter(name, (333, 77), config, seed=3, device=d) for d in ("cpu", "cuda"))
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-6, atol=1e-9)
 
 
+def losses(device: torch.device, compute: str, compiled: bool = False) -> list[float]:
+    """30 steps of the trainer with Muon on one batch of a tiny model."""
+    shape = {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
+    config = Config(model=ModelConfig(**shape))
+    config.precision.compute, config.run.compile = compute, compiled
+    config.optimizer.weight_decay = 0.1
+    tokens = torch.randint(0, 256, (2, 4, 65), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
+    start_process_group(World(0, 1, 0, 1), device, 60)
+    mesh = build_mesh(device, 1, 1)
+    model = build_model(config, device, mesh)
+    named = dict(model.named_parameters())
+    state = SimpleNamespace(
+        config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()),
+        optimizer=build_optimizer(named, name="muon"), guard=Guard(device=device),
+    )  # fmt: skip
+    curve = [train_step(state, batch, 3e-3).loss.item() for _ in range(30)]
+    torch.distributed.destroy_process_group()
+    return curve
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_bf16_training_follows_fp32(compiled):
-    """30 steps on one batch: bf16 compute with fp32 master weights stays within 5 % of fp32 on the CPU."""
-    from types import SimpleNamespace
+    """bf16 compute with fp32 master weights stays within 5 % of fp32 on the CPU."""
+    cpu = losses(torch.device("cpu"), "fp32")
+    cuda = losses(torch.device("cuda", 0), "bf16", compiled)
+    assert cpu[-1] < cpu[0] - 0.5
+    assert torch.tensor(cuda) == pytest.approx(torch.tensor(cpu), rel=0.05)
 
-    from stepline.comm.mesh import build_mesh
-    from stepline.models.config import ModelConfig
-    from stepline.trainer.config import Config
-    from stepline.trainer.data.loader import Batch
-    from stepline.trainer.optim.build import build_optimizer
-    from stepline.trainer.optim.guard import Guard
-    from stepline.trainer.run.build import build_model
-    from stepline.trainer.run.step import train_step
 
-    tokens = torch.randint(0, 256, (2, 4, 65), generator=torch.Generator().manual_seed(0))
-    curves = []
-    for device, compute in ((torch.device("cpu"), "fp32"), (torch.device("cuda", 0), "bf16")):
-        shape = {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
-        config = Config(model=ModelConfig(**shape))
-        config.precision.compute, config.run.compile = compute, compiled and device.type == "cuda"
-        config.optimizer.weight_decay = 0.1
-        start_process_group(World(0, 1, 0, 1), device, 60)
-        mesh = build_mesh(device, 1, 1)
-        model = build_model(config, device, mesh)
-        named = dict(model.named_parameters())
-        state = SimpleNamespace(
-            config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()),
-            optimizer=build_optimizer(named, name="muon"), guard=Guard(device=device),
-        )  # fmt: skip
-        batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
-        curves.append([train_step(state, batch, 3e-3).loss.item() for _ in range(30)])
-        torch.distributed.destroy_process_group()
-    assert curves[0][-1] < curves[0][0] - 0.5
-    assert torch.tensor(curves[1]) == pytest.approx(torch.tensor(curves[0]), rel=0.05)
+def test_deterministic_training_repeats_its_bits(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (losses(torch.device("cuda", 0), "bf16") for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first == second

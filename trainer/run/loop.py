@@ -1,6 +1,7 @@
 """The training loop. It reads from top to bottom; what happens at a step happens here."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ def train(job: Job) -> dict[str, float]:
     config, device, world = job.config, job.device, job.world
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
+        # torch refuses cuBLAS products without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("high" if config.precision.compute == "bf16" else "highest")
 

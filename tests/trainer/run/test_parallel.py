@@ -104,6 +104,7 @@ def test_accumulation_equals_a_larger_micro_batch(pool, tiny_config, tmp_path):
         "run.recompute=selective",
         "parallel.reshard_after_forward=false",
         "data.prefetch=7",
+        "run.deterministic=true",
     ],
 )
 def test_what_must_not_change_the_numbers(pool, tiny_config, tmp_path, option):
@@ -117,6 +118,52 @@ def test_compiled_blocks_give_the_same_curve(pool, tiny_config, tmp_path):
     plain = losses(train(pool, 2, tiny_config, tmp_path / "plain", *options))
     compiled = losses(train(pool, 2, tiny_config, tmp_path / "compiled", "run.compile=true", *options))
     assert (plain / compiled - 1).abs().max() < 1e-5
+
+
+TOGETHER = [
+    "optimizer.name=muon",
+    "data.confine_attention=true",
+    "budget.batch_tokens=512",
+    "budget.steps=8",
+]
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "options"),
+    [
+        ("fp64", 1e-12, ["run.recompute=full"]),
+        ("fp64", 1e-12, ["run.recompute=selective", "parallel.reshard_after_forward=false"]),
+        ("fp32", 1e-5, ["run.recompute=full", "run.compile=true", "model.num_layers=1"]),
+    ],
+)
+def test_everything_at_once_equals_one_plain_rank(pool, tiny_config, tmp_path, precision, tolerance, options):
+    """HSDP 2 x 2 with Muon, accumulation, confined attention, recompute and compile in one run: every pair of them."""
+    common = [*TOGETHER, f"precision.compute={precision}", *(o for o in options if o.startswith("model."))]
+    plain = losses(train(pool, 1, tiny_config, tmp_path / "plain", "parallel.micro_batch=16", *common))
+    together = ["parallel.shard=2", "parallel.micro_batch=1", *common, *options]
+    assert (
+        losses(train(pool, 4, tiny_config, tmp_path / "all", *together)) / plain - 1
+    ).abs().max() < tolerance
+
+
+def test_everything_at_once_resumes_bitwise(pool, tiny_config, tmp_path):
+    options = [
+        *TOGETHER,
+        "parallel.shard=2",
+        "parallel.micro_batch=1",
+        "checkpoint.every=3",
+        "checkpoint.keep=9",
+    ]
+    options += ["run.recompute=full", "run.compile=true", "model.num_layers=1"]
+    straight = train(pool, 4, tiny_config, tmp_path / "straight", *options)
+    folder = tmp_path / "resumed"
+    train(pool, 4, tiny_config, folder, *options)
+    for path in (folder / "checkpoints").glob("step-*"):
+        if path.name != "step-000003":
+            (path / "COMPLETE").unlink()
+    rows = train(pool, 4, tiny_config, folder, *options, resume="auto")
+    for key in ("loss", "grad_norm"):
+        assert [r.get(key) for r in rows] == [r.get(key) for r in straight], key
 
 
 def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tmp_path):
