@@ -59,6 +59,6 @@ def test_nothing_is_shadowed_from_the_repository_root():
 
 def test_commands_start_without_torch():
     """`--help` must answer at once; torch alone takes seconds."""
-    code = "import sys; import stepline.trainer.cli, stepline.trainer.plan.planner; print('torch' in sys.modules)"
+    code = "import sys; import stepline.trainer.cli, stepline.trainer.plan.command; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert out.stdout.strip() == "False", out.stderr

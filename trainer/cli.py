@@ -39,6 +39,39 @@ def _root(
 
 
 @app.command()
+def plan(
+    config: Annotated[str | None, typer.Argument(help="YAML file, or the name of a shipped config.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    params: Annotated[float | None, typer.Option(help="N: non-embedding linear weights, e.g. 1.1e9.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="D: training tokens, e.g. 1e11.")] = None,
+    active_params: Annotated[
+        float | None, typer.Option(help="Mixture of experts: linear weights that one token uses.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="GPUs (data-parallel ranks).")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Windows of one forward-backward on one rank.")] = None,
+    law: Annotated[str | None, typer.Option(help="law.json of `stepline laws fit`.")] = None,
+    device: Annotated[str | None, typer.Option(help="GPU whose peak gives time and GPU-hours, e.g. H200.")] = None,
+    peak_flops: Annotated[float | None, typer.Option(help="The same by its dense bf16 FLOP/s.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Measured MFU; 0.4 is assumed otherwise.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Learning rate, weight decay and batch size from N and D, and why.
+
+    Example: stepline plan --params 1.1e9 --tokens 1e11 --seq-len 4096 --world-size 64 --micro-batch 4 --device H200
+    """
+    from stepline.trainer.plan.command import Request, run_plan
+
+    run_plan(
+        Request(
+            config, overrides or [], params, tokens, active_params, seq_len, world_size, micro_batch, law,
+            device, peak_flops, mfu,
+        ),
+        as_json,
+    )  # fmt: skip
+
+
+@app.command()
 def prepare(
     inputs: Annotated[
         list[Path], typer.Argument(help="Files and folders: .txt, .py, …, .jsonl[.gz|.zst], .parquet.")

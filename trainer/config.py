@@ -75,6 +75,8 @@ class BudgetConfig(Section):
     """Optimizer steps, instead of `tokens`."""
     batch_tokens: Auto | Annotated[Count, Field(ge=1)] = "auto"
     """Global batch in tokens; auto: by the scaling law, rounded to ranks x micro-batch x sequence."""
+    law: Path | None = None
+    """law.json of `stepline laws fit`, or the name of a shipped one; default: Step Law (arXiv 2503.04715)."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "BudgetConfig":

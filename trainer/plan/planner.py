@@ -1,27 +1,101 @@
-"""Fills every `auto` of a config: batch, learning rate and weight decay by law, the rest by the machine."""
+"""The planner: learning rate, weight decay, batch and steps of a run, from N and D and the machine's granularity.
+
+The steps are numbered as in the docstring of `make_plan`; laws.py holds the equations. Imports nothing heavy.
+"""
 
 import math
 from dataclasses import dataclass
 
-from stepline.models.flops import parameter_counts
-from stepline.trainer.config import Config
-from stepline.trainer.config_io import Origins
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.laws import PowerLines, StepLaw
+from stepline.trainer.plan.laws import POWER_LINES, STEP_LAW, StepLaw
 
 WEIGHT_DECAY_RANGE = (0.02, 0.3)
 """Clamp of the planned weight decay: our choice, outside the values that the law was fitted on."""
+MOE_WEIGHT_DECAY = 0.1
+"""For mixtures of experts the timescale's D/N is not validated: a fixed value instead."""
+BATCH_RATIOS, TOO_FEW_STEPS = (0.5, 2.0), 2000
+PARAMS_RANGE, TOKENS_RANGE = (1.0, 1e15), (1.0, 1e18)
+"""What is accepted at all: beyond it a number is a slip of the keyboard."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the planner must know of the machine."""
+class Inputs:
+    """What a plan is made from. What is None is left to the law, or, of the machine, not rounded to."""
 
-    world_size: int
-    device: str
-    """`cpu` or `cuda`."""
-    bf16: bool
-    """Whether the device computes in bf16 at full speed."""
+    params: float
+    """N: non-embedding linear weights; of a mixture of experts all of them."""
+    tokens: float
+    """D."""
+    active_params: float | None = None
+    """Linear weights that one token uses, where that is fewer than N (mixture of experts)."""
+    seq_len: int | None = None
+    world_size: int | None = None
+    """Data-parallel ranks."""
+    micro_batch: int | None = None
+    """Windows of one forward-backward on one rank."""
+    batch_tokens: int | None = None
+    """A batch that is set; the law's own when None."""
+    lr: float | None = None
+    weight_decay: float | None = None
+    optimizer: str = "adamw"
+    sync: str = "all_reduce"
+    schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name, value, (low, high) in (
+            ("params", self.params, PARAMS_RANGE),
+            ("tokens", self.tokens, TOKENS_RANGE),
+        ):
+            if not low <= value <= high:  # also refuses NaN
+                raise UserError(f"{name} is {value:g}; it must be between {low:g} and {high:g}")
+        for name in ("seq_len", "world_size", "micro_batch", "batch_tokens", "active_params"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= PARAMS_RANGE[1]:
+                raise UserError(f"{name} is {value:g}; it must be at least 1")
+        if self.active_params is not None and self.active_params > self.params:
+            raise UserError(
+                f"active_params {self.active_params:g} exceed params {self.params:g}; params counts all experts"
+            )
+
+    @property
+    def quantum(self) -> int | None:
+        """Tokens of one micro-batch on every rank; None unless ranks, micro-batch and sequence are known."""
+        if None in (self.world_size, self.micro_batch, self.seq_len):
+            return None
+        return self.world_size * self.micro_batch * self.seq_len
+
+    @property
+    def mixture(self) -> bool:
+        """Whether a token uses fewer weights than there are."""
+        return self.active_params is not None and self.active_params < self.params
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will use, and the law's values before rounding."""
+
+    inputs: Inputs
+    law: StepLaw
+    ideal_lr: float
+    ideal_batch_tokens: float
+    ideal_weight_decay: float
+    tau: float
+    """Best AdamW timescale, as a fraction of the run."""
+    batch_critical_tokens: float
+    batch_tokens: float
+    """A whole number where it was rounded or given."""
+    grad_accumulation: int
+    steps: int
+    lr: float
+    weight_decay: float
+    penalty_percent: float
+    """Loss above the best that the batch and the learning rate cost, in % (`penalty_percent`)."""
+    warnings: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        """r = B / B*."""
+        return self.batch_tokens / self.ideal_batch_tokens
 
 
 def round_batch(ideal_tokens: float, quantum: int) -> int:
@@ -37,92 +111,109 @@ def scaled_lr(lr: float, batch_ratio: float) -> float:
     return lr * min(1.0, batch_ratio) ** 0.7
 
 
-def resolve(config: Config, origins: Origins, machine: Machine, corpus_tokens: int | None) -> list[str]:
-    """Replaces every `auto` in place and notes its origin; returns warnings in plain words.
+def penalty_percent(batch_ratio: float, lr_ratio: float) -> float:
+    """Loss above the best in %, .29 log2(B/B*)^2 + .33 log2(lr/lr_best(B))^2 (our fit on Step Law's released runs).
 
-    corpus_tokens: training tokens on disk, for a config without a budget (one epoch). Raises UserError for
-    a layout that the ranks cannot make.
+    lr_ratio: the learning rate over the best one at that batch, `scaled_lr`.
     """
-    warnings: list[str] = []
+    return 0.29 * math.log2(batch_ratio) ** 2 + 0.33 * math.log2(lr_ratio) ** 2
 
-    def settle(section: str, key: str, value: object, origin: str) -> None:
-        part = getattr(config, section)
-        if getattr(part, key) in ("auto", None):
-            setattr(part, key, value)
-            origins[f"{section}.{key}"] = origin
 
-    world, budget, parallel = machine.world_size, config.budget, config.parallel
-    seq_len = config.data.seq_len
-    settle("run", "device", machine.device, "machine")
-    settle("precision", "compute", "bf16" if machine.device == "cuda" and machine.bf16 else "fp32", "machine")
-    settle("run", "compile", machine.device == "cuda", "machine")
-    settle("parallel", "shard", world, "machine")
-    if parallel.shard > world:
-        raise UserError(
-            f"parallel.shard is {parallel.shard} but there are {world} ranks; set it to a divisor of {world} "
-            "or start more ranks"
-        )
-    if world % parallel.shard:
-        raise UserError(
-            f"parallel.shard {parallel.shard} does not divide the {world} ranks; choose a divisor"
-        )
+def make_plan(inputs: Inputs, law: StepLaw = STEP_LAW) -> Plan:
+    """The seven steps; raises UserError when the budget is below one batch.
 
-    if budget.tokens is None and budget.steps is None:
-        if corpus_tokens is None:
-            raise UserError("the config has no budget; set budget.tokens (D) or budget.steps")
-        settle("budget", "tokens", corpus_tokens, "one epoch of the data")
-    if budget.batch_tokens != "auto" and budget.batch_tokens % seq_len:
-        near = max(1, round(budget.batch_tokens / seq_len)) * seq_len
-        raise UserError(
-            f"budget.batch_tokens {budget.batch_tokens} is no multiple of data.seq_len {seq_len}; the nearest is {near}"
-        )
+    1. lr* and B* by Step Law (or a law fitted on the user's own runs).
+    2. Second opinion: Power Lines' B_opt; a warning when the two differ by more than 2 x.
+    3. B: the multiple of ranks x micro-batch x sequence nearest to B* in the logarithm; steps = D / B.
+    4. lr = lr* min(1, B/B*)^.7.
+    5. Weight decay from the timescale at this lr and B, clamped; a fixed .1 for a mixture of experts.
+    6. The schedule that the numbers assume is named.
+    7. Warnings.
+    """
+    n, d = inputs.params, inputs.tokens
+    ideal_lr, ideal_batch = law.lr(n, d), law.batch_tokens(d)
+    batch = float(ideal_batch)
+    if inputs.batch_tokens is not None:
+        batch = inputs.batch_tokens
+    elif inputs.quantum is not None:
+        batch = round_batch(ideal_batch, inputs.quantum)
+    if d < batch:
+        raise UserError(f"the budget of {d:,.0f} tokens is below one batch of {batch:,.0f}; give more tokens")
+    best_lr = scaled_lr(ideal_lr, batch / ideal_batch)
+    lr = inputs.lr if inputs.lr is not None else best_lr
+    warnings = law_warnings(inputs, law)
 
-    law = StepLaw()
-    counts = parameter_counts(config.model)
-    if budget.steps is not None and budget.batch_tokens == "auto":
-        raise UserError("budget.steps needs budget.batch_tokens, or give budget.tokens instead")
-    tokens = budget.tokens or budget.steps * budget.batch_tokens
-    ideal_batch = law.batch_tokens(tokens)
-    per_rank = max(
-        1, (budget.batch_tokens if budget.batch_tokens != "auto" else ideal_batch) // (world * seq_len)
-    )
-    most = max(1, (16_384 if machine.device == "cuda" else 8_192) // seq_len)
-    if parallel.micro_batch == "auto":
-        pieces = math.ceil(per_rank / most)
-        settle("parallel", "micro_batch", math.ceil(per_rank / pieces), "machine")
-    settle(
-        "budget",
-        "batch_tokens",
-        round_batch(ideal_batch, world * parallel.micro_batch * seq_len),
-        "law: Step Law",
-    )
-    ratio = budget.batch_tokens / ideal_batch
-    if not 0.5 <= ratio <= 2:
+    by_timescale = POWER_LINES.weight_decay(n, d, lr, batch)
+    if inputs.weight_decay is not None:
+        decay = inputs.weight_decay
+    elif inputs.mixture:
+        decay = MOE_WEIGHT_DECAY
         warnings.append(
-            f"the batch is {budget.batch_tokens:,} tokens, {ratio:.2g} x the law's {ideal_batch:,.0f}"
+            f"weight decay is {MOE_WEIGHT_DECAY}: the timescale law is not validated for mixtures of experts"
         )
-    if config.optimizer.lr == "auto":
-        settle("optimizer", "lr", scaled_lr(law.lr(counts.linear, tokens), ratio), "law: Step Law")
-        if not (2e8 <= counts.linear <= 1.1e9 and 4e9 <= tokens <= 1e11):
-            warnings.append(
-                f"N = {counts.linear:.3g} and D = {tokens:.3g} lie outside the range in which Step Law was fitted "
-                "(N 0.2-1.1 B, D 4-100 B): the learning rate is extrapolated"
-            )
-        if config.optimizer.name != "adamw":
-            warnings.append(
-                "the learning rate's law was fitted with AdamW, not Muon: set optimizer.lr if you know better"
-            )
-    if config.optimizer.weight_decay == "auto":
-        decay = PowerLines().weight_decay(counts.linear, tokens, config.optimizer.lr, budget.batch_tokens)
+    else:
         low, high = WEIGHT_DECAY_RANGE
-        settle("optimizer", "weight_decay", min(max(decay, low), high), "law: Power Lines")
-        if not low <= decay <= high:
+        decay = min(max(by_timescale, low), high)
+        if decay != by_timescale:
             warnings.append(
-                f"the law's weight decay {decay:.3g} is clamped to {config.optimizer.weight_decay}"
+                f"the law's weight decay {by_timescale:.3g} is clamped to {decay} (our range is {low}-{high})"
             )
 
-    steps = config.total_steps()
-    settle("schedule", "warmup_steps", min(2000, max(1, steps // 10)), "10 % of the steps")
-    settle("checkpoint", "every", max(1, min(1000, steps // 10)), "a tenth of the run")
-    settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
+    steps = math.ceil(d / batch)
+    critical = POWER_LINES.critical_batch_tokens(d)
+    warnings += batch_warnings(batch, ideal_batch, critical, steps)
+    quantum = inputs.quantum
+    return Plan(
+        inputs=inputs,
+        law=law,
+        ideal_lr=ideal_lr,
+        ideal_batch_tokens=ideal_batch,
+        ideal_weight_decay=POWER_LINES.weight_decay(n, d, ideal_lr, ideal_batch),
+        tau=POWER_LINES.tau(n, d),
+        batch_critical_tokens=critical,
+        batch_tokens=batch,
+        grad_accumulation=1 if quantum is None else math.ceil(batch / quantum),
+        steps=steps,
+        lr=lr,
+        weight_decay=decay,
+        penalty_percent=penalty_percent(batch / ideal_batch, lr / best_lr),
+        warnings=tuple(warnings),
+    )
+
+
+def law_warnings(inputs: Inputs, law: StepLaw) -> list[str]:
+    """What of the law does not fit this run: range, optimizer, synchroniser, a second opinion far away."""
+    n, d = inputs.params, inputs.tokens
+    warnings = []
+    if outside := law.source.outside(n, d):
+        warnings.append(f"{law.source.name} is extrapolated: {', '.join(outside)}")
+    if inputs.optimizer != law.optimizer:
+        warnings.append(
+            f"{law.source.name} was fitted with {law.optimizer}, not {inputs.optimizer}: "
+            "set optimizer.lr, or budget.law to a law fitted on your own runs"
+        )
+    if inputs.sync != law.sync:
+        warnings.append(f"{law.source.name} was fitted with {law.sync}, not {inputs.sync}: check the learning rate")
+    if law is STEP_LAW:
+        ideal, other = law.batch_tokens(d), POWER_LINES.batch_tokens(d)
+        if not 0.5 <= other / ideal <= 2:
+            warnings.append(
+                f"the laws disagree on the batch: {law.source.name} says {ideal:,.0f} tokens, Power Lines {other:,.0f}"
+            )
+    return warnings
+
+
+def batch_warnings(batch: float, ideal: float, critical: float, steps: int) -> list[str]:
+    """What the batch that will be used costs."""
+    warnings = []
+    if batch > critical:
+        warnings.append(
+            f"the batch of {batch:,.0f} tokens exceeds the critical {critical:,.0f}: "
+            "more ranks no longer save time in proportion"
+        )
+    ratio, (low, high) = batch / ideal, BATCH_RATIOS
+    if not low <= ratio <= high:
+        warnings.append(f"the batch is {batch:,.0f} tokens, {ratio:.2g} x the law's {ideal:,.0f}")
+    if steps < TOO_FEW_STEPS:
+        warnings.append(f"{steps:,} steps are few: the laws were fitted on runs of at least {TOO_FEW_STEPS:,}")
     return warnings

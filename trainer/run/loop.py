@@ -1,5 +1,6 @@
 """The training loop. It reads from top to bottom; what happens at a step happens here."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from stepline.trainer.config_io import write_config
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.errors import TrainingStopped
 from stepline.trainer.optim.schedule import lr_multiplier
+from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.checkpoint import Checkpointer
 from stepline.trainer.run.evaluate import evaluate
 from stepline.trainer.run.profile import profiler
@@ -168,6 +170,9 @@ def _describe(job: Job, state: TrainState) -> None:
         log.warning("%s", note)
     if job.world.rank == 0:
         write_config(config, job.origins, job.folder / "config.yaml")
+        if job.resume_from is None:  # a resumed run keeps its plan
+            plan = json.dumps(plan_json(job.plan), indent=2)
+            (job.folder / "plan.json").write_text(plan + "\n", encoding="utf-8")
         write_environment(job, attempt=_attempt(job.folder))
     dist.barrier()
 

@@ -13,7 +13,8 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
 from stepline.trainer.data.dataset import Meta, load_meta
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.planner import Machine, resolve
+from stepline.trainer.plan.planner import Plan
+from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.checkpoint import complete_checkpoints, read_state
 
 
@@ -27,6 +28,8 @@ class Job:
     device: torch.device
     metas: list[Meta]
     """One for each source of the config."""
+    plan: Plan
+    """What the laws say of this run."""
     resume_from: Path | None = None
     """Checkpoint to continue from."""
     notes: list[str] = field(default_factory=list)
@@ -89,7 +92,8 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
 
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)
-    notes += resolve(config, origins, Machine(world.size, device.type, bf16), corpus)
+    plan, warnings = resolve(config, origins, Machine(world.size, device.type, bf16), corpus)
+    notes += warnings
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
     budget = config.total_steps() * config.budget.batch_tokens
@@ -98,7 +102,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
             f"the budget of {budget:,} tokens repeats the corpus of {corpus:,} {budget / corpus:.1f} times"
         )
 
-    job = Job(config, origins, world, device, metas, resume_from, notes)
+    job = Job(config, origins, world, device, metas, plan, resume_from, notes)
     if resume_from is not None:
         held = read_state(resume_from)["fingerprints"]
         if held != job.fingerprints:

@@ -11,8 +11,9 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump, flatten
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.laws import PowerLines, StepLaw
-from stepline.trainer.plan.planner import Machine, resolve, round_batch, scaled_lr
+from stepline.trainer.plan.laws import POWER_LINES, STEP_LAW
+from stepline.trainer.plan.planner import round_batch, scaled_lr
+from stepline.trainer.plan.resolve import Machine, resolve
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from stepline.trainer.plan.planner import Machine, resolve, round_batch, scaled_
     ],
 )
 def test_published_values(params, tokens, lr, batch, tau, decay):
-    law, lines = StepLaw(), PowerLines()
+    law, lines = STEP_LAW, POWER_LINES
     assert law.lr(params, tokens) == pytest.approx(lr, rel=5e-4)
     assert law.batch_tokens(tokens) == pytest.approx(batch, rel=5e-4)
     assert lines.tau(params, tokens) == pytest.approx(tau, rel=5e-4)
@@ -33,11 +34,11 @@ def test_published_values(params, tokens, lr, batch, tau, decay):
 
 
 def test_exponents_are_the_log_log_slopes():
-    law = StepLaw()
+    law = STEP_LAW
     assert math.log(law.lr(2e9, 1e11) / law.lr(1e9, 1e11), 2) == pytest.approx(-0.713)
     assert math.log(law.lr(1e9, 2e11) / law.lr(1e9, 1e11), 2) == pytest.approx(0.307)
     assert math.log(law.batch_tokens(2e11) / law.batch_tokens(1e11), 2) == pytest.approx(0.571)
-    assert math.log(PowerLines().tau(1e9, 2e11) / PowerLines().tau(1e9, 1e11), 2) == pytest.approx(-0.527)
+    assert math.log(POWER_LINES.tau(1e9, 2e11) / POWER_LINES.tau(1e9, 1e11), 2) == pytest.approx(-0.527)
 
 
 @given(st.floats(1e3, 1e9), st.integers(1, 10**7))
@@ -65,23 +66,23 @@ def test_every_auto_is_filled_and_says_from_where():
     run = config()
     run.budget.tokens, run.parallel.micro_batch = 2_500_000_000, 16
     origins = dict.fromkeys(flatten(dump(run)), "default")
-    warnings = resolve(run, origins, Machine(world_size=8, device="cuda", bf16=True), None)
+    _, warnings = resolve(run, origins, Machine(world_size=8, device="cuda", bf16=True), None)
     n = parameter_counts(run.model).linear
     assert run.budget.batch_tokens == 8 * 16 * 1024
     assert run.total_steps() == 19_074
-    ratio = run.budget.batch_tokens / StepLaw().batch_tokens(2.5e9)
-    assert run.optimizer.lr == pytest.approx(StepLaw().lr(n, 2.5e9) * ratio**0.7)
+    ratio = run.budget.batch_tokens / STEP_LAW.batch_tokens(2.5e9)
+    assert run.optimizer.lr == pytest.approx(STEP_LAW.lr(n, 2.5e9) * ratio**0.7)
     assert origins["optimizer.lr"] == origins["budget.batch_tokens"] == "law: Step Law"
     assert origins["optimizer.weight_decay"] == "law: Power Lines"
     assert (run.precision.compute, run.run.compile, run.parallel.shard) == ("bf16", True, 8)
-    assert [w for w in warnings if "outside the range" in w]
+    assert [w for w in warnings if "is extrapolated" in w]
     assert "auto" not in [v for k, v in flatten(dump(run)).items() if k != "logging.wandb"]
 
 
 def test_what_is_set_stays_and_a_clamp_is_said():
     run = config()
     run.budget.tokens, run.budget.batch_tokens, run.optimizer.lr = 10**9, 1024 * 1024, 1e-4
-    warnings = resolve(run, {}, Machine(1, "cpu", False), None)
+    _, warnings = resolve(run, {}, Machine(1, "cpu", False), None)
     assert (run.optimizer.lr, run.budget.batch_tokens) == (1e-4, 1024 * 1024)
     assert run.optimizer.weight_decay == 0.3
     assert [w for w in warnings if "clamped to 0.3" in w]

@@ -1,0 +1,104 @@
+"""`stepline plan`: from two numbers, or from a config, to a plan on the screen or as JSON. Imports no torch."""
+
+import json
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from stepline.models.flops import flops_per_token
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import load_config
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.cost import Hardware, checked_mfu, hardware, iso_loss, run_cost
+from stepline.trainer.plan.explain import plan_json, show
+from stepline.trainer.plan.laws import STEP_LAW, StepLaw
+from stepline.trainer.plan.law_file import find_law, read_law
+from stepline.trainer.plan.planner import Inputs, make_plan
+from stepline.trainer.plan.resolve import Machine, auto_micro_batch, config_inputs, config_law
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line."""
+
+    config: str | None
+    overrides: list[str]
+    params: float | None
+    tokens: float | None
+    active_params: float | None
+    seq_len: int | None
+    world_size: int | None
+    micro_batch: int | None
+    law: str | None
+    device: str | None
+    peak_flops: float | None
+    mfu: float | None
+
+
+def run_plan(ask: Request, as_json: bool) -> None:
+    """Plans and prints; raises UserError."""
+    law = STEP_LAW if ask.law is None else read_law(find_law(ask.law))
+    if ask.config is None:
+        if ask.params is None or ask.tokens is None:
+            raise UserError("give --params and --tokens, or a config")
+        inputs = Inputs(
+            ask.params, ask.tokens, ask.active_params, ask.seq_len, ask.world_size, ask.micro_batch
+        )
+        flops = 6 * (ask.active_params or ask.params)
+    else:
+        inputs, law, flops = from_config(ask, law)
+    machine = ask_hardware(ask, inputs)
+    plan = make_plan(inputs, law)
+    cost = None
+    if machine is not None:
+        cost = run_cost(inputs.tokens, flops, machine, plan.batch_critical_tokens, inputs.seq_len)
+    trade = iso_loss(inputs.tokens, plan.batch_tokens, cost)
+    if as_json:
+        print(json.dumps(plan_json(plan, machine, cost, trade)))
+    else:
+        show(plan, machine, cost, trade, Console())
+
+
+def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float]:
+    """Inputs, law and FLOPs per token of a config; --world-size, --micro-batch and --tokens go before it."""
+    for name, key in (("params", "the model's shape"), ("active_params", "the model's shape"), ("seq_len", "data.seq_len")):
+        if getattr(ask, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} does not go with a config: it comes from {key}")
+    config, _ = load_config(ask.config, ask.overrides)
+    if ask.tokens is not None:
+        config.budget.tokens, config.budget.steps = ask.tokens, None
+    if ask.micro_batch is not None:
+        config.parallel.micro_batch = ask.micro_batch
+    law = law if ask.law is not None else config_law(config)
+    corpus = corpus_tokens(config)
+    if ask.world_size is not None and config.parallel.micro_batch == "auto":
+        inputs = config_inputs(config, ask.world_size, corpus)
+        batch = inputs.batch_tokens or law.batch_tokens(inputs.tokens)
+        device = "cpu" if config.run.device == "cpu" else "cuda"
+        config.parallel.micro_batch = auto_micro_batch(config, batch, Machine(ask.world_size, device, device == "cuda"))
+    inputs = config_inputs(config, ask.world_size, corpus)
+    return inputs, law, flops_per_token(config.model, config.data.seq_len).total
+
+
+def corpus_tokens(config: Config) -> int | None:
+    """Training tokens of the prepared data, where the budget leaves D to them and they are there."""
+    if config.budget.tokens is not None or config.budget.steps is not None:
+        return None
+    from stepline.trainer.data.dataset import load_meta
+
+    return sum(load_meta(s.path).splits["train"].tokens for s in config.data.folders()) or None
+
+
+def ask_hardware(ask: Request, inputs: Inputs) -> Hardware | None:
+    """The machine that time is computed for; None when no device is named."""
+    if ask.device is not None and ask.peak_flops is not None:
+        raise UserError("give --device or --peak-flops, not both")
+    if ask.peak_flops is not None:
+        if not 1e9 <= ask.peak_flops <= 1e18:
+            raise UserError(f"--peak-flops is {ask.peak_flops:g}; it must be between 1e9 and 1e18 FLOP/s")
+        return Hardware("the given device", ask.peak_flops, *checked_mfu(ask.mfu), inputs.world_size)
+    if ask.device is None:
+        if ask.mfu is not None:
+            raise UserError("--mfu needs --device or --peak-flops")
+        return None
+    return hardware(ask.device, ask.mfu, inputs.world_size)

@@ -1,0 +1,99 @@
+"""What a run takes in GPU-hours and hours, how many GPUs still help, and what time costs in compute."""
+
+from dataclasses import dataclass
+
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.laws import POWER_LINES
+from stepline.trainer.watch.peaks import PEAKS, peak_flops
+
+ASSUMED_MFU = 0.4
+"""Model FLOP utilisation where none was measured: what well-tuned dense runs reach."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run's time is computed from."""
+
+    device: str
+    peak: float
+    """Dense bf16 FLOP/s of one GPU."""
+    mfu: float
+    measured: bool
+    """Whether `mfu` was given by the user, or assumed."""
+    gpus: int | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of the planned run."""
+
+    flops: float
+    """Model FLOPs of the whole run."""
+    gpu_hours: float
+    hours: float | None
+    """Wall-clock time on `gpus`; None when their number is not known."""
+    max_useful_gpus: int | None
+    """GPUs that B_crit feeds with one window each; None without a sequence length."""
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """One row of the iso-loss table: another batch that reaches the planned run's loss."""
+
+    batch_tokens: float
+    steps: float
+    tokens: float
+    gpu_hours: float | None
+    hours: float | None
+    """When the number of GPUs grows with the batch, each keeping its share of a step."""
+
+
+def hardware(device: str, mfu: float | None, gpus: int | None) -> Hardware:
+    """A device by its name (`H100 80GB HBM3`, or a unique part such as `H100 NVL`, `b200`); raises UserError."""
+    peak = peak_flops(device) or peak_flops(device.upper())
+    if peak is None:
+        raise UserError(f"the peak of device '{device}' is not known; give --peak-flops, or one of {known_devices()}")
+    return Hardware(device, peak, *checked_mfu(mfu), gpus)
+
+
+def checked_mfu(mfu: float | None) -> tuple[float, bool]:
+    """(MFU, whether it was measured)."""
+    if mfu is None:
+        return ASSUMED_MFU, False
+    if not 0 < mfu <= 1:
+        raise UserError(f"mfu is {mfu:g}; it is a fraction above 0 and at most 1")
+    return mfu, True
+
+
+def known_devices() -> str:
+    """Names of PEAKS that are plain text."""
+    return ", ".join(pattern for pattern, _ in PEAKS if pattern.replace(" ", "").isalnum())
+
+
+def run_cost(
+    tokens: float, flops_per_token: float, machine: Hardware, critical: float, seq_len: int | None
+) -> Cost:
+    """FLOPs, GPU-hours and hours of `tokens`; critical: B_crit in tokens."""
+    flops = tokens * flops_per_token
+    gpu_hours = flops / (machine.peak * machine.mfu) / 3600
+    useful = None if seq_len is None else max(1, int(critical // seq_len))
+    hours = None if machine.gpus is None else gpu_hours / machine.gpus
+    return Cost(flops, gpu_hours, hours, useful)
+
+
+def iso_loss(tokens: float, batch_tokens: float, cost: Cost | None) -> list[Tradeoff]:
+    """Batches from a quarter to 16 times the planned one that reach the same loss: D = D_min (1 + B / B_crit).
+
+    Power Lines (arXiv 2505.13738); D_min is that of the planned run. Compute grows with D, time falls with
+    the number of steps when GPUs are added with the batch.
+    """
+    least = POWER_LINES.min_tokens(tokens, batch_tokens)
+    rows = []
+    for factor in (0.25, 0.5, 1, 2, 4, 8, 16):
+        batch = batch_tokens * factor
+        needed = POWER_LINES.tokens_for(least, batch)
+        ratio = needed / tokens
+        gpu_hours = None if cost is None else cost.gpu_hours * ratio
+        hours = None if cost is None or cost.hours is None else cost.hours * ratio / factor
+        rows.append(Tradeoff(batch, needed / batch, needed, gpu_hours, hours))
+    return rows

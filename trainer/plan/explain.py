@@ -1,0 +1,222 @@
+"""A plan for people and for programs: the table of `stepline plan` and the object of its --json."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from stepline.trainer.plan.cost import Cost, Hardware, Tradeoff
+from stepline.trainer.plan.laws import DEEPSEEK, EPOCH, PORIAN, POWER_LINES, STEP_LAW
+from stepline.trainer.plan.planner import Plan, penalty_percent
+
+SCHEDULES = {
+    "linear": "10 % warm-up, then linear to zero",
+    "cosine": "10 % warm-up, then cosine to zero",
+    "wsd": "warm-up, stable, then linear to zero (wsd)",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One value of the table."""
+
+    name: str
+    used: float
+    ideal: float | None
+    interval95: tuple[float, float] | None
+    equation: str
+    """With this run's numbers put in."""
+    in_range: bool | None
+    second_opinions: dict[str, float]
+    penalty_percent: float | None = None
+    """What using `used` and not the ideal costs, in % of the loss."""
+
+
+def second_opinion(plan: Plan) -> dict[str, float]:
+    """What the other laws say to the same N and D; Step Law itself where the plan's law is a fitted one."""
+    n, d = plan.inputs.params, plan.inputs.tokens
+    said = {
+        "power_lines_batch_tokens": POWER_LINES.batch_tokens(d),
+        "deepseek_lr": DEEPSEEK.lr(n, d),
+        "deepseek_batch_tokens": DEEPSEEK.batch_tokens(n, d),
+        "porian_lr": PORIAN.lr(n),
+        "porian_batch_tokens": PORIAN.batch_tokens(n),
+    }
+    if plan.law is not STEP_LAW:
+        said |= {"step_law_lr": STEP_LAW.lr(n, d), "step_law_batch_tokens": STEP_LAW.batch_tokens(d)}
+    return said
+
+
+def lines(plan: Plan) -> list[Line]:
+    """Learning rate, batch, weight decay, steps and critical batch, each with its equation and numbers."""
+    law, n, d = plan.law, plan.inputs.params, plan.inputs.tokens
+    said = second_opinion(plan)
+
+    def others(suffix: str) -> dict[str, float]:
+        return {key.removesuffix(suffix): value for key, value in said.items() if key.endswith(suffix)}
+
+    (a, b), (e,) = law.lr_law.exponents, law.batch_law.exponents
+    inside = not law.source.outside(n, d)
+    batch_cost = penalty_percent(plan.ratio, 1.0)
+    lr = f"{law.lr_law.scale:.4g} * {n:.4g}^{a:.4g} * {d:.4g}^{b:.4g} = {plan.ideal_lr:.4g}"
+    if plan.inputs.lr is None and plan.ratio < 1:
+        lr += f"; * ({plan.ratio:.4g})^0.7 = {plan.lr:.4g}"
+    elif plan.inputs.lr is not None:
+        lr += "; set by you"
+    decay = (
+        f"B / (lr * tau * D) = {plan.batch_tokens:,.0f} / ({plan.lr:.4g} * {plan.tau:.4g} * {d:.4g})"
+        f", tau = 1.084 * {d / n:.4g}^-0.527"
+    )
+    batch = f"{law.batch_law.scale:.4g} * {d:.4g}^{e:.4g} = {plan.ideal_batch_tokens:,.0f}"
+    if plan.inputs.batch_tokens is not None:
+        batch += "; set by you"
+    elif plan.inputs.quantum is not None:
+        batch += f"; {plan.grad_accumulation} x {plan.inputs.quantum:,}"
+    return [
+        Line(
+            "learning rate",
+            plan.lr,
+            plan.ideal_lr,
+            law.lr_law.interval(n, d),
+            lr,
+            inside,
+            others("_lr"),
+            plan.penalty_percent - batch_cost,
+        ),
+        Line(
+            "batch, tokens",
+            plan.batch_tokens,
+            plan.ideal_batch_tokens,
+            law.batch_law.interval(d),
+            batch,
+            inside,
+            others("_batch_tokens"),
+            batch_cost,
+        ),
+        Line(
+            "weight decay",
+            plan.weight_decay,
+            plan.ideal_weight_decay,
+            None,
+            decay,
+            not POWER_LINES.source.outside(n, d),
+            {},
+        ),
+        Line("steps", plan.steps, d / plan.ideal_batch_tokens, None, f"D / B = {d:.4g} / {plan.batch_tokens:,.0f}", None, {}),
+        Line(
+            "critical batch",
+            plan.batch_critical_tokens,
+            None,
+            None,
+            f"2048 * 0.0471 * {d:.4g}^0.462",
+            not POWER_LINES.source.outside(n, d),
+            {},
+        ),
+    ]
+
+
+def plan_json(
+    plan: Plan, machine: Hardware | None = None, cost: Cost | None = None, trade: Sequence[Tradeoff] = ()
+) -> dict[str, Any]:
+    """The object that `stepline plan --json` prints and a run keeps as plan.json."""
+    n, d, law = plan.inputs.params, plan.inputs.tokens, plan.law
+    return {
+        "params": n,
+        "tokens": d,
+        "lr": plan.lr,
+        "weight_decay": plan.weight_decay,
+        "batch_tokens": plan.batch_tokens,
+        "steps": plan.steps,
+        "grad_accumulation": plan.grad_accumulation,
+        "ideal": {
+            "lr": plan.ideal_lr,
+            "weight_decay": plan.ideal_weight_decay,
+            "batch_tokens": plan.ideal_batch_tokens,
+        },
+        "tau": plan.tau,
+        "batch_critical_tokens": plan.batch_critical_tokens,
+        "second_opinion": second_opinion(plan),
+        "interval95": {"lr": law.lr_law.interval(n, d), "batch_tokens": law.batch_law.interval(d)},
+        "expected_loss": EPOCH.loss(n, d),
+        "expected_loss_of": f"{EPOCH.source.name} ({EPOCH.source.paper}); its intercept is that of its own corpus",
+        "penalty_percent": plan.penalty_percent,
+        "law": {"name": law.source.name, "paper": law.source.paper, "optimizer": law.optimizer, "sync": law.sync},
+        "schedule": schedule_text(plan),
+        "inputs": asdict(plan.inputs),
+        "explain": [asdict(line) for line in lines(plan)],
+        "hardware": None if machine is None else asdict(machine),
+        "cost": None if cost is None else asdict(cost),
+        "iso_loss": [asdict(row) for row in trade],
+        "warnings": list(plan.warnings),
+    }
+
+
+def schedule_text(plan: Plan) -> str:
+    """The schedule of the run, and the one that the numbers were fitted with."""
+    mine = SCHEDULES.get(plan.inputs.schedule, plan.inputs.schedule)
+    return f"{mine} ({plan.law.source.name} was fitted with: {plan.law.assumes}; Power Lines: linear to zero)"
+
+
+def number(value: float) -> str:
+    """Counts with separators, the rest with four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def show(
+    plan: Plan, machine: Hardware | None, cost: Cost | None, trade: list[Tradeoff], console: Console
+) -> None:
+    """The tables and sentences that a person reads."""
+    i = plan.inputs
+    console.print(f"[bold]N = {i.params:.4g}, D = {i.tokens:.4g}[/] (D/N = {i.tokens / i.params:.4g})")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "use", "the law's ideal [95 %]", "how", "others say"):
+        table.add_column(name, overflow="fold")
+    for line in lines(plan):
+        ideal = "" if line.ideal is None else number(line.ideal)
+        if line.interval95 is not None:
+            ideal += f" [{number(line.interval95[0])}, {number(line.interval95[1])}]"
+        how = line.equation + ("" if line.in_range is not False else " (extrapolated)")
+        others = ", ".join(f"{name} {number(value)}" for name, value in line.second_opinions.items())
+        table.add_row(line.name, number(line.used), ideal, how.replace("[", r"\["), others)
+    console.print(table)
+    console.print(f"schedule: {schedule_text(plan)}")
+    console.print(
+        f"price of leaving the ideal: {plan.penalty_percent:.3f} % of the loss (B/B* = {plan.ratio:.3g})"
+    )
+    console.print(
+        f"expected loss {EPOCH.loss(i.params, i.tokens):.4f} by {EPOCH.source.name}: "
+        "for ranking, not a prediction for your data"
+    )
+    if cost is not None and machine is not None:
+        how = "given" if machine.measured else "assumed"
+        text = f"{cost.flops:.3g} FLOPs: {cost.gpu_hours:,.1f} GPU-hours on {machine.device} at MFU {machine.mfu:.0%} ({how})"
+        console.print(text + ("" if cost.hours is None else f", {duration(cost.hours)} on {machine.gpus} GPUs"))
+    if cost is not None and cost.max_useful_gpus is not None:
+        console.print(f"more than {cost.max_useful_gpus:,} GPUs do not help: one window each is the critical batch")
+    show_tradeoffs(plan, trade, console)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+
+
+def show_tradeoffs(plan: Plan, trade: list[Tradeoff], console: Console) -> None:
+    """Time against compute at equal loss."""
+    table = Table(title="The same loss with other batches", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in ("batch, tokens", "steps", "tokens", "GPU-hours", "hours, GPUs growing with the batch"):
+        table.add_column(name, justify="right")
+    for row in trade:
+        mark = " <" if math.isclose(row.batch_tokens, plan.batch_tokens) else ""
+        hours = "" if row.hours is None else duration(row.hours)
+        gpu_hours = "" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}"
+        table.add_row(number(row.batch_tokens) + mark, number(row.steps), f"{row.tokens:.4g}", gpu_hours, hours)
+    console.print(table)
+
+
+def duration(hours: float) -> str:
+    """`3.2 days`, `5.1 hours` or `12 minutes`."""
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

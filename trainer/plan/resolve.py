@@ -1,0 +1,136 @@
+"""Fills every `auto` of a config: batch, learning rate and weight decay by law, the rest by the machine."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepline.models.flops import parameter_counts
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import Origins
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.laws import STEP_LAW, StepLaw
+from stepline.trainer.plan.planner import Inputs, Plan, make_plan
+
+MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
+"""Tokens beyond which a larger micro-batch is not faster."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner must know of the machine."""
+
+    world_size: int
+    device: str
+    """`cpu` or `cuda`."""
+    bf16: bool
+    """Whether the device computes in bf16 at full speed."""
+
+
+def config_inputs(config: Config, world_size: int | None, corpus_tokens: int | None = None) -> Inputs:
+    """The planner's inputs of a config; N and the active weights are counted from its shapes.
+
+    corpus_tokens: training tokens on disk, for a config without a budget (one epoch). Raises UserError.
+    """
+    budget, seq_len = config.budget, config.data.seq_len
+    batch = None if budget.batch_tokens == "auto" else budget.batch_tokens
+    if batch is not None and batch % seq_len:
+        near = max(1, round(batch / seq_len)) * seq_len
+        raise UserError(
+            f"budget.batch_tokens {batch} is no multiple of data.seq_len {seq_len}; the nearest is {near}"
+        )
+    if budget.steps is not None and batch is None:
+        raise UserError("budget.steps needs budget.batch_tokens, or give budget.tokens instead")
+    tokens = budget.steps * batch if budget.steps is not None else budget.tokens or corpus_tokens
+    if tokens is None:
+        raise UserError("the config has no budget; set budget.tokens (D) or budget.steps")
+    counts = parameter_counts(config.model)
+    given = {
+        key: None if getattr(config.optimizer, key) == "auto" else getattr(config.optimizer, key)
+        for key in ("lr", "weight_decay")
+    }
+    micro_batch = config.parallel.micro_batch
+    return Inputs(
+        params=counts.linear,
+        tokens=tokens,
+        active_params=counts.active,
+        seq_len=seq_len,
+        world_size=world_size,
+        micro_batch=None if micro_batch == "auto" else micro_batch,
+        batch_tokens=batch,
+        optimizer=config.optimizer.name,
+        sync=config.parallel.sync,
+        schedule=config.schedule.name,
+        **given,
+    )
+
+
+def config_law(config: Config) -> StepLaw:
+    """The law that the config names, Step Law by default."""
+    if config.budget.law is None:
+        return STEP_LAW
+    from stepline.trainer.plan.law_file import find_law, read_law
+
+    return read_law(find_law(config.budget.law))
+
+
+def resolve(
+    config: Config, origins: Origins, machine: Machine, corpus_tokens: int | None
+) -> tuple[Plan, list[str]]:
+    """Replaces every `auto` in place and notes its origin; returns the plan and warnings in plain words.
+
+    corpus_tokens: training tokens on disk, for a config without a budget (one epoch). Raises UserError for
+    a layout that the ranks cannot make.
+    """
+
+    def settle(section: str, key: str, value: object, origin: str) -> bool:
+        part = getattr(config, section)
+        if getattr(part, key) not in ("auto", None):
+            return False
+        setattr(part, key, value)
+        origins[f"{section}.{key}"] = origin
+        return True
+
+    world, budget, parallel = machine.world_size, config.budget, config.parallel
+    settle("run", "device", machine.device, "machine")
+    settle("precision", "compute", "bf16" if machine.device == "cuda" and machine.bf16 else "fp32", "machine")
+    settle("run", "compile", machine.device == "cuda", "machine")
+    settle("parallel", "shard", world, "machine")
+    check_layout(parallel.shard, world)
+
+    law = config_law(config)
+    inputs = config_inputs(config, world, corpus_tokens)
+    if budget.steps is None:
+        settle("budget", "tokens", inputs.tokens, "one epoch of the data")
+    ideal = inputs.batch_tokens or law.batch_tokens(inputs.tokens)
+    settle("parallel", "micro_batch", auto_micro_batch(config, ideal, machine), "machine")
+    plan = make_plan(config_inputs(config, world, corpus_tokens), law)
+    by_law = f"law: {law.source.name}"
+    settle("budget", "batch_tokens", plan.batch_tokens, by_law)
+    planned = settle("optimizer", "lr", plan.lr, by_law)
+    planned |= settle("optimizer", "weight_decay", plan.weight_decay, "law: Power Lines")
+
+    steps = config.total_steps()
+    settle("schedule", "warmup_steps", min(2000, max(1, steps // 10)), "10 % of the steps")
+    settle("checkpoint", "every", max(1, min(1000, steps // 10)), "a tenth of the run")
+    settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
+    # Who sets lr and weight decay by hand has no use for what is wrong with the laws.
+    return plan, list(plan.warnings) if planned else []
+
+
+def check_layout(shard: int, world: int) -> None:
+    """Raises UserError for a number of shards that the ranks cannot make."""
+    if shard > world:
+        raise UserError(
+            f"parallel.shard is {shard} but there are {world} ranks; set it to a divisor of {world} "
+            "or start more ranks"
+        )
+    if world % shard:
+        raise UserError(f"parallel.shard {shard} does not divide the {world} ranks; choose a divisor")
+
+
+def auto_micro_batch(config: Config, batch_tokens: float, machine: Machine) -> int:
+    """Windows of a micro-batch: a rank's share of the batch, in equal pieces that are not larger than useful."""
+    seq_len = config.data.seq_len
+    most = max(1, MICRO_BATCH_TOKENS[machine.device] // seq_len)
+    per_rank = max(1, int(batch_tokens) // (machine.world_size * seq_len))
+    return math.ceil(per_rank / math.ceil(per_rank / most))
