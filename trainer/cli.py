@@ -49,9 +49,13 @@ def plan(
     ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     world_size: Annotated[int | None, typer.Option(help="GPUs (data-parallel ranks).")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Windows of one forward-backward on one rank.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Windows of one forward-backward on one rank.")
+    ] = None,
     law: Annotated[str | None, typer.Option(help="law.json of `stepline laws fit`.")] = None,
-    device: Annotated[str | None, typer.Option(help="GPU whose peak gives time and GPU-hours, e.g. H200.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="GPU whose peak gives time and GPU-hours, e.g. H200.")
+    ] = None,
     peak_flops: Annotated[float | None, typer.Option(help="The same by its dense bf16 FLOP/s.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Measured MFU; 0.4 is assumed otherwise.")] = None,
     as_json: Json = False,

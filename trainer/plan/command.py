@@ -11,8 +11,8 @@ from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.cost import Hardware, checked_mfu, hardware, iso_loss, run_cost
 from stepline.trainer.plan.explain import plan_json, show
-from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.law_file import find_law, read_law
+from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.planner import Inputs, make_plan
 from stepline.trainer.plan.resolve import Machine, auto_micro_batch, config_inputs, config_law
 
@@ -61,7 +61,11 @@ def run_plan(ask: Request, as_json: bool) -> None:
 
 def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float]:
     """Inputs, law and FLOPs per token of a config; --world-size, --micro-batch and --tokens go before it."""
-    for name, key in (("params", "the model's shape"), ("active_params", "the model's shape"), ("seq_len", "data.seq_len")):
+    for name, key in (
+        ("params", "the model's shape"),
+        ("active_params", "the model's shape"),
+        ("seq_len", "data.seq_len"),
+    ):
         if getattr(ask, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} does not go with a config: it comes from {key}")
     config, _ = load_config(ask.config, ask.overrides)
@@ -75,7 +79,9 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float]:
         inputs = config_inputs(config, ask.world_size, corpus)
         batch = inputs.batch_tokens or law.batch_tokens(inputs.tokens)
         device = "cpu" if config.run.device == "cpu" else "cuda"
-        config.parallel.micro_batch = auto_micro_batch(config, batch, Machine(ask.world_size, device, device == "cuda"))
+        config.parallel.micro_batch = auto_micro_batch(
+            config, batch, Machine(ask.world_size, device, device == "cuda")
+        )
     inputs = config_inputs(config, ask.world_size, corpus)
     return inputs, law, flops_per_token(config.model, config.data.seq_len).total
 

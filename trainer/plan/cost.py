@@ -52,7 +52,9 @@ def hardware(device: str, mfu: float | None, gpus: int | None) -> Hardware:
     """A device by its name (`H100 80GB HBM3`, or a unique part such as `H100 NVL`, `b200`); raises UserError."""
     peak = peak_flops(device) or peak_flops(device.upper())
     if peak is None:
-        raise UserError(f"the peak of device '{device}' is not known; give --peak-flops, or one of {known_devices()}")
+        raise UserError(
+            f"the peak of device '{device}' is not known; give --peak-flops, or one of {known_devices()}"
+        )
     return Hardware(device, peak, *checked_mfu(mfu), gpus)
 
 

@@ -106,7 +106,15 @@ def lines(plan: Plan) -> list[Line]:
             not POWER_LINES.source.outside(n, d),
             {},
         ),
-        Line("steps", plan.steps, d / plan.ideal_batch_tokens, None, f"D / B = {d:.4g} / {plan.batch_tokens:,.0f}", None, {}),
+        Line(
+            "steps",
+            plan.steps,
+            d / plan.ideal_batch_tokens,
+            None,
+            f"D / B = {d:.4g} / {plan.batch_tokens:,.0f}",
+            None,
+            {},
+        ),
         Line(
             "critical batch",
             plan.batch_critical_tokens,
@@ -144,7 +152,12 @@ def plan_json(
         "expected_loss": EPOCH.loss(n, d),
         "expected_loss_of": f"{EPOCH.source.name} ({EPOCH.source.paper}); its intercept is that of its own corpus",
         "penalty_percent": plan.penalty_percent,
-        "law": {"name": law.source.name, "paper": law.source.paper, "optimizer": law.optimizer, "sync": law.sync},
+        "law": {
+            "name": law.source.name,
+            "paper": law.source.paper,
+            "optimizer": law.optimizer,
+            "sync": law.sync,
+        },
         "schedule": schedule_text(plan),
         "inputs": asdict(plan.inputs),
         "explain": [asdict(line) for line in lines(plan)],
@@ -171,32 +184,43 @@ def show(
 ) -> None:
     """The tables and sentences that a person reads."""
     i = plan.inputs
-    console.print(f"[bold]N = {i.params:.4g}, D = {i.tokens:.4g}[/] (D/N = {i.tokens / i.params:.4g})")
+    console.print(f"N = {i.params:.4g}, D = {i.tokens:.4g}, D/N = {i.tokens / i.params:.4g}\n", style="bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "use", "the law's ideal [95 %]", "how", "others say"):
-        table.add_column(name, overflow="fold")
-    for line in lines(plan):
-        ideal = "" if line.ideal is None else number(line.ideal)
-        if line.interval95 is not None:
-            ideal += f" [{number(line.interval95[0])}, {number(line.interval95[1])}]"
-        how = line.equation + ("" if line.in_range is not False else " (extrapolated)")
-        others = ", ".join(f"{name} {number(value)}" for name, value in line.second_opinions.items())
-        table.add_row(line.name, number(line.used), ideal, how.replace("[", r"\["), others)
+    for name in ("", "use", "ideal", "95 %", "range", "price"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    rows = lines(plan)
+    for line in rows:
+        table.add_row(
+            line.name,
+            number(line.used),
+            "" if line.ideal is None else number(line.ideal),
+            "" if line.interval95 is None else " - ".join(map(number, line.interval95)),
+            {None: "", True: "inside", False: "outside"}[line.in_range],
+            "" if line.penalty_percent is None else f"{line.penalty_percent:.3f} %",
+        )
     console.print(table)
-    console.print(f"schedule: {schedule_text(plan)}")
-    console.print(
-        f"price of leaving the ideal: {plan.penalty_percent:.3f} % of the loss (B/B* = {plan.ratio:.3g})"
-    )
+    console.print("range: whether N and D lie where the law was fitted; price: loss above the ideal's\n")
+    for line in rows:
+        console.print(f"{line.name}: {line.equation}", soft_wrap=True, highlight=False)
+        if line.second_opinions:
+            others = ", ".join(f"{name} {number(value)}" for name, value in line.second_opinions.items())
+            console.print(f"  others say: {others}", soft_wrap=True, highlight=False)
+    console.print(f"schedule: {schedule_text(plan)}", soft_wrap=True)
     console.print(
         f"expected loss {EPOCH.loss(i.params, i.tokens):.4f} by {EPOCH.source.name}: "
         "for ranking, not a prediction for your data"
     )
     if cost is not None and machine is not None:
         how = "given" if machine.measured else "assumed"
-        text = f"{cost.flops:.3g} FLOPs: {cost.gpu_hours:,.1f} GPU-hours on {machine.device} at MFU {machine.mfu:.0%} ({how})"
-        console.print(text + ("" if cost.hours is None else f", {duration(cost.hours)} on {machine.gpus} GPUs"))
+        text = f"{cost.flops:.3g} FLOPs: {cost.gpu_hours:,.1f} GPU-hours on {machine.device} "
+        text += f"at MFU {machine.mfu:.0%} ({how})"
+        console.print(
+            text + ("" if cost.hours is None else f", {duration(cost.hours)} on {machine.gpus} GPUs")
+        )
     if cost is not None and cost.max_useful_gpus is not None:
-        console.print(f"more than {cost.max_useful_gpus:,} GPUs do not help: one window each is the critical batch")
+        console.print(
+            f"more than {cost.max_useful_gpus:,} GPUs do not help: one window each is the critical batch"
+        )
     show_tradeoffs(plan, trade, console)
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
@@ -204,14 +228,18 @@ def show(
 
 def show_tradeoffs(plan: Plan, trade: list[Tradeoff], console: Console) -> None:
     """Time against compute at equal loss."""
-    table = Table(title="The same loss with other batches", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in ("batch, tokens", "steps", "tokens", "GPU-hours", "hours, GPUs growing with the batch"):
+    table = Table(
+        title="The same loss with other batches", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
+    )
+    for name in ("batch, tokens", "steps", "tokens", "GPU-hours", "time, GPUs x batch"):
         table.add_column(name, justify="right")
     for row in trade:
         mark = " <" if math.isclose(row.batch_tokens, plan.batch_tokens) else ""
         hours = "" if row.hours is None else duration(row.hours)
         gpu_hours = "" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}"
-        table.add_row(number(row.batch_tokens) + mark, number(row.steps), f"{row.tokens:.4g}", gpu_hours, hours)
+        table.add_row(
+            number(row.batch_tokens) + mark, number(row.steps), f"{row.tokens:.4g}", gpu_hours, hours
+        )
     console.print(table)
 
 

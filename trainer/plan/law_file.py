@@ -80,7 +80,12 @@ class LawFile(Section):
             self.tokens_per_param,
         )
         return StepLaw(
-            source, self.lr.law(), self.batch_tokens.law(), self.optimizer, self.sync, self.assumes or "own runs"
+            source,
+            self.lr.law(),
+            self.batch_tokens.law(),
+            self.optimizer,
+            self.sync,
+            self.assumes or "own runs",
         )
 
 

@@ -29,9 +29,7 @@ class Spread:
         """95 % interval of the law's value at the arguments."""
         x = [1.0, *(math.log(a / c) for a, c in zip(arguments, self.centre, strict=True))]
         middle = sum(m * xi for m, xi in zip(self.mean, x, strict=True))
-        variance = sum(
-            xi * xj * self.covariance[i][j] for i, xi in enumerate(x) for j, xj in enumerate(x)
-        )
+        variance = sum(xi * xj * self.covariance[i][j] for i, xi in enumerate(x) for j, xj in enumerate(x))
         half = self.quantile * math.sqrt(max(variance, 0.0))
         return math.exp(middle - half), math.exp(middle + half)
 
@@ -125,12 +123,12 @@ class StepLaw:
 class PowerLines:
     """Power Lines (arXiv 2505.13738): weight decay from AdamW's timescale, optimal and critical batch.
 
-        tau    = B / (lr * wd * D)                   # B and D in tokens
-        tau*   = 1.084 * (D / N)^-0.527              # R^2 = .975
-        wd*    = B / (lr * tau* * D)
-        B_opt  = 0.0306 * D^0.383                    # sequences of 2048
-        B_crit = 0.0471 * D_min^0.462                # sequences of 2048
-        D      = D_min * (1 + B / B_crit)            # equal loss; steps = D / B
+    tau    = B / (lr * wd * D)                   # B and D in tokens
+    tau*   = 1.084 * (D / N)^-0.527              # R^2 = .975
+    wd*    = B / (lr * tau* * D)
+    B_opt  = 0.0306 * D^0.383                    # sequences of 2048
+    B_crit = 0.0471 * D_min^0.462                # sequences of 2048
+    D      = D_min * (1 + B / B_crit)            # equal loss; steps = D / B
     """
 
     source: Source
@@ -268,7 +266,9 @@ STEP_LAW = StepLaw(
     ),
 )
 POWER_LINES = PowerLines(
-    Source("Power Lines", "arXiv 2505.13738", "D, B: tokens; B_opt, B_crit: sequences of 2048", (111e6, 3.3e9)),
+    Source(
+        "Power Lines", "arXiv 2505.13738", "D, B: tokens; B_opt, B_crit: sequences of 2048", (111e6, 3.3e9)
+    ),
     PowerLaw(1.084, (-0.527,)),
     PowerLaw(0.0306, (0.383,)),
     PowerLaw(0.0471, (0.462,)),
@@ -284,7 +284,11 @@ PORIAN = PorianLaw(
     PowerLaw(0.7576, (0.703,)),
 )
 EPOCH = LossLaw(
-    Source("Epoch's Chinchilla fit", "arXiv 2404.10102", "N: weights; D: tokens; loss: nats per token of MassiveText"),
+    Source(
+        "Epoch's Chinchilla fit",
+        "arXiv 2404.10102",
+        "N: weights; D: tokens; loss: nats per token of MassiveText",
+    ),
     1.8172,
     482.01,
     0.3478,

@@ -193,7 +193,9 @@ def law_warnings(inputs: Inputs, law: StepLaw) -> list[str]:
             "set optimizer.lr, or budget.law to a law fitted on your own runs"
         )
     if inputs.sync != law.sync:
-        warnings.append(f"{law.source.name} was fitted with {law.sync}, not {inputs.sync}: check the learning rate")
+        warnings.append(
+            f"{law.source.name} was fitted with {law.sync}, not {inputs.sync}: check the learning rate"
+        )
     if law is STEP_LAW:
         ideal, other = law.batch_tokens(d), POWER_LINES.batch_tokens(d)
         if not 0.5 <= other / ideal <= 2:
@@ -215,5 +217,7 @@ def batch_warnings(batch: float, ideal: float, critical: float, steps: int) -> l
     if not low <= ratio <= high:
         warnings.append(f"the batch is {batch:,.0f} tokens, {ratio:.2g} x the law's {ideal:,.0f}")
     if steps < TOO_FEW_STEPS:
-        warnings.append(f"{steps:,} steps are few: the laws were fitted on runs of at least {TOO_FEW_STEPS:,}")
+        warnings.append(
+            f"{steps:,} steps are few: the laws were fitted on runs of at least {TOO_FEW_STEPS:,}"
+        )
     return warnings

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config

@@ -1,4 +1,4 @@
-"""Worked values of the laws, the rounding, and what `auto` becomes."""
+"""The seven steps, the rounding, and what `auto` becomes."""
 
 import math
 
@@ -11,34 +11,9 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump, flatten
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.laws import POWER_LINES, STEP_LAW
-from stepline.trainer.plan.planner import round_batch, scaled_lr
+from stepline.trainer.plan.laws import STEP_LAW
+from stepline.trainer.plan.planner import Inputs, make_plan, penalty_percent, round_batch, scaled_lr
 from stepline.trainer.plan.resolve import Machine, resolve
-
-
-@pytest.mark.parametrize(
-    ("params", "tokens", "lr", "batch", "tau", "decay"),
-    [
-        (124e6, 2.5e9, 2.330e-3, 134_788, 0.22261, 0.1039),
-        (1.1e9, 100e9, 1.525e-3, 1.108e6, 0.10066, 0.0722),
-        (7e9, 2e12, 1.023e-3, 6.128e6, 0.05505, 0.0544),
-    ],
-)
-def test_published_values(params, tokens, lr, batch, tau, decay):
-    law, lines = STEP_LAW, POWER_LINES
-    assert law.lr(params, tokens) == pytest.approx(lr, rel=5e-4)
-    assert law.batch_tokens(tokens) == pytest.approx(batch, rel=5e-4)
-    assert lines.tau(params, tokens) == pytest.approx(tau, rel=5e-4)
-    got = lines.weight_decay(params, tokens, law.lr(params, tokens), law.batch_tokens(tokens))
-    assert got == pytest.approx(decay, rel=1e-3)
-
-
-def test_exponents_are_the_log_log_slopes():
-    law = STEP_LAW
-    assert math.log(law.lr(2e9, 1e11) / law.lr(1e9, 1e11), 2) == pytest.approx(-0.713)
-    assert math.log(law.lr(1e9, 2e11) / law.lr(1e9, 1e11), 2) == pytest.approx(0.307)
-    assert math.log(law.batch_tokens(2e11) / law.batch_tokens(1e11), 2) == pytest.approx(0.571)
-    assert math.log(POWER_LINES.tau(1e9, 2e11) / POWER_LINES.tau(1e9, 1e11), 2) == pytest.approx(-0.527)
 
 
 @given(st.floats(1e3, 1e9), st.integers(1, 10**7))
@@ -55,6 +30,85 @@ def test_rounding_is_a_nearest_multiple_and_idempotent(ideal, quantum):
 @given(st.floats(1e-3, 1e3), st.floats(1.0, 10.0))
 def test_the_learning_rate_never_rises_when_the_batch_shrinks(ratio, factor):
     assert scaled_lr(1.0, ratio / factor) <= scaled_lr(1.0, ratio) <= 1.0
+
+
+def test_worked_example():
+    """124M, 2.5B tokens, sequence 1024, 8 ranks, micro-batch 16."""
+    plan = make_plan(Inputs(124e6, 2.5e9, seq_len=1024, world_size=8, micro_batch=16))
+    assert (plan.batch_tokens, plan.grad_accumulation, plan.steps) == (131_072, 1, 19_074)
+    assert plan.lr == pytest.approx(2.285e-3, rel=5e-4)
+    assert plan.weight_decay == pytest.approx(0.1031, rel=1e-3)
+
+
+def test_the_contract_s_example():
+    plan = make_plan(Inputs(1.1e9, 1e11, seq_len=4096, world_size=64, micro_batch=4))
+    assert (plan.batch_tokens, plan.grad_accumulation, plan.steps) == (1_048_576, 1, 95_368)
+    assert (plan.lr, plan.weight_decay, plan.tau) == pytest.approx((0.001468, 0.0710, 0.1007), rel=1e-3)
+    assert (plan.ideal_lr, plan.ideal_weight_decay) == pytest.approx((0.001525, 0.0722), rel=1e-3)
+    assert plan.batch_critical_tokens == pytest.approx(11.65e6, rel=1e-4)
+
+
+def test_without_the_machine_nothing_is_rounded():
+    plan = make_plan(Inputs(1.1e9, 1e11, seq_len=4096, micro_batch=4))
+    assert (plan.lr, plan.batch_tokens) == (plan.ideal_lr, plan.ideal_batch_tokens)
+    assert plan.penalty_percent == 0
+
+
+def test_a_forced_batch_scales_the_learning_rate_down_and_never_up():
+    ideal = STEP_LAW.batch_tokens(2.5e9)
+    small = make_plan(Inputs(124e6, 2.5e9, batch_tokens=round(ideal / 4)))
+    large = make_plan(Inputs(124e6, 2.5e9, batch_tokens=round(ideal * 4)))
+    assert small.lr == pytest.approx(small.ideal_lr * 0.25**0.7, rel=1e-4)
+    assert large.lr == large.ideal_lr
+    assert small.penalty_percent == pytest.approx(0.29 * 4, rel=1e-4)
+    assert penalty_percent(1.0, 2.0) == pytest.approx(0.33)
+    assert any("x the law's" in w for w in small.warnings)
+
+
+def test_each_warning_in_plain_words():
+    def said(word: str, **inputs) -> bool:
+        plan = make_plan(Inputs(**{"params": 1e9, "tokens": 5e10} | inputs))
+        return any(word in warning for warning in plan.warnings)
+
+    for word, inputs in (
+        ("N = 2e+09 outside", {"params": 2e9}),
+        ("D = 2e+11 outside", {"tokens": 2e11}),
+        ("D/N = 10 outside", {"tokens": 1e10}),
+        ("exceeds the critical", {"batch_tokens": 20_000_000}),
+        ("x the law's", {"batch_tokens": 100_000}),
+        ("steps are few", {"batch_tokens": 50_000_000}),
+        ("fitted with adamw, not muon", {"optimizer": "muon"}),
+        ("fitted with all_reduce, not demo", {"sync": "demo"}),
+        ("clamped to 0.3", {"lr": 1e-5}),
+        ("not validated for mixtures", {"active_params": 2e8}),
+        ("the laws disagree on the batch", {"params": 1e6, "tokens": 1e8}),
+    ):
+        assert said(word, **inputs), word
+        assert not said(word), word
+
+
+def test_a_mixture_s_weight_decay_is_fixed():
+    plan = make_plan(Inputs(1e9, 5e10, active_params=2e8))
+    assert plan.weight_decay == 0.1
+    assert plan.ideal_lr == STEP_LAW.lr(1e9, 5e10)  # the law takes the total
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"params": -1, "tokens": 1e9}, "params is -1; it must be between"),
+        ({"params": 0, "tokens": 1e9}, "params is 0; it must be between"),
+        ({"params": math.nan, "tokens": 1e9}, "params is nan; it must be between"),
+        ({"params": 1e9, "tokens": 1e40}, r"tokens is 1e\+40; it must be between"),
+        ({"params": 1e9, "tokens": 1e9, "seq_len": -5}, "seq_len is -5; it must be at least 1"),
+        ({"params": 1e9, "tokens": 1e9, "world_size": 0}, "world_size is 0; it must be at least 1"),
+        ({"params": 1e9, "tokens": 1e9, "active_params": 2e9}, "active_params 2e.09 exceed params"),
+        ({"params": 1e9, "tokens": 1e4, "batch_tokens": 20_000}, "below one batch of 20,000"),
+    ],
+)
+def test_bad_input_is_one_sentence(inputs, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_plan(Inputs(**inputs))
 
 
 def config(**model) -> Config:
