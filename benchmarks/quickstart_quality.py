@@ -94,7 +94,7 @@ def stepline_run(seconds: float, split: str, overrides: list[str]) -> dict:
     rate = statistics.median(row["tokens_per_second"] for row in rows if "loss" in row)
     tokens_per_step = config.budget.batch_tokens
     start_up = calibration["train_seconds"] - CALIBRATION * tokens_per_step / rate
-    steps = int((0.985 * seconds - start_up) * rate / tokens_per_step)
+    steps = int((0.97 * seconds - start_up) * rate / tokens_per_step)
     outcome = train(WORK / "run", *overrides, "budget.tokens=null", f"budget.steps={steps}")
     command = [sys.executable, "-m", "stepline.trainer", "eval", str(WORK / "run"), "--data", str(DATA)]
     out = subprocess.run([*command, "--split", split, "--json"], check=True, capture_output=True, text=True)
