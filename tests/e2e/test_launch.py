@@ -47,7 +47,7 @@ def rows(run: Path) -> list[dict]:
 def test_help_and_version(sh):
     assert "prepare" in sh(*STEPLINE, "--help").stdout
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", sh(*STEPLINE, "--version").stdout)
-    for command in ("prepare", "train", "eval", "generate"):
+    for command in ("prepare", "plan", "train", "eval", "generate"):
         assert "Example" in sh(*STEPLINE, command, "--help").stdout
 
 
@@ -60,6 +60,7 @@ def test_torchrun_trains_evaluates_and_generates(sh, data, tmp_path):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     assert json.loads((run / "outcome.json").read_text())["status"] == "done"
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    assert json.loads((run / "plan.json").read_text())["steps"] == 40
     last = [r for r in rows(run) if "val_loss" in r][-1]
     values = json.loads(sh(*STEPLINE, "eval", run, "--data", data, "--json").stdout)
     assert values["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)

@@ -1,5 +1,6 @@
 """Every command of the README runs, in its order, in a folder with a small corpus."""
 
+import json
 import os
 import re
 import shlex
@@ -36,14 +37,17 @@ def test_every_command_of_the_readme(sh, corpus, tmp_path):
         if line in ELSEWHERE:
             continue
         words = shlex.split(line)
-        verb = next(word for word in words if word in ("prepare", "train", "eval", "generate"))
+        verb = next(word for word in words if word in ("prepare", "plan", "train", "eval", "generate"))
         assert words[0] in ("stepline", "torchrun"), line
         out = sh(*words, *SMALLER.get(verb, []), cwd=tmp_path, **environment)
         ran.append((verb, out.stdout, out.stderr))
-    assert [verb for verb, _, _ in ran] == ["prepare", "train", "train", "train", "eval", "generate"]
-    assert "law: Step Law" in ran[1][1]  # the dry run
-    assert "is finished" in ran[3][2]  # the same command again
-    assert "bits per byte" in ran[4][1]
+    assert [verb for verb, _, _ in ran if verb != "plan"] == ["prepare", "train", "train", "train", "eval", "generate"]
+    plans, runs = [r for r in ran if r[0] == "plan"], [r for r in ran if r[0] != "plan"]
+    assert "GPU-hours" in plans[0][1]
+    assert json.loads(plans[1][1])["steps"] > 0
+    assert "law: Step Law" in runs[1][1]  # the dry run
+    assert "is finished" in runs[3][2]  # the same command again
+    assert "bits per byte" in runs[4][1]
 
 
 def test_the_readme_shows_what_the_quickstart_prints():
