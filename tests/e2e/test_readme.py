@@ -41,7 +41,14 @@ def test_every_command_of_the_readme(sh, corpus, tmp_path):
         assert words[0] in ("stepline", "torchrun"), line
         out = sh(*words, *SMALLER.get(verb, []), cwd=tmp_path, **environment)
         ran.append((verb, out.stdout, out.stderr))
-    assert [verb for verb, _, _ in ran if verb != "plan"] == ["prepare", "train", "train", "train", "eval", "generate"]
+    assert [verb for verb, _, _ in ran if verb != "plan"] == [
+        "prepare",
+        "train",
+        "train",
+        "train",
+        "eval",
+        "generate",
+    ]
     plans, runs = [r for r in ran if r[0] == "plan"], [r for r in ran if r[0] != "plan"]
     assert "GPU-hours" in plans[0][1]
     assert json.loads(plans[1][1])["steps"] > 0
