@@ -143,6 +143,71 @@ def train(
     raise typer.Exit(action(config, overrides or [], resume))
 
 
+@app.command()
+def sweep(
+    output: Annotated[Path, typer.Option(help="Folder of the sweep; one that was stopped goes on.")],
+    config: Annotated[
+        str | None, typer.Argument(help="YAML file, or the name of a shipped config; not needed to go on.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Fractions of the config's N. [default: 0.25,0.5,1]")
+    ] = None,
+    widths: Annotated[str | None, typer.Option(help="Hidden sizes instead, at the config's depth.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="D of every size, e.g. 3e5,6e5,1.2e6.")] = None,
+    tokens_per_param: Annotated[
+        str | None, typer.Option(help="D/N of every size instead. [default: the config's own x 0.5,1,2]")
+    ] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rates, instead of --lr-points.")] = None,
+    lr_points: Annotated[int, typer.Option(help="Learning rates in factors of 2 around the law's.")] = 5,
+    batch_tokens: Annotated[
+        str | None, typer.Option(help="Batches in tokens, instead of --batch-points.")
+    ] = None,
+    batch_points: Annotated[int, typer.Option(help="Batches in factors of 2 around the law's.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs of each point, with seeds from run.seed on.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    ranks: Annotated[int, typer.Option(help="Ranks of each run (torchrun on this machine).")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Print every run and the cost, then stop.")] = False,
+    only: Annotated[int | None, typer.Option(help="Do this one run, by its index.")] = None,
+    collect: Annotated[bool, typer.Option(help="Gather runs.csv and stop.")] = False,
+    slurm: Annotated[bool, typer.Option(help="Submit the missing runs as a SLURM array.")] = False,
+    sbatch: Annotated[
+        str, typer.Option(help="Options for sbatch, e.g. '--partition=gpu --gpus=1 --time=2:00:00'.")
+    ] = "",
+    print_only: Annotated[
+        bool, typer.Option("--print", help="With --slurm: print the script instead of submitting it.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="GPU whose peak gives the time, e.g. H200.")] = None,
+    peak_flops: Annotated[float | None, typer.Option(help="The same by its dense bf16 FLOP/s.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Measured MFU; 0.4 is assumed otherwise.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Small runs over sizes, budgets, learning rates and batches: runs.csv for `stepline laws fit`.
+
+    Example: stepline sweep quickstart optimizer.lr=auto --tokens 3e5,6e5,1.2e6 --output sweeps/mine --jobs 2
+    """
+    from stepline.trainer.plan.sweep import Grid, numbers
+    from stepline.trainer.run.sweep import Request, run_sweep
+
+    grid = Grid(
+        numbers(sizes, "--sizes"),
+        numbers(widths, "--widths", whole=True),
+        numbers(tokens, "--tokens"),
+        numbers(tokens_per_param, "--tokens-per-param"),
+        numbers(lr, "--lr"),
+        lr_points,
+        numbers(batch_tokens, "--batch-tokens"),
+        batch_points,
+        seeds,
+        ranks,
+    )
+    ask = Request(
+        config, overrides or [], output, grid, jobs, dry_run, only, collect, slurm, sbatch, print_only, device,
+        peak_flops, mfu,
+    )  # fmt: skip
+    raise typer.Exit(run_sweep(ask, as_json))
+
+
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],

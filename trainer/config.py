@@ -174,6 +174,8 @@ class LoggingConfig(Section):
     """Steps between validations, 0 for none before the end; auto: a tenth of the run."""
     eval_windows: Count | None = Field(None, ge=1)
     """Windows of a validation during the run, evenly spaced; default: the whole split, as at the end."""
+    eval_split: Literal["val", "tune"] = "val"
+    """Held-out split of the validations; tune for runs that settings are chosen by, so that val stays unseen."""
     wandb: Annotated[Literal["auto", "online", "offline", "off"], BeforeValidator(_off)] = "auto"
     """auto: online when a key is there, else offline; off: not at all."""
     project: str = "stepline"

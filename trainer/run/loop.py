@@ -137,7 +137,7 @@ def validate(state: TrainState, whole: bool) -> dict[str, float]:
     for source in config.data.folders():
         loader = ValidationLoader(
             source.path,
-            "val",
+            config.logging.eval_split,
             seq_len=config.data.seq_len,
             micro_batch=config.parallel.micro_batch,
             rank=dist.get_rank(),

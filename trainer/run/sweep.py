@@ -1,0 +1,269 @@
+"""`stepline sweep`: small runs over sizes, budgets, learning rates and batches, for `stepline laws fit`.
+
+Imports no torch; the runs are processes of their own.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import Origins, dump, load_config, read_run_config, write_config
+from stepline.trainer.data.dataset import Meta, load_meta
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.resolve import config_law
+from stepline.trainer.plan.sweep import Grid, SweepRun, lay_out
+from stepline.trainer.plan.sweep_cost import SweepCost, find_rate, gpu_names, sweep_cost
+from stepline.trainer.run.sweep_local import LocalRunner, Report
+from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, write_whole
+
+DONE, FAILED, TO_BE_CONTINUED = 0, 1, 75
+NEVER = 10**9
+"""Steps between checkpoints of a run that keeps none but its last."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line."""
+
+    config: str | None
+    overrides: list[str]
+    output: Path
+    grid: Grid
+    jobs: int = 1
+    dry_run: bool = False
+    only: int | None = None
+    """Index of the one run to do."""
+    collect: bool = False
+    slurm: bool = False
+    sbatch_options: str = ""
+    print_only: bool = False
+    device: str | None = None
+    peak_flops: float | None = None
+    mfu: float | None = None
+
+
+def run_sweep(ask: Request, as_json: bool) -> int:
+    """Lays out or continues a sweep; returns the exit code. Raises UserError."""
+    console = Console(stderr=as_json, soft_wrap=True)
+    if ask.jobs < 1:
+        raise UserError(f"--jobs is {ask.jobs}; it must be at least 1")
+    sweep, config, new = _open(ask)
+    if ask.collect:
+        return _summary(sweep, Report(), console, as_json)
+    runs = sweep.missing()
+    if ask.only is not None:
+        if not 0 <= ask.only < len(sweep.runs):
+            raise UserError(f"--only is {ask.only}; the sweep has runs 0 to {len(sweep.runs) - 1}")
+        runs = [run for run in runs if run is sweep.runs[ask.only]]
+    gpus = [] if config.run.device == "cpu" else gpu_names()
+    threads = max(1, len(os.sched_getaffinity(0)) // (ask.jobs * sweep.ranks))
+    rate = find_rate(ask.device, ask.peak_flops, ask.mfu, sweep.ranks, threads, gpus)
+    cost = sweep_cost(runs, rate, ask.jobs)
+    if ask.only is None:
+        show(sweep, runs, new.notes if new else (), config, cost, ask.jobs, console, every_run=ask.dry_run)
+    if ask.dry_run:
+        if as_json:
+            print(json.dumps({"runs": [asdict(run) for run in sweep.runs], "cost": asdict(cost)}))
+        return DONE
+    if new is not None:
+        _write_layout(sweep, config, new)
+    if ask.slurm:
+        from stepline.trainer.run.sweep_slurm import submit
+
+        return submit(sweep, runs, ask, console)
+    runner = LocalRunner(
+        sweep,
+        jobs=ask.jobs,
+        threads=threads,
+        gpus=_gpu_identifiers(len(gpus)),
+        rate=rate,
+        say=lambda text: console.print(text, markup=False, highlight=False),
+    )
+    return _summary(sweep, runner.do(runs), console, as_json)
+
+
+@dataclass(frozen=True)
+class _New:
+    """What is known of a sweep that is being laid out."""
+
+    content: dict[str, Any]
+    """Of sweep.json."""
+    origins: Origins
+    notes: tuple[str, ...]
+
+
+def _open(ask: Request) -> tuple[SweepFolder, Config, _New | None]:
+    """The sweep of the folder, or a new one; raises UserError."""
+    saved = open_sweep(ask.output)
+    if ask.config is None:
+        if saved is None:
+            raise UserError(f"{ask.output} holds no sweep to continue; give a CONFIG")
+        if ask.grid != Grid():
+            raise UserError(
+                "options of the grid need a CONFIG; without one a sweep goes on as it was laid out"
+            )
+        return saved, read_run_config(ask.output), None
+    config, origins = load_config(ask.config, ask.overrides)
+    metas = _metas(config)
+    law = config_law(config)
+    _settle(config, origins, metas)
+    corpus = sum(meta.splits["train"].tokens for meta in metas)
+    held_out = sum(meta.splits[config.logging.eval_split].tokens for meta in metas)
+    layout = lay_out(config, ask.grid, law, corpus, held_out)
+    for key in ("tokens", "steps"):  # each run sets its own
+        setattr(config.budget, key, None)
+    content = {
+        "config": dump(config),
+        "data": [meta.fingerprint for meta in metas],
+        "ranks": ask.grid.ranks,
+        "runs": [asdict(run) for run in layout.runs],
+    }
+    if saved is not None:
+        check_same(ask.output, content)
+        return saved, config, None
+    for run in layout.runs:
+        load_config(ask.config, [*ask.overrides, "budget.steps=null", *run.overrides()])  # raises UserError
+    return SweepFolder(ask.output, layout.runs, ask.grid.ranks), config, _New(content, origins, layout.notes)
+
+
+def _metas(config: Config) -> list[Meta]:
+    folders = config.data.folders()
+    if not folders:
+        raise UserError("the config names no data; set data.path to a folder written by `stepline prepare`")
+    metas = [load_meta(source.path) for source in folders]
+    for source, meta in zip(folders, metas):
+        if meta.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"the tokenizer of {source.path} has {meta.vocab_size} tokens but model.vocab_size is "
+                f"{config.model.vocab_size}; set it to at least {meta.vocab_size}"
+            )
+    return metas
+
+
+def _settle(config: Config, origins: Origins, metas: list[Meta]) -> None:
+    """What all runs of a sweep have in common, in place: no wandb, one validation and one checkpoint, at the end.
+
+    They are compared on the tune split where the data has one: nothing is chosen on validation text.
+    """
+
+    def held_out(split: str) -> bool:
+        return all(split in meta.splits and meta.splits[split].tokens > 1 for meta in metas)
+
+    values: dict[tuple[str, str], Any] = {("logging", "wandb"): "off", ("logging", "eval_every"): 0}
+    if origins["logging.eval_split"] == "default" and held_out("tune"):
+        values["logging", "eval_split"] = "tune"
+    if config.checkpoint.every == "auto":
+        values["checkpoint", "every"] = NEVER
+    for (section, key), value in values.items():
+        setattr(getattr(config, section), key, value)
+        origins[f"{section}.{key}"] = "sweep"
+    split = config.logging.eval_split
+    if not held_out(split):
+        raise UserError(
+            f"the data has no tokens in '{split}' to compare runs on; prepare it with a held-out share"
+        )
+    config.run.folder = None
+
+
+def _write_layout(sweep: SweepFolder, config: Config, new: _New) -> None:
+    sweep.path.mkdir(parents=True, exist_ok=True)
+    write_config(config, new.origins, sweep.config)
+    write_whole(sweep.path / "sweep.json", json.dumps(new.content, indent=1) + "\n")
+    sweep.write_csv()
+
+
+def _gpu_identifiers(count: int) -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(count)]
+
+
+def show(
+    sweep: SweepFolder,
+    runs: Sequence[SweepRun],
+    notes: Sequence[str],
+    config: Config,
+    cost: SweepCost,
+    jobs: int,
+    console: Console,
+    every_run: bool,
+) -> None:
+    """The cells (or every run) and what is still to be done of them costs."""
+    table = Table(title=f"Sweep {sweep.path}")
+    groups: dict[Any, list[SweepRun]] = {}
+    for run in sweep.runs:
+        groups.setdefault(run.name if every_run else (run.params, run.tokens), []).append(run)
+    for name in ("N", "D", "shape", "lr", "batch", "weight decay", "steps", "runs"):
+        table.add_column(name, justify="right")
+    for group in groups.values():
+        shape = group[0].shape
+        table.add_row(
+            f"{group[0].params:,}",
+            f"{group[0].tokens:,}",
+            f"{shape['num_layers']} x {shape['hidden_size']}",
+            *(_range([getattr(run, key) for run in group]) for key in ("lr", "batch_tokens", "weight_decay")),
+            _range([run.steps for run in group]),
+            str(len(group)),
+        )
+    console.print(table)
+    split = config.logging.eval_split
+    console.print(
+        f"Compared by the loss on the {split} split in nats per token. The cheapest runs come first."
+    )
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+    if len(runs) < len(sweep.runs):
+        console.print(f"{len(sweep.runs) - len(runs)} of {len(sweep.runs)} runs are done.")
+    console.print(
+        f"{cost.runs} runs to do: {cost.tokens:,} training tokens, {cost.flops:.3g} FLOPs, "
+        f"about {_duration(cost.seconds)} with {jobs} at a time ({cost.assumption}).",
+        highlight=False,
+    )
+
+
+def _range(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.4g}" if low == high else f"{low:.4g} - {high:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _summary(sweep: SweepFolder, report: Report, console: Console, as_json: bool) -> int:
+    """Gathers runs.csv, says how it stands and how to go on; the exit code."""
+    count = sweep.write_csv()
+    missing = len(sweep.runs) - count
+    results = [result for run in sweep.runs if (result := sweep.result(run)) is not None]
+    diverged = sum(result.diverged for result in results)
+    table = sweep.path / "runs.csv"
+    console.print(
+        f"{table}: {count} of {len(sweep.runs)} runs, {diverged} of them diverged",
+        highlight=False,
+        markup=False,
+    )
+    for run, reason in report.failed:
+        log = sweep.folder(run) / "output.log"
+        console.print(f"failed: {run.name}: {reason} (see {log})", highlight=False, markup=False)
+    if missing:
+        why = f"stopped by {report.stopped}" if report.stopped else f"{missing} runs are missing"
+        if report.elsewhere:
+            why += f", {len(report.elsewhere)} of them being done by another process"
+        console.print(
+            f"{why}; go on with: stepline sweep --output {sweep.path}", highlight=False, markup=False
+        )
+    if as_json:
+        failed = [run.name for run, _ in report.failed]
+        told = {"csv": str(table), "runs": len(sweep.runs), "done": count, "diverged": diverged}
+        print(json.dumps(told | {"failed": failed, "stopped": report.stopped or None}))
+    if report.stopped:
+        return TO_BE_CONTINUED
+    return FAILED if report.failed else DONE

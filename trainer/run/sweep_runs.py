@@ -1,0 +1,202 @@
+"""The folder of a sweep: its frozen layout, the result of each run, runs.csv. Imports no torch.
+
+DIR/sweep.json, DIR/config.yaml: the layout, written once; DIR/runs/NAME/: an ordinary run with `result.json` once
+it counts; DIR/runs.csv: one row for each result.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.sweep import SweepRun
+from stepline.trainer.watch.metrics import read_metrics
+
+COLUMNS = (
+    "name", "params", "tokens", "lr", "batch_tokens", "weight_decay", "optimizer", "sync", "schedule", "seed",
+    "loss", "diverged", "seconds",
+)  # fmt: skip
+"""Of runs.csv: N, D, nats per token of held-out text (empty where the run diverged), seconds of the run."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run that has ended well or diverged leaves."""
+
+    loss: float | None
+    """Nats per token; None when it diverged."""
+    diverged: bool
+    seconds: float
+    reason: str = ""
+    """Why it counts as diverged."""
+
+
+class RunFailed(Exception):
+    """A run ended without a result: not data, but a fault to look into; its text is the log's last word."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is whole or absent."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[int | None]:
+    """Holds a lock file and yields its descriptor; None when another process holds it and `wait` is false.
+
+    A child that inherits the descriptor holds the lock on, beyond the death of the parent.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Paths and records of a sweep in `path`."""
+
+    path: Path
+    runs: tuple[SweepRun, ...]
+    ranks: int = 1
+    """Of each run."""
+
+    @property
+    def config(self) -> Path:
+        """The config of all runs, to which each adds its overrides."""
+        return self.path / "config.yaml"
+
+    def folder(self, run: SweepRun) -> Path:
+        """Of one run."""
+        return self.path / "runs" / run.name
+
+    def lock(self, run: SweepRun) -> Path:
+        """Held while a process, or a child that outlived it, works on the run."""
+        return self.path / "runs" / f"{run.name}.lock"
+
+    def result(self, run: SweepRun) -> Result | None:
+        """The recorded result."""
+        path = self.folder(run) / "result.json"
+        return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def missing(self) -> list[SweepRun]:
+        """The runs without a result, in order."""
+        return [run for run in self.runs if not (self.folder(run) / "result.json").is_file()]
+
+    def record(self, run: SweepRun) -> Result:
+        """Keeps the result of a run that has ended, then drops its checkpoints; raises RunFailed."""
+        folder = self.folder(run)
+        result = read_result(folder)
+        write_whole(folder / "result.json", json.dumps(vars(result)) + "\n")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    def write_csv(self) -> int:
+        """Gathers all results in runs.csv; returns their number."""
+        with locked(self.path / "runs" / ".csv.lock", wait=True):
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            count = 0
+            for run in self.runs:
+                result = self.result(run)
+                if result is None:
+                    continue
+                count += 1
+                own = [getattr(run, column) for column in COLUMNS[: COLUMNS.index("loss")]]
+                loss = "" if result.loss is None else repr(result.loss)
+                writer.writerow([*own, loss, int(result.diverged), result.seconds])
+            write_whole(self.path / "runs.csv", text.getvalue())
+            return count
+
+
+def read_result(folder: Path) -> Result:
+    """What the outcome of an ended run says.
+
+    Diverged: stopped by the guard, a held-out loss that is not finite, or one above the first step's loss.
+    Anything else that is not `done` raises RunFailed.
+    """
+    path = folder / "outcome.json"
+    if not path.is_file():
+        raise RunFailed(last_line(folder / "output.log") or "it left no outcome and no log")
+    outcome = json.loads(path.read_text(encoding="utf-8"))
+    seconds = outcome["seconds"]
+    if outcome["status"] == "stopped" and outcome["exit_code"] == 1:
+        return Result(None, True, seconds, outcome["message"])
+    if outcome["status"] != "done" or "val_loss" not in outcome:
+        raise RunFailed(outcome.get("message") or last_line(folder / "output.log"))
+    loss = outcome["val_loss"]
+    if not math.isfinite(loss):
+        return Result(None, True, seconds, "the held-out loss is not finite")
+    first = next((row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row), None)
+    if first is not None and loss > first:
+        return Result(
+            None, True, seconds, f"the held-out loss {loss:.3f} is above the first loss {first:.3f}"
+        )
+    return Result(loss, False, seconds)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that is not empty."""
+    if not path.is_file():
+        return ""
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+def open_sweep(path: Path) -> SweepFolder | None:
+    """The sweep that was laid out in `path`; None where there is none."""
+    file = path / "sweep.json"
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return SweepFolder(path, tuple(SweepRun(**run) for run in content["runs"]), content["ranks"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); choose another --output") from None
+
+
+def check_same(path: Path, layout: dict[str, Any]) -> None:
+    """Raises UserError when the sweep in `path` was laid out otherwise, with the first difference."""
+    saved = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
+    difference = first_difference(saved, json.loads(json.dumps(layout)))
+    if difference is not None:
+        raise UserError(
+            f"{path} holds another sweep ({difference}); continue it with `stepline sweep --output {path}` "
+            "or choose another --output"
+        )
+
+
+def first_difference(old: Any, new: Any, where: str = "") -> str | None:
+    """`runs.3.lr was 0.01 and is now 0.02`, or None when both are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(k, old.get(k), new.get(k)) for k in [*old, *(k for k in new if k not in old)]]
+    elif isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{where} were {len(old)} and are now {len(new)}"
+        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(old, new))]
+    else:
+        return None if old == new else f"{where} was {old!r} and is now {new!r}"
+    found = (first_difference(a, b, f"{where}.{k}".lstrip(".")) for k, a, b in pairs)
+    return next((text for text in found if text is not None), None)
