@@ -165,7 +165,9 @@ def sweep(
     ] = None,
     batch_points: Annotated[int, typer.Option(help="Batches in factors of 2 around the law's.")] = 3,
     seeds: Annotated[int, typer.Option(help="Runs of each point, with seeds from run.seed on.")] = 1,
-    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at the same time. [default: 1; no limit with --slurm]")
+    ] = None,
     ranks: Annotated[int, typer.Option(help="Ranks of each run (torchrun on this machine).")] = 1,
     dry_run: Annotated[bool, typer.Option(help="Print every run and the cost, then stop.")] = False,
     only: Annotated[int | None, typer.Option(help="Do this one run, by its index.")] = None,
@@ -175,7 +177,7 @@ def sweep(
         str, typer.Option(help="Options for sbatch, e.g. '--partition=gpu --gpus=1 --time=2:00:00'.")
     ] = "",
     print_only: Annotated[
-        bool, typer.Option("--print", help="With --slurm: print the script instead of submitting it.")
+        bool, typer.Option("--print", help="With --slurm: write and print the script, do not submit it.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="GPU whose peak gives the time, e.g. H200.")] = None,
     peak_flops: Annotated[float | None, typer.Option(help="The same by its dense bf16 FLOP/s.")] = None,

@@ -5,8 +5,7 @@ N is the number of non-embedding linear weights of a shape, D its training token
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from stepline.models.config import ModelConfig
 from stepline.models.flops import flops_per_token, parameter_counts
@@ -85,12 +84,8 @@ class Layout:
     """All runs, the cheapest first: what is wrong with a sweep shows early."""
 
     runs: tuple[SweepRun, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """What one should know beforehand, each one sentence."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, as sweep.json holds them."""
-        return {"runs": [asdict(run) for run in self.runs]}
 
 
 def numbers(text: str | None, option: str, whole: bool = False) -> tuple[float, ...] | None:

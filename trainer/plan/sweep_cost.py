@@ -70,13 +70,17 @@ def sweep_cost(runs: Sequence[SweepRun], rate: Rate, jobs: int) -> SweepCost:
     )
 
 
-def gpu_names() -> list[str]:
-    """Names of this machine's NVIDIA GPUs, as its driver tells them; empty without any."""
-    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return []
+def find_gpus() -> dict[str, str]:
+    """What CUDA_VISIBLE_DEVICES calls each of the NVIDIA GPUs that may be used here, and its name."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or shutil.which("nvidia-smi") is None:
+        return {}
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
-    return told.stdout.split("\n")[:-1] if told.returncode == 0 else []
+    names = told.stdout.splitlines() if told.returncode == 0 else []
+    if visible is None or not names:
+        return {str(i): name for i, name in enumerate(names)}
+    return dict.fromkeys(visible.split(","), names[0])
 
 
 def find_rate(
@@ -107,7 +111,7 @@ def find_rate(
     measured = matmul_rate(threads)
     return Rate(
         measured * ASSUMED_SHARE_OF_MATMUL * ranks,
-        f"{measured / 1e9:.0f} GFLOP/s, measured with {threads} threads on matrix products of 512 x 512, "
+        f"{measured / 1e9:.0f} GFLOP/s, measured on matrix products of 512 x 512 (threads: {threads}), "
         f"of which a share of {ASSUMED_SHARE_OF_MATMUL:g} is assumed",
     )
 

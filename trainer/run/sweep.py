@@ -5,7 +5,7 @@ Imports no torch; the runs are processes of their own.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from stepline.trainer.data.dataset import Meta, load_meta
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.resolve import config_law
 from stepline.trainer.plan.sweep import Grid, SweepRun, lay_out
-from stepline.trainer.plan.sweep_cost import SweepCost, find_rate, gpu_names, sweep_cost
+from stepline.trainer.plan.sweep_cost import SweepCost, find_gpus, find_rate, sweep_cost
 from stepline.trainer.run.sweep_local import LocalRunner, Report
 from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, write_whole
+from stepline.trainer.run.sweep_slurm import find_sbatch, render, submit, write_script
 
 DONE, FAILED, TO_BE_CONTINUED = 0, 1, 75
 NEVER = 10**9
@@ -36,7 +37,8 @@ class Request:
     overrides: list[str]
     output: Path
     grid: Grid
-    jobs: int = 1
+    jobs: int | None = None
+    """At the same time; None: one on this machine, no limit for a SLURM array."""
     dry_run: bool = False
     only: int | None = None
     """Index of the one run to do."""
@@ -52,41 +54,75 @@ class Request:
 def run_sweep(ask: Request, as_json: bool) -> int:
     """Lays out or continues a sweep; returns the exit code. Raises UserError."""
     console = Console(stderr=as_json, soft_wrap=True)
-    if ask.jobs < 1:
+    if ask.jobs is not None and ask.jobs < 1:
         raise UserError(f"--jobs is {ask.jobs}; it must be at least 1")
+    if ask.slurm and not (ask.print_only or ask.dry_run):
+        find_sbatch()
     sweep, config, new = _open(ask)
-    if ask.collect:
-        return _summary(sweep, Report(), console, as_json)
-    runs = sweep.missing()
     if ask.only is not None:
-        if not 0 <= ask.only < len(sweep.runs):
-            raise UserError(f"--only is {ask.only}; the sweep has runs 0 to {len(sweep.runs) - 1}")
-        runs = [run for run in runs if run is sweep.runs[ask.only]]
-    gpus = [] if config.run.device == "cpu" else gpu_names()
-    threads = max(1, len(os.sched_getaffinity(0)) // (ask.jobs * sweep.ranks))
-    rate = find_rate(ask.device, ask.peak_flops, ask.mfu, sweep.ranks, threads, gpus)
-    cost = sweep_cost(runs, rate, ask.jobs)
-    if ask.only is None:
-        show(sweep, runs, new.notes if new else (), config, cost, ask.jobs, console, every_run=ask.dry_run)
+        return _one(sweep, config, ask.only, console)
+    if ask.collect:
+        sweep.record_ended()
+        return _summary(sweep, Report(), console, as_json)
+
+    runs, jobs = sweep.missing(), ask.jobs or 1
+    gpus = {} if config.run.device == "cpu" else find_gpus()
+    threads = threads_of_a_rank(jobs * sweep.ranks)
+    rate = find_rate(ask.device, ask.peak_flops, ask.mfu, sweep.ranks, threads, list(gpus.values()))
+    cost = sweep_cost(runs, rate, jobs)
+    if not (ask.slurm and ask.print_only):
+        show(sweep, runs, new.notes if new else (), config, cost, jobs, console, every_run=ask.dry_run)
     if ask.dry_run:
         if as_json:
             print(json.dumps({"runs": [asdict(run) for run in sweep.runs], "cost": asdict(cost)}))
         return DONE
     if new is not None:
         _write_layout(sweep, config, new)
-    if ask.slurm:
-        from stepline.trainer.run.sweep_slurm import submit
+    if ask.slurm and runs:
+        return _submit(sweep, runs, ask, console)
+    runner = LocalRunner(sweep, jobs=jobs, threads=threads, gpus=gpus, rate=rate, say=_line(console))
+    return _summary(sweep, runner.do(runs), console, as_json)
 
-        return submit(sweep, runs, ask, console)
+
+def _line(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, markup=False, highlight=False)
+
+
+def threads_of_a_rank(ranks: int) -> int:
+    """This machine's cores divided by the ranks at work; no more than OMP_NUM_THREADS where that is set."""
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores // ranks, int(asked) if asked.isdigit() else cores))
+
+
+def _one(sweep: SweepFolder, config: Config, index: int, console: Console) -> int:
+    """One run: an element of a SLURM array, or by hand."""
+    if not 0 <= index < len(sweep.runs):
+        raise UserError(f"--only is {index}; the sweep has runs 0 to {len(sweep.runs) - 1}")
+    gpus = {} if config.run.device == "cpu" else find_gpus()
     runner = LocalRunner(
         sweep,
-        jobs=ask.jobs,
-        threads=threads,
-        gpus=_gpu_identifiers(len(gpus)),
-        rate=rate,
-        say=lambda text: console.print(text, markup=False, highlight=False),
+        jobs=1,
+        threads=threads_of_a_rank(sweep.ranks),
+        gpus=gpus,
+        rate=None,
+        say=_line(console),
     )
-    return _summary(sweep, runner.do(runs), console, as_json)
+    report = runner.do([run for run in sweep.missing() if run is sweep.runs[index]])
+    return TO_BE_CONTINUED if report.stopped else FAILED if report.failed else DONE
+
+
+def _submit(sweep: SweepFolder, runs: Sequence[SweepRun], ask: Request, console: Console) -> int:
+    script = render(sweep, runs, ask.jobs, ask.sbatch_options)
+    if ask.print_only:
+        write_script(sweep, script)
+        print(script, end="")
+        return DONE
+    job = submit(sweep, script)
+    _line(console)(
+        f"submitted as job {job}, {len(runs)} elements; afterwards: stepline sweep --output {sweep.path} --collect"
+    )
+    return DONE
 
 
 @dataclass(frozen=True)
@@ -179,11 +215,6 @@ def _write_layout(sweep: SweepFolder, config: Config, new: _New) -> None:
     sweep.write_csv()
 
 
-def _gpu_identifiers(count: int) -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(i) for i in range(count)]
-
-
 def show(
     sweep: SweepFolder,
     runs: Sequence[SweepRun],
@@ -240,26 +271,20 @@ def _duration(seconds: float) -> str:
 
 def _summary(sweep: SweepFolder, report: Report, console: Console, as_json: bool) -> int:
     """Gathers runs.csv, says how it stands and how to go on; the exit code."""
-    count = sweep.write_csv()
+    say, count = _line(console), sweep.write_csv()
     missing = len(sweep.runs) - count
     results = [result for run in sweep.runs if (result := sweep.result(run)) is not None]
     diverged = sum(result.diverged for result in results)
     table = sweep.path / "runs.csv"
-    console.print(
-        f"{table}: {count} of {len(sweep.runs)} runs, {diverged} of them diverged",
-        highlight=False,
-        markup=False,
-    )
+    say(f"{table}: {count} of {len(sweep.runs)} runs, {diverged} of them diverged")
     for run, reason in report.failed:
-        log = sweep.folder(run) / "output.log"
-        console.print(f"failed: {run.name}: {reason} (see {log})", highlight=False, markup=False)
+        say(f"failed: {run.name}: {reason} (see {sweep.folder(run) / 'output.log'})")
     if missing:
-        why = f"stopped by {report.stopped}" if report.stopped else f"{missing} runs are missing"
+        why = f"stopped by {report.stopped}, " if report.stopped else ""
+        why += f"{missing} {'run is' if missing == 1 else 'runs are'} missing"
         if report.elsewhere:
-            why += f", {len(report.elsewhere)} of them being done by another process"
-        console.print(
-            f"{why}; go on with: stepline sweep --output {sweep.path}", highlight=False, markup=False
-        )
+            why += f" ({len(report.elsewhere)} being done by another process)"
+        say(f"{why}; go on with: stepline sweep --output {sweep.path}")
     if as_json:
         failed = [run.name for run, _ in report.failed]
         told = {"csv": str(table), "runs": len(sweep.runs), "done": count, "diverged": diverged}

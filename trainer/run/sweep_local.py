@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -60,11 +60,11 @@ class LocalRunner:
         *,
         jobs: int,
         threads: int,
-        gpus: Sequence[str],
+        gpus: Iterable[str],
         rate: Rate | None,
         say: Callable[[str], None],
     ) -> None:
-        """gpus: identifiers for CUDA_VISIBLE_DEVICES, dealt out to the jobs; rate: for the time that is left."""
+        """gpus: as CUDA_VISIBLE_DEVICES calls them; they are dealt out to the jobs; rate: for the time that is left."""
         self.sweep, self.jobs, self.threads = sweep, jobs, threads
         self.gpus, self.rate, self.say = list(gpus), rate, say
         self.report = Report()

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ def locked(path: Path, wait: bool) -> Iterator[int | None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield None
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} is on a file system that cannot lock files ({error.strerror}); "
+                "choose another --output"
+            ) from None
         else:
             yield descriptor
     finally:
@@ -93,7 +98,7 @@ class SweepFolder:
 
     def lock(self, run: SweepRun) -> Path:
         """Held while a process, or a child that outlived it, works on the run."""
-        return self.path / "runs" / f"{run.name}.lock"
+        return self.folder(run) / ".lock"
 
     def result(self, run: SweepRun) -> Result | None:
         """The recorded result."""
@@ -112,9 +117,17 @@ class SweepFolder:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return result
 
+    def record_ended(self) -> None:
+        """Keeps the results of runs that ended after the call that started them was killed."""
+        for run in self.missing():
+            if (self.folder(run) / "outcome.json").is_file():
+                with locked(self.lock(run), wait=False) as mine, suppress(RunFailed):
+                    if mine is not None:
+                        self.record(run)
+
     def write_csv(self) -> int:
         """Gathers all results in runs.csv; returns their number."""
-        with locked(self.path / "runs" / ".csv.lock", wait=True):
+        with locked(self.path / ".lock", wait=True):
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(COLUMNS)
