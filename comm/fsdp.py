@@ -8,6 +8,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+ONE_GROUP_BYTES = 16 * 2**20
+"""Parameters that are gathered at once where they stay gathered: below this, latency costs more than bandwidth."""
+
 
 def shard_model(
     model: nn.Module,
@@ -25,7 +28,12 @@ def shard_model(
     gloo has no pre-multiplied sum, hence `set_force_sum_reduction_for_comms` with a divide factor of 1.
 
     A mesh of one replica becomes its shard dimension (FSDP), otherwise both dimensions are used (HSDP).
+
+    A small model whose parameters stay gathered anyway is one group: one collective each way, not one a block.
     """
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not reshard_after_forward and size <= ONE_GROUP_BYTES:
+        blocks = ()
     mesh = mesh["shard"] if mesh["replicate"].size() == 1 else mesh
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     for block in blocks:
