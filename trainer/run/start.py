@@ -89,6 +89,11 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
             )
         if meta.tokenizer_sha256 != metas[0].tokenizer_sha256:
             raise UserError(f"{source.path} was prepared with another tokenizer than {folders[0].path}")
+        split = config.logging.eval_split
+        if split not in meta.splits or meta.splits[split].tokens < 2:
+            raise UserError(
+                f"{source.path} has no tokens in '{split}' to evaluate; prepare it with a held-out share"
+            )
 
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)

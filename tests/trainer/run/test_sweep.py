@@ -1,0 +1,279 @@
+"""What counts as a result of a sweep's run, and what the folder of a sweep holds; no run is started."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.sweep import Grid, numbers
+from stepline.trainer.run.infer import evaluate_run
+from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.sweep import Request, run_sweep
+from stepline.trainer.run.sweep_local import LocalRunner
+from stepline.trainer.run.sweep_runs import RunFailed, locked, open_sweep, read_result
+from stepline.trainer.run.sweep_slurm import array_of, render
+
+
+@pytest.fixture(scope="session")
+def tuned_data(tiny_data, tmp_path_factory) -> Path:
+    """The tiny corpus with a split to tune on."""
+    from stepline.trainer.data.prepare import prepare
+
+    texts, folder = tiny_data.parent / "texts", tmp_path_factory.mktemp("tuned") / "data"
+    prepare([texts], folder, vocab_size=330, workers=1, val_share=0.1, tune_share=0.1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def request_of(tiny_config, tuned_data, tmp_path):
+    """A request for a sweep of 2 sizes x 1 budget x 2 learning rates x 1 batch in tmp_path/sweep."""
+
+    def make(*overrides: str, grid: dict | None = None, **options) -> Request:
+        options = {"output": tmp_path / "sweep", "config": str(tiny_config)} | options
+        given = {
+            "sizes": (0.5, 1.0),
+            "tokens": (1920.0,),
+            "lr": (1e-3, 2e-3),
+            "batch_tokens": (192.0,),
+        } | (grid or {})
+        every = [f"data.path={tuned_data}", *overrides] if options["config"] else []
+        return Request(overrides=every, grid=Grid(**given) if options["config"] else Grid(), **options)
+
+    return make
+
+
+def outcome(folder: Path, first_loss: float = 6.0, **values) -> Path:
+    folder.mkdir(exist_ok=True)
+    base = {"status": "done", "exit_code": 0, "attempt": 1, "seconds": 3.5}
+    (folder / "outcome.json").write_text(json.dumps(base | values))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": first_loss}) + "\n")
+    return folder
+
+
+def test_a_result_a_divergence_and_a_failure_are_three_things(tmp_path):
+    good = read_result(outcome(tmp_path / "a", val_loss=4.25))
+    assert (good.loss, good.diverged, good.seconds) == (4.25, False, 3.5)
+    for name, values in {
+        "nan": {"val_loss": float("nan")},
+        "above": {"val_loss": 6.01},
+        "guard": {"status": "stopped", "exit_code": 1, "message": "10 steps in a row had a NaN"},
+    }.items():
+        bad = read_result(outcome(tmp_path / name, **values))
+        assert (bad.loss, bad.diverged) == (None, True)
+        assert bad.reason
+    for name, values in {
+        "crash": {"status": "failed", "exit_code": 1, "message": "RuntimeError: boom"},
+        "mistake": {"status": "stopped", "exit_code": 2, "message": "choose another"},
+        "saved": {"status": "saved", "exit_code": 75, "message": "to be continued"},
+    }.items():
+        with pytest.raises(RunFailed, match=values["message"]):
+            read_result(outcome(tmp_path / name, **values))
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    with pytest.raises(RunFailed, match="no outcome and no log"):
+        read_result(killed)
+    (killed / "output.log").write_text("Traceback\nKilled by something\n\n")
+    with pytest.raises(RunFailed, match="Killed by something"):
+        read_result(killed)
+
+
+def test_dry_run_tells_runs_and_cost_and_writes_nothing(request_of, tmp_path, capsys):
+    assert run_sweep(request_of(dry_run=True, peak_flops=1e12, mfu=0.5), as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["runs"]) == 4
+    assert told["cost"]["tokens"] == 4 * 1920
+    flops = sum(run["flops"] + run["eval_flops"] for run in told["runs"])
+    assert told["cost"]["flops"] == pytest.approx(flops)
+    assert told["cost"]["seconds"] == pytest.approx(4 * 4.0 + flops / 0.5e12)
+    assert "MFU 0.5" in told["cost"]["assumption"]
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_layout_is_kept_and_another_one_is_refused(request_of, tmp_path, capsys):
+    ask = request_of(slurm=True, print_only=True, jobs=2, sbatch_options="--partition=gpu --time=1:00:00")
+    assert run_sweep(ask, as_json=False) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-3%2\n" in script
+    assert "#SBATCH --partition=gpu\n#SBATCH --time=1:00:00\n" in script
+    assert f'sweep --output {tmp_path / "sweep"} --only "$SLURM_ARRAY_TASK_ID"' in script
+    assert (tmp_path / "sweep" / "sweep.sbatch").read_text() == script
+    sweep = open_sweep(tmp_path / "sweep")
+    assert [run.name for run in sweep.missing()] == [run.name for run in sweep.runs]
+
+    frozen = yaml.safe_load((tmp_path / "sweep" / "config.yaml").read_text())
+    assert frozen["logging"] | {"every": 1} == frozen["logging"]
+    assert (frozen["logging"]["wandb"], frozen["logging"]["eval_every"]) == ("off", 0)
+    assert frozen["logging"]["eval_split"] == "tune"
+    assert frozen["checkpoint"]["every"] == 1000  # the file's own
+    for asked, sentence in (
+        (request_of(grid={"lr": (1e-3, 4e-3)}), r"runs\.\d\.\S+ was .* and is now"),
+        (request_of("optimizer.beta2=0.9"), r"config\.optimizer\.beta2 was 0\.95 and is now 0\.9"),
+        (request_of(grid={"seeds": 2}), "runs were 4 and are now 8"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run_sweep(asked, as_json=False)
+    with pytest.raises(UserError, match="--only is 4; the sweep has runs 0 to 3"):
+        run_sweep(request_of(config=None, only=4), as_json=False)
+    (tmp_path / "sweep" / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match=r"sweep\.json is damaged"):
+        run_sweep(request_of(), as_json=False)
+
+
+def test_rows_of_ended_runs_are_gathered(request_of, tmp_path, capsys):
+    """Each run once, also one whose sweep died before it could record it; its checkpoints go."""
+    run_sweep(request_of(slurm=True, print_only=True), as_json=False)
+    sweep = open_sweep(tmp_path / "sweep")
+    for run, values in zip(sweep.runs, ({"val_loss": 4.5}, {"val_loss": float("inf")})):
+        folder = sweep.folder(run)
+        (folder / "checkpoints" / "step-000010").mkdir(parents=True)
+        outcome(folder, **values)
+    capsys.readouterr()
+    for _ in range(2):
+        assert run_sweep(request_of(config=None, collect=True), as_json=True) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["runs"], told["done"], told["diverged"]) == (4, 2, 1)
+    lines = (tmp_path / "sweep" / "runs.csv").read_text().splitlines()
+    assert lines[0] == (
+        "name,params,tokens,lr,batch_tokens,weight_decay,optimizer,sync,schedule,seed,loss,diverged,seconds"
+    )
+    rows = list(csv.DictReader(lines))
+    assert [(row["loss"], row["diverged"], row["seconds"]) for row in rows] == [
+        ("4.5", "0", "3.5"),
+        ("", "1", "3.5"),
+    ]
+    assert rows[0]["params"] == str(sweep.runs[0].params)
+    assert not list((tmp_path / "sweep").glob("runs/*/checkpoints"))
+    run_sweep(request_of(slurm=True, print_only=True, config=None), as_json=False)
+    assert "#SBATCH --array=2-3\n" in capsys.readouterr().out
+
+
+class Fake(LocalRunner):
+    """Runs a short program instead of a training."""
+
+    program = ""
+
+    def command(self, run):
+        folder = self.sweep.folder(run)
+        return [sys.executable, "-c", f"folder, lr = {str(folder)!r}, {run.lr}\n{self.program}"]
+
+
+@pytest.fixture
+def runner(request_of, tmp_path, capsys):
+    """A runner over the sweep of `request_of`, its program to be set."""
+    run_sweep(request_of(slurm=True, print_only=True), as_json=False)
+    said = []
+    made = Fake(open_sweep(tmp_path / "sweep"), jobs=2, threads=1, gpus=[], rate=None, say=said.append)
+    made.said = said
+    return made
+
+
+DONE = """
+import json
+open(folder + "/metrics.jsonl", "w").write('{"step": 1, "loss": 6.0}')
+open(folder + "/outcome.json", "w").write(json.dumps({"status": "done", "val_loss": 5.0, "seconds": 1.0}))
+"""
+
+
+def test_a_crash_is_told_and_the_others_are_done(runner):
+    runner.program = 'assert lr < 2e-3, "boom"\n' + DONE
+    report = runner.do(runner.sweep.missing())
+    assert (report.done, report.diverged) == (2, 0)
+    assert sorted(reason for _, reason in report.failed) == ["AssertionError: boom"] * 2
+    assert len(runner.sweep.missing()) == 2
+    runner.program = DONE
+    assert runner.do(runner.sweep.missing()).done == 4  # the report goes on
+    assert len((runner.sweep.path / "runs.csv").read_text().splitlines()) == 5
+
+
+def test_a_sweep_that_only_fails_ends_early(runner):
+    runner.program = 'raise SystemExit("no such thing")'
+    report = runner.do(runner.sweep.missing())
+    assert 3 <= len(report.failed) <= 4
+    assert report.failed[0][1] == "no such thing"
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(runner):
+    runner.program = DONE
+    theirs = runner.sweep.runs[0]
+    with locked(runner.sweep.lock(theirs), wait=False) as mine:
+        assert mine is not None
+        report = runner.do(runner.sweep.missing())
+    assert report.elsewhere == [theirs]
+    assert runner.sweep.missing() == [theirs]
+
+
+def test_array_of_the_missing_runs(runner):
+    assert array_of([0, 1, 2, 5, 7, 8], None) == "0-2,5,7-8"
+    assert array_of([3], 4) == "3%4"
+    with pytest.raises(UserError, match="write options as --name=value"):
+        render(runner.sweep, runner.sweep.runs, None, "-p gpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"config": "quickstrat"}, "did you mean 'quickstart'"),
+        ({"config": None}, "holds no sweep to continue; give a CONFIG"),
+        ({"jobs": 0}, "--jobs is 0; it must be at least 1"),
+        ({"slurm": True}, "there is no sbatch on this machine"),
+        (
+            {"grid": {"lr": (20.0,)}},
+            "optimizer.lr is 20.0; it must be 'auto' or a number above 0 and at most 10",
+        ),
+        ({"grid": {"tokens": (100.0,)}}, "a budget of 100 tokens is below one batch of 192"),
+        ({"grid": {"ranks": 0}}, "--ranks is 0; it must be at least 1"),
+        ({"grid": {"tokens_per_param": (1.0,)}}, "give --tokens or --tokens-per-param, not both"),
+        ({"device": "Z9"}, "the peak of device 'Z9' is not known"),
+    ],
+)
+def test_mistakes(request_of, tmp_path, monkeypatch, options, sentence):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError) as caught:
+        run_sweep(request_of(**options), as_json=False)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_mistakes_in_data(request_of, tmp_path):
+    for override, sentence in (
+        ("data.path=null", "the config names no data"),
+        (f"data.path={tmp_path}/no", "no meta.json"),
+        ("model.vocab_size=300", "set it to at least 330"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run_sweep(request_of(override), as_json=False)
+
+
+def test_numbers():
+    assert numbers("3e5, 6e5,", "--tokens") == (3e5, 6e5)
+    assert numbers(None, "--tokens") is None
+    assert numbers("96,128", "--widths", whole=True) == (96, 128)
+    for text, sentence in (
+        ("", "--lr is empty"),
+        ("1,x", "'x', which is no number"),
+        ("1,-2", "every value must be above 0"),
+        ("nan", "every value must be above 0"),
+        ("1e-3,0.001", "0.001 twice"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            numbers(text, "--lr")
+    with pytest.raises(UserError, match="must be a whole number"):
+        numbers("96.5", "--widths", whole=True)
+
+
+def test_validation_on_the_tune_split(tiny_config, tuned_data, tiny_data, tmp_path, capsys):
+    """`logging.eval_split: tune` validates on the text that `stepline eval --split tune` reads; absent: refused."""
+    folder = tmp_path / "run"
+    options = [f"data.path={tuned_data}", "budget.steps=2", "logging.eval_split=tune"]
+    assert run_training(str(tiny_config), [f"run.folder={folder}", *options], "never") == 0
+    told = json.loads((folder / "outcome.json").read_text())["val_loss"]
+    assert told == pytest.approx(evaluate_run(folder, tuned_data, "tune")["val_loss"], rel=1e-6)
+    assert told != pytest.approx(evaluate_run(folder, tuned_data, "val")["val_loss"], rel=1e-6)
+    capsys.readouterr()
+    assert run_training(str(tiny_config), [*options, f"data.path={tiny_data}"], "never") == 2
+    assert "has no tokens in 'tune' to evaluate" in capsys.readouterr().err
