@@ -188,7 +188,7 @@ def sweep(
 
     Example: stepline sweep quickstart optimizer.lr=auto --tokens 3e5,6e5,1.2e6 --output sweeps/mine --jobs 2
     """
-    from stepline.trainer.plan.sweep import Grid, numbers
+    from stepline.trainer.plan.grid import Grid, numbers
     from stepline.trainer.run.sweep import Request, run_sweep
 
     grid = Grid(

@@ -11,6 +11,7 @@ from stepline.models.config import ModelConfig
 from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.grid import Grid, log2_grid
 from stepline.trainer.plan.laws import StepLaw
 from stepline.trainer.plan.planner import Inputs, make_plan, round_batch
 from stepline.trainer.plan.shapes import scaled_shape, widened_shape
@@ -18,30 +19,8 @@ from stepline.trainer.plan.shapes import scaled_shape, widened_shape
 DEFAULT_SIZES = (0.25, 0.5, 1.0)
 DEFAULT_BUDGETS = (0.5, 1.0, 2.0)
 """Multiples of the config's own tokens per parameter."""
-LARGEST_CHANGE_OF_BUDGET = 0.02
+LARGEST_CHANGE_OF_BUDGET, LARGEST_MISS_OF_SIZE = 0.02, 0.2
 SHAPE_KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is asked for. None: by the config and the law."""
-
-    sizes: tuple[float, ...] | None = None
-    """Fractions of the config's N."""
-    widths: tuple[int, ...] | None = None
-    """Hidden sizes at the config's depth, instead of `sizes`."""
-    tokens: tuple[float, ...] | None = None
-    """D of every size."""
-    tokens_per_param: tuple[float, ...] | None = None
-    """D/N of every size, instead of `tokens`."""
-    lr: tuple[float, ...] | None = None
-    lr_points: int = 5
-    """Learning rates in factors of 2 around the law's."""
-    batch_tokens: tuple[float, ...] | None = None
-    batch_points: int = 3
-    seeds: int = 1
-    ranks: int = 1
-    """Data-parallel ranks of one run."""
 
 
 @dataclass(frozen=True)
@@ -88,35 +67,6 @@ class Layout:
     """What one should know beforehand, each one sentence."""
 
 
-def numbers(text: str | None, option: str, whole: bool = False) -> tuple[float, ...] | None:
-    """`1e5,2e5` as numbers; raises UserError for what is not positive, finite, whole (where asked) or is twice."""
-    if text is None:
-        return None
-    values = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        try:
-            value = float(part)
-        except ValueError:
-            raise UserError(
-                f"{option} has '{part}', which is no number; write e.g. {option} 1e5,2e5"
-            ) from None
-        if not (0 < value < math.inf):
-            raise UserError(f"{option} has {part}; every value must be above 0")
-        if whole and value != int(value):
-            raise UserError(f"{option} has {part}; every value must be a whole number")
-        if value in values:
-            raise UserError(f"{option} has {part} twice")
-        values.append(int(value) if whole else value)
-    if not values:
-        raise UserError(f"{option} is empty; leave it out, or give numbers separated by commas")
-    return tuple(values)
-
-
-def log2_grid(centre: float, points: int) -> list[float]:
-    """`points` values in factors of 2 around `centre`, which is the middle one (of two, the upper)."""
-    return [centre * 2.0 ** (i - points // 2) for i in range(points)]
-
-
 def lay_out(
     config: Config, grid: Grid, law: StepLaw, corpus_tokens: int | None, eval_tokens: int = 0
 ) -> Layout:
@@ -125,19 +75,22 @@ def lay_out(
     corpus_tokens: training tokens on disk, for a config without a budget (one epoch); eval_tokens: those of the
     split that each run ends with. Raises UserError for a grid that cannot be run.
     """
-    _check(grid)
-    shapes = _shapes(config.model, grid)
     quantum = grid.ranks * config.data.seq_len
     quantum *= 1 if config.parallel.micro_batch == "auto" else config.parallel.micro_batch
     notes: list[str] = []
+    shapes = _shapes(config.model, grid, notes)
     centre = _lr_centre(config, grid, law, notes)
     runs: list[SweepRun] = []
     for shape in shapes:
         n = parameter_counts(shape).linear
         flops = flops_per_token(shape, config.data.seq_len).total
+        cells: set[int] = set()
         for asked in _budgets(config, grid, n, corpus_tokens):
             batches = _batches(grid, law, asked, quantum)
             tokens = _whole_batches(asked, batches)
+            if tokens in cells:
+                raise UserError(f"two budgets are both {tokens:,} tokens in whole batches; take one out")
+            cells.add(tokens)
             rates = grid.lr or [float(f"{lr:.4g}") for lr in log2_grid(centre(n, asked), grid.lr_points)]
             runs += [
                 _run(config, law, shape, tokens, lr, batch, config.run.seed + i, flops, eval_tokens)
@@ -147,22 +100,10 @@ def lay_out(
             ]
     # Stable: runs of one cell cost the same and stay together, in the order of learning rate and batch.
     runs.sort(key=lambda run: run.flops + run.eval_flops)
-    if len({run.name for run in runs}) != len(runs):
-        raise UserError("two budgets of the grid are the same once rounded to whole batches; take one out")
     return Layout(tuple(runs), (*notes, *_notes(config, runs, corpus_tokens)))
 
 
-def _check(grid: Grid) -> None:
-    if grid.sizes is not None and grid.widths is not None:
-        raise UserError("give --sizes or --widths, not both")
-    if grid.tokens is not None and grid.tokens_per_param is not None:
-        raise UserError("give --tokens or --tokens-per-param, not both")
-    for name in ("lr_points", "batch_points", "seeds", "ranks"):
-        if getattr(grid, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(grid, name)}; it must be at least 1")
-
-
-def _shapes(model: ModelConfig, grid: Grid) -> list[ModelConfig]:
+def _shapes(model: ModelConfig, grid: Grid, notes: list[str]) -> list[ModelConfig]:
     if grid.widths is not None:
         return [widened_shape(model, width) for width in grid.widths]
     shapes: dict[int, float] = {}
@@ -176,6 +117,9 @@ def _shapes(model: ModelConfig, grid: Grid) -> list[ModelConfig]:
                 "take fractions farther apart"
             )
         shapes[n] = fraction
+        share = n / parameter_counts(model).linear
+        if abs(share / fraction - 1) > LARGEST_MISS_OF_SIZE:
+            notes.append(f"the nearest shape to --sizes {fraction:g} has {share:.3g} of N: heads are whole")
         found.append(shape)
     return found
 

@@ -17,8 +17,9 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, dump, load_config, read_run_config, write_config
 from stepline.trainer.data.dataset import Meta, load_meta
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.grid import Grid
 from stepline.trainer.plan.resolve import config_law
-from stepline.trainer.plan.sweep import Grid, SweepRun, lay_out
+from stepline.trainer.plan.sweep import SweepRun, lay_out
 from stepline.trainer.plan.sweep_cost import SweepCost, find_gpus, find_rate, sweep_cost
 from stepline.trainer.run.sweep_local import LocalRunner, Report
 from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, write_whole

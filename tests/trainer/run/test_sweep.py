@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.sweep import Grid, numbers
+from stepline.trainer.plan.grid import Grid, numbers
 from stepline.trainer.run.infer import evaluate_run
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.sweep import Request, run_sweep

@@ -1,0 +1,66 @@
+"""What a sweep is asked for: sizes, budgets, learning rates and batches. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass
+
+from stepline.trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked for. None: by the config and the law."""
+
+    sizes: tuple[float, ...] | None = None
+    """Fractions of the config's N."""
+    widths: tuple[int, ...] | None = None
+    """Hidden sizes at the config's depth, instead of `sizes`."""
+    tokens: tuple[float, ...] | None = None
+    """D of every size."""
+    tokens_per_param: tuple[float, ...] | None = None
+    """D/N of every size, instead of `tokens`."""
+    lr: tuple[float, ...] | None = None
+    lr_points: int = 5
+    """Learning rates in factors of 2 around the law's."""
+    batch_tokens: tuple[float, ...] | None = None
+    batch_points: int = 3
+    seeds: int = 1
+    ranks: int = 1
+    """Data-parallel ranks of one run."""
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None and self.widths is not None:
+            raise UserError("give --sizes or --widths, not both")
+        if self.tokens is not None and self.tokens_per_param is not None:
+            raise UserError("give --tokens or --tokens-per-param, not both")
+        for name in ("lr_points", "batch_points", "seeds", "ranks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+
+
+def numbers(text: str | None, option: str, whole: bool = False) -> tuple[float, ...] | None:
+    """`1e5,2e5` as numbers; raises UserError for what is not positive, finite, whole (where asked) or is twice."""
+    if text is None:
+        return None
+    values = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        try:
+            value = float(part)
+        except ValueError:
+            raise UserError(
+                f"{option} has '{part}', which is no number; write e.g. {option} 1e5,2e5"
+            ) from None
+        if not (0 < value < math.inf):
+            raise UserError(f"{option} has {part}; every value must be above 0")
+        if whole and value != int(value):
+            raise UserError(f"{option} has {part}; every value must be a whole number")
+        if value in values:
+            raise UserError(f"{option} has {part} twice")
+        values.append(int(value) if whole else value)
+    if not values:
+        raise UserError(f"{option} is empty; leave it out, or give numbers separated by commas")
+    return tuple(values)
+
+
+def log2_grid(centre: float, points: int) -> list[float]:
+    """`points` values in factors of 2 around `centre`, which is the middle one (of two, the upper)."""
+    return [centre * 2.0 ** (i - points // 2) for i in range(points)]
