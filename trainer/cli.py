@@ -256,6 +256,28 @@ def generate(
     print()
 
 
+laws_app = typer.Typer(
+    no_args_is_help=True, help="Fit scaling laws to your own runs, and check laws on runs."
+)
+app.add_typer(laws_app, name="laws")
+
+
+@laws_app.command(name="fit")
+def laws_fit(
+    runs: Annotated[str, typer.Argument(help="runs.csv of `stepline sweep`, or the public Step Law data.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="law.json to write.")],
+    name: Annotated[str | None, typer.Option(help="Name of the law; default: that of the file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A law for learning rate, batch and loss from your own runs.
+
+    Example: stepline laws fit sweeps/mine/runs.csv -o law.json
+    """
+    from stepline.trainer.plan.laws_command import run_fit
+
+    run_fit(runs, output, name, as_json)
+
+
 def main() -> None:
     """Entry point of `stepline`: a user's mistake is one sentence on standard error and exit code 2."""
     try:

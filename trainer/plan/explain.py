@@ -149,8 +149,9 @@ def plan_json(
         "batch_critical_tokens": plan.batch_critical_tokens,
         "second_opinion": second_opinion(plan),
         "interval95": {"lr": law.lr_law.interval(n, d), "batch_tokens": law.batch_law.interval(d)},
-        "expected_loss": EPOCH.loss(n, d),
-        "expected_loss_of": f"{EPOCH.source.name} ({EPOCH.source.paper}); its intercept is that of its own corpus",
+        "expected_loss": (law.loss_law or EPOCH).loss(n, d),
+        "expected_loss_of": expected_loss_of(plan),
+        "expected_loss_own": law.loss_law is not None,
         "penalty_percent": plan.penalty_percent,
         "law": {
             "name": law.source.name,
@@ -166,6 +167,14 @@ def plan_json(
         "iso_loss": [asdict(row) for row in trade],
         "warnings": list(plan.warnings),
     }
+
+
+def expected_loss_of(plan: Plan) -> str:
+    """Whose loss law it is and what it may be used for."""
+    law = plan.law.loss_law
+    if law is None:
+        return f"{EPOCH.source.name} ({EPOCH.source.paper}); its intercept is that of its own corpus"
+    return f"{law.source.name} ({law.source.paper}): {law.equation}"
 
 
 def schedule_text(plan: Plan) -> str:
@@ -206,10 +215,12 @@ def show(
             others = ", ".join(f"{name} {number(value)}" for name, value in line.second_opinions.items())
             console.print(f"  others say: {others}", soft_wrap=True, highlight=False)
     console.print(f"schedule: {schedule_text(plan)}", soft_wrap=True)
-    console.print(
-        f"expected loss {EPOCH.loss(i.params, i.tokens):.4f} by {EPOCH.source.name}: "
-        "for ranking, not a prediction for your data"
+    own = plan.law.loss_law
+    expected = (
+        f"expected loss {(own or EPOCH).loss(i.params, i.tokens):.4f} by {(own or EPOCH).source.name}: "
     )
+    expected += "for ranking, not a prediction for your data" if own is None else own.equation
+    console.print(expected, soft_wrap=True, highlight=False)
     if cost is not None and machine is not None:
         how = "given" if machine.measured else "assumed"
         text = f"{cost.flops:.3g} FLOPs: {cost.gpu_hours:,.1f} GPU-hours on {machine.device} "

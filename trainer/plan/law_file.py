@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from stepline.models.config import Section
 from stepline.trainer.config_io import shipped_configs
 from stepline.trainer.errors import UserError, nearest
-from stepline.trainer.plan.laws import PowerLaw, Source, Spread, StepLaw
+from stepline.trainer.plan.laws import LossLaw, PowerLaw, Source, Spread, StepLaw
 
 
 class FittedSpread(Section):
@@ -41,10 +41,23 @@ class FittedLoss(Section):
     """Best loss of a run, E + A N^-alpha + B D^-beta, with its intercept fitted on the user's own runs."""
 
     entropy: float
-    params_scale: float
+    params_scale: float = Field(ge=0)
     params_exponent: float
-    tokens_scale: float
+    tokens_scale: float = Field(ge=0)
     tokens_exponent: float
+    method: str = ""
+    """What was fitted and what was kept, in words."""
+    error_percent: float | None = None
+    """Root mean square of the relative misses on the cells of the fit."""
+    left_out_error_percent: float | None = None
+    """The same for each cell by a fit of all the others; None for a single cell."""
+
+    def law(self, source: Source) -> LossLaw:
+        """The frozen law."""
+        n, d = f"N^{self.params_exponent:.4g}", f"D^{self.tokens_exponent:.4g}"
+        equation = f"L = {self.entropy:.4g} + {self.params_scale:.4g} / {n} + {self.tokens_scale:.4g} / {d}"
+        numbers = (self.params_scale, self.params_exponent, self.tokens_scale, self.tokens_exponent)
+        return LossLaw(source, self.entropy, *numbers, (), equation)
 
 
 class LawFile(Section):
@@ -65,9 +78,13 @@ class LawFile(Section):
     tokens_per_param: tuple[float, float]
     method: str = ""
     """What was fitted and what was kept, in words."""
+    notes: list[str] = Field(default_factory=list)
+    """What the runs do not tell, each one sentence: optima on a grid's edge, cells that diverged."""
     cells: int = 0
     runs: int = 0
     diverged: int = 0
+    loss: FittedLoss | None = None
+    """Best loss from (N, D); None where the file has none."""
 
     def law(self) -> StepLaw:
         """The law that the planner uses."""
@@ -86,6 +103,7 @@ class LawFile(Section):
             self.optimizer,
             self.sync,
             self.assumes or "own runs",
+            None if self.loss is None else self.loss.law(source),
         )
 
 

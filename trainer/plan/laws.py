@@ -83,6 +83,29 @@ class Source:
 
 
 @dataclass(frozen=True)
+class LossLaw:
+    """Chinchilla's loss as re-fitted by Epoch (arXiv 2404.10102): L = E + A / N^alpha + B / D^beta.
+
+    Its intercept belongs to one tokenizer and corpus: for other data it ranks, it does not predict. A user's own
+    fit has this form too.
+    """
+
+    source: Source
+    entropy: float
+    params_scale: float
+    params_exponent: float
+    tokens_scale: float
+    tokens_exponent: float
+    intervals: tuple[tuple[str, float, float], ...]
+    equation: str = "L = 1.8172 + 482.01 / N^0.3478 + 2085.43 / D^0.3658"
+
+    def loss(self, params: float, tokens: float) -> float:
+        """Nats per token."""
+        by_params = self.params_scale / params**self.params_exponent
+        return self.entropy + by_params + self.tokens_scale / tokens**self.tokens_exponent
+
+
+@dataclass(frozen=True)
 class StepLaw:
     """Step Law (arXiv 2503.04715, eq. 1): the best peak learning rate and global batch of AdamW.
 
@@ -98,6 +121,8 @@ class StepLaw:
     optimizer: str = "adamw"
     sync: str = "all_reduce"
     assumes: str = "final learning rate 1e-5, weight decay .1"
+    loss_law: LossLaw | None = None
+    """The best loss on the user's own data."""
 
     def lr(self, params: float, tokens: float) -> float:
         """Peak learning rate."""
@@ -214,28 +239,6 @@ class PorianLaw:
         return self.batch_law(params)
 
 
-@dataclass(frozen=True)
-class LossLaw:
-    """Chinchilla's loss as re-fitted by Epoch (arXiv 2404.10102): L = E + A / N^alpha + B / D^beta.
-
-    Its intercept belongs to one tokenizer and corpus: for other data it ranks, it does not predict.
-    """
-
-    source: Source
-    entropy: float
-    params_scale: float
-    params_exponent: float
-    tokens_scale: float
-    tokens_exponent: float
-    intervals: tuple[tuple[str, float, float], ...]
-    equation: str = "L = 1.8172 + 482.01 / N^0.3478 + 2085.43 / D^0.3658"
-
-    def loss(self, params: float, tokens: float) -> float:
-        """Nats per token."""
-        by_params = self.params_scale / params**self.params_exponent
-        return self.entropy + by_params + self.tokens_scale / tokens**self.tokens_exponent
-
-
 STEP_LAW = StepLaw(
     Source(
         "Step Law",
@@ -284,11 +287,7 @@ PORIAN = PorianLaw(
     PowerLaw(0.7576, (0.703,)),
 )
 EPOCH = LossLaw(
-    Source(
-        "Epoch's Chinchilla fit",
-        "arXiv 2404.10102",
-        "N: weights; D: tokens; loss: nats per token of MassiveText",
-    ),
+    Source("Epoch's Chinchilla fit", "arXiv 2404.10102", "N: weights; D: tokens; loss: nats, MassiveText"),
     1.8172,
     482.01,
     0.3478,
