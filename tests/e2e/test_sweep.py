@@ -106,6 +106,7 @@ def test_sweep_is_stopped_and_goes_on(sh, held_out, tmp_path):
             assert float(row["loss"]) == steps[-1]["val_loss"]
         assert "eval_split: tune" in (run / "config.yaml").read_text()
         assert not (run / "checkpoints").exists()
+    assert "Example" in sh(*STEPLINE, "sweep", "--help").stdout
     again = sh(*STEPLINE, "sweep", "--output", folder)
     assert "4 of 4 runs are done" in again.stdout
 

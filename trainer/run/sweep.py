@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, dump, load_config, read_run_config, write_config
@@ -20,7 +19,8 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid
 from stepline.trainer.plan.resolve import config_law
 from stepline.trainer.plan.sweep import SweepRun, lay_out
-from stepline.trainer.plan.sweep_cost import SweepCost, find_gpus, find_rate, sweep_cost
+from stepline.trainer.plan.sweep_cost import find_gpus, find_rate, sweep_cost
+from stepline.trainer.plan.sweep_show import show
 from stepline.trainer.run.sweep_local import LocalRunner, Report
 from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, write_whole
 from stepline.trainer.run.sweep_slurm import find_sbatch, render, submit, write_script
@@ -61,8 +61,12 @@ def run_sweep(ask: Request, as_json: bool) -> int:
         find_sbatch()
     sweep, config, new = _open(ask)
     if ask.only is not None:
+        if new is not None:
+            _write_layout(sweep, config, new)
         return _one(sweep, config, ask.only, console)
     if ask.collect:
+        if new is not None:
+            raise UserError(f"{ask.output} holds no sweep to collect")
         sweep.record_ended()
         return _summary(sweep, Report(), console, as_json)
 
@@ -72,7 +76,8 @@ def run_sweep(ask: Request, as_json: bool) -> int:
     rate = find_rate(ask.device, ask.peak_flops, ask.mfu, sweep.ranks, threads, list(gpus.values()))
     cost = sweep_cost(runs, rate, jobs)
     if not (ask.slurm and ask.print_only):
-        show(sweep, runs, new.notes if new else (), config, cost, jobs, console, every_run=ask.dry_run)
+        split, notes = config.logging.eval_split, new.notes if new else ()
+        show(f"Sweep {sweep.path}", sweep.runs, notes, split, cost, jobs, console, every_run=ask.dry_run)
     if ask.dry_run:
         if as_json:
             print(json.dumps({"runs": [asdict(run) for run in sweep.runs], "cost": asdict(cost)}))
@@ -102,14 +107,15 @@ def _one(sweep: SweepFolder, config: Config, index: int, console: Console) -> in
         raise UserError(f"--only is {index}; the sweep has runs 0 to {len(sweep.runs) - 1}")
     gpus = {} if config.run.device == "cpu" else find_gpus()
     runner = LocalRunner(
-        sweep,
-        jobs=1,
-        threads=threads_of_a_rank(sweep.ranks),
-        gpus=gpus,
-        rate=None,
-        say=_line(console),
+        sweep, jobs=1, threads=threads_of_a_rank(sweep.ranks), gpus=gpus, rate=None, say=_line(console)
     )
-    report = runner.do([run for run in sweep.missing() if run is sweep.runs[index]])
+    run = sweep.runs[index]
+    if sweep.result(run) is not None:
+        _line(console)(f"{run.name} is done")
+        return DONE
+    report = runner.do([run])
+    if report.elsewhere:
+        _line(console)(f"{run.name} is being done by another process")
     return TO_BE_CONTINUED if report.stopped else FAILED if report.failed else DONE
 
 
@@ -147,6 +153,8 @@ def _open(ask: Request) -> tuple[SweepFolder, Config, _New | None]:
                 "options of the grid need a CONFIG; without one a sweep goes on as it was laid out"
             )
         return saved, read_run_config(ask.output), None
+    if saved is None and ask.output.exists() and (not ask.output.is_dir() or any(ask.output.iterdir())):
+        raise UserError(f"{ask.output} exists and holds no sweep; choose another --output")
     config, origins = load_config(ask.config, ask.overrides)
     metas = _metas(config)
     law = config_law(config)
@@ -214,60 +222,6 @@ def _write_layout(sweep: SweepFolder, config: Config, new: _New) -> None:
     write_config(config, new.origins, sweep.config)
     write_whole(sweep.path / "sweep.json", json.dumps(new.content, indent=1) + "\n")
     sweep.write_csv()
-
-
-def show(
-    sweep: SweepFolder,
-    runs: Sequence[SweepRun],
-    notes: Sequence[str],
-    config: Config,
-    cost: SweepCost,
-    jobs: int,
-    console: Console,
-    every_run: bool,
-) -> None:
-    """The cells (or every run) and what is still to be done of them costs."""
-    table = Table(title=f"Sweep {sweep.path}")
-    groups: dict[Any, list[SweepRun]] = {}
-    for run in sweep.runs:
-        groups.setdefault(run.name if every_run else (run.params, run.tokens), []).append(run)
-    for name in ("N", "D", "shape", "lr", "batch", "weight decay", "steps", "runs"):
-        table.add_column(name, justify="right")
-    for group in groups.values():
-        shape = group[0].shape
-        table.add_row(
-            f"{group[0].params:,}",
-            f"{group[0].tokens:,}",
-            f"{shape['num_layers']} x {shape['hidden_size']}",
-            *(_range([getattr(run, key) for run in group]) for key in ("lr", "batch_tokens", "weight_decay")),
-            _range([run.steps for run in group]),
-            str(len(group)),
-        )
-    console.print(table)
-    split = config.logging.eval_split
-    console.print(
-        f"Compared by the loss on the {split} split in nats per token. The cheapest runs come first."
-    )
-    for note in notes:
-        console.print(f"note: {note}", markup=False)
-    if len(runs) < len(sweep.runs):
-        console.print(f"{len(sweep.runs) - len(runs)} of {len(sweep.runs)} runs are done.")
-    console.print(
-        f"{cost.runs} runs to do: {cost.tokens:,} training tokens, {cost.flops:.3g} FLOPs, "
-        f"about {_duration(cost.seconds)} with {jobs} at a time ({cost.assumption}).",
-        highlight=False,
-    )
-
-
-def _range(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.4g}" if low == high else f"{low:.4g} - {high:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _summary(sweep: SweepFolder, report: Report, console: Console, as_json: bool) -> int:

@@ -239,6 +239,18 @@ def test_mistakes(request_of, tmp_path, monkeypatch, options, sentence):
     assert not (tmp_path / "sweep").exists()
 
 
+def test_folders_that_are_no_sweep(request_of, tmp_path):
+    with pytest.raises(UserError, match="holds no sweep to collect"):
+        run_sweep(request_of(collect=True), as_json=False)
+    assert not (tmp_path / "sweep").exists()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "runs.csv").write_text("mine\n")
+    for output in (tmp_path / "sweep", tmp_path / "sweep" / "runs.csv"):
+        with pytest.raises(UserError, match="exists and holds no sweep; choose another --output"):
+            run_sweep(request_of(output=output), as_json=False)
+    assert (tmp_path / "sweep" / "runs.csv").read_text() == "mine\n"
+
+
 def test_mistakes_in_data(request_of, tmp_path):
     for override, sentence in (
         ("data.path=null", "the config names no data"),
