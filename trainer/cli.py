@@ -278,6 +278,23 @@ def laws_fit(
     run_fit(runs, output, name, as_json)
 
 
+@laws_app.command(name="check")
+def laws_check(
+    law: Annotated[
+        str, typer.Argument(help="law.json of `stepline laws fit`, or step-law, the published one.")
+    ],
+    runs: Annotated[str, typer.Argument(help="Runs that the law has not seen, in the form of `laws fit`.")],
+    as_json: Json = False,
+) -> None:
+    """What a law's learning rate and batch cost on each cell of a grid of runs: loss above the grid's best.
+
+    Example: stepline laws check law.json holdout.csv
+    """
+    from stepline.trainer.plan.laws_command import run_check
+
+    run_check(law, runs, as_json)
+
+
 def main() -> None:
     """Entry point of `stepline`: a user's mistake is one sentence on standard error and exit code 2."""
     try:

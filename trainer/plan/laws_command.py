@@ -2,12 +2,23 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.check import CellCheck, check_law
+from stepline.trainer.plan.edges import cell_notes
 from stepline.trainer.plan.fit import fit_law
-from stepline.trainer.plan.law_file import LawFile, write_law
+from stepline.trainer.plan.law_file import LawFile, find_law, read_law, write_law
+from stepline.trainer.plan.laws import STEP_LAW
 from stepline.trainer.plan.runs import read_runs
+
+PUBLISHED = "step-law"
+"""The name by which `laws check` knows the law that `stepline plan` uses by default."""
 
 
 def run_fit(runs: str, output: Path, name: str | None, as_json: bool) -> None:
@@ -45,3 +56,72 @@ def fit_lines(law: LawFile) -> list[str]:
         f"{fitted.loss_law.equation.replace('L =', 'loss  =')}; misses by {law.loss.error_percent:.2f} %",
         f"method: {law.method}; loss: {law.loss.method}",
     ]
+
+
+def run_check(law: str, runs: str, as_json: bool) -> None:
+    """The regret of a law on each cell of a file of runs; raises UserError."""
+    which = STEP_LAW if law == PUBLISHED else read_law(find_law(law))
+    table = read_runs(runs)
+    checks = check_law(which, table)
+    if not checks:
+        raise UserError(f"all {table.runs} runs of {table.path} diverged; there is no loss to compare with")
+    known = [check.regret_percent for check in checks if check.regret_percent is not None]
+    mean, most = (sum(known) / len(known), max(known)) if known else (None, None)
+    notes = [note for cell in table.cells for note in cell_notes(cell)]
+    for what, mine, theirs in (
+        ("optimizer", which.optimizer, table.optimizer),
+        ("sync", which.sync, table.sync),
+    ):
+        if mine != theirs:
+            notes.append(f"{which.source.name} was fitted with {what} {mine}, these runs with {theirs}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        told = {
+            "law": which.source.name,
+            "runs": table.path,
+            "mean_regret_percent": mean,
+            "max_regret_percent": most,
+            "cells": [asdict(check) for check in checks],
+            "notes": notes,
+        }
+        print(json.dumps(told))
+        return
+    show_checks(checks, Console())
+    if mean is not None:
+        print(f"{which.source.name}: regret {mean:.3f} % on average, at most {most:.3f} %")
+
+
+def show_checks(checks: list[CellCheck], console: Console) -> None:
+    """One row a cell, losses in nats per token; * marks an extrapolated loss, - one that the runs cannot tell."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("N", "D", "runs", "best lr", "batch", "loss", "law's lr", "batch", "loss", "regret, %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for c in checks:
+        mark = "*" if c.extrapolated else ""
+        table.add_row(
+            short(c.params),
+            short(c.tokens),
+            str(c.runs),
+            f"{c.best_lr:.3g}",
+            short(c.best_batch_tokens),
+            f"{c.best_loss:.3f}",
+            f"{c.lr:.3g}",
+            short(c.batch_tokens),
+            "-" if c.loss is None else f"{c.loss:.3f}",
+            "-" if c.regret_percent is None else f"{c.regret_percent:.3f}{mark}",
+        )
+    console.print(table)
+    if any(c.extrapolated for c in checks):
+        console.print(
+            "* outside of the cell's grid: by a parabola through its runs near the best (-: too few runs for one)",
+            soft_wrap=True,
+        )
+
+
+def short(value: float) -> str:
+    """Three digits with k, M, B or T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
