@@ -174,7 +174,13 @@ def _whole_batches(tokens: float, batches: list[int]) -> int:
 def _lr_centre(config: Config, grid: Grid, law: StepLaw, notes: list[str]):
     """The middle of the learning rates as a function of (N, D)."""
     own = config.optimizer
-    if grid.lr is not None or law.optimizer == own.name:
+    if grid.lr is not None:
+        return law.lr
+    if law.optimizer == own.name:
+        if own.lr != "auto":
+            notes.append(
+                f"optimizer.lr {own.lr:g} is not used: the learning rates are around those of {law.source.name}"
+            )
         return law.lr
     told = (
         f"{law.source.name} was fitted with {law.optimizer}, not {own.name}: the learning rates are around "
@@ -223,6 +229,9 @@ def _run(
 
 def _notes(config: Config, runs: list[SweepRun], corpus_tokens: int | None) -> list[str]:
     notes = []
+    own = config.budget.batch_tokens
+    if own != "auto" and own not in {run.batch_tokens for run in runs}:
+        notes.append(f"budget.batch_tokens {own:,} is not used: give --batch-tokens to have it in the grid")
     fewest = min(run.steps for run in runs)
     if fewest < 50:
         notes.append(f"the shortest runs have {fewest} steps: smaller batches or larger budgets say more")

@@ -109,11 +109,13 @@ def find_rate(
             machine.peak * machine.mfu * ranks, told + ("" if machine.measured else ", which is assumed")
         )
     measured = matmul_rate(threads)
-    return Rate(
-        measured * ASSUMED_SHARE_OF_MATMUL * ranks,
+    told = (
         f"{measured / 1e9:.0f} GFLOP/s, measured on matrix products of 512 x 512 (threads: {threads}), "
-        f"of which a share of {ASSUMED_SHARE_OF_MATMUL:g} is assumed",
+        f"of which a share of {ASSUMED_SHARE_OF_MATMUL:g} is assumed"
     )
+    if gpus:
+        told += f"; that is the CPU, for the peak of {gpus[0]} is not known: give --peak-flops"
+    return Rate(measured * ASSUMED_SHARE_OF_MATMUL * ranks, told)
 
 
 def matmul_rate(threads: int) -> float:

@@ -156,6 +156,8 @@ def _open(ask: Request) -> tuple[SweepFolder, Config, _New | None]:
     if saved is None and ask.output.exists() and (not ask.output.is_dir() or any(ask.output.iterdir())):
         raise UserError(f"{ask.output} exists and holds no sweep; choose another --output")
     config, origins = load_config(ask.config, ask.overrides)
+    if origins["run.folder"] != "default":
+        raise UserError("run.folder has no place in a sweep, whose runs are in DIR/runs; leave it out")
     metas = _metas(config)
     law = config_law(config)
     _settle(config, origins, metas)

@@ -187,7 +187,8 @@ def test_rate_names_what_it_rests_on():
     assert "H200 at MFU 0.5" in rate.assumption
     assert "which is assumed" in find_rate(None, 1e12, None, 1, 1, []).assumption
     assert "H100" in find_rate(None, None, None, 1, 1, ["NVIDIA H100 80GB HBM3"]).assumption
-    measured = find_rate(None, None, None, 1, 1, [])
+    measured = find_rate(None, None, None, 1, 1, ["Novel 1"])
+    assert measured.assumption.endswith("the peak of Novel 1 is not known: give --peak-flops")
     assert "a share of 0.3 is assumed" in measured.assumption
     assert 1e8 < measured.flops_per_second < 1e14
     assert matmul_rate(1) > 1e8
@@ -208,6 +209,17 @@ def test_an_optimizer_that_the_law_was_not_fitted_with():
     assert any("not muon: the learning rates are around optimizer.lr 0.02" in n for n in layout.notes)
     layout = lay_out(config_of(optimizer={"name": "muon"}), grid, STEP_LAW, None)
     assert any("give --lr where they are off" in note for note in layout.notes)
+
+
+def test_settings_that_the_grid_replaces_are_told():
+    grid, own = Grid(sizes=(1.0,), tokens=(3e6,)), {"budget": {"tokens": 10**6, "batch_tokens": 1280}}
+    notes = lay_out(config_of(optimizer={"lr": 0.01}, **own), grid, STEP_LAW, None).notes
+    assert notes[0].startswith(
+        "optimizer.lr 0.01 is not used: the learning rates are around those of Step Law"
+    )
+    assert "budget.batch_tokens 1,280 is not used" in notes[1]
+    grid = Grid(sizes=(1.0,), tokens=(3e6,), lr=(0.01,), batch_tokens=(1280.0,))
+    assert not lay_out(config_of(optimizer={"lr": 0.01}, **own), grid, STEP_LAW, None).notes
 
 
 def test_notes():

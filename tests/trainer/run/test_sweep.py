@@ -12,7 +12,7 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid, numbers
 from stepline.trainer.run.infer import evaluate_run
 from stepline.trainer.run.launch import run_training
-from stepline.trainer.run.sweep import Request, run_sweep
+from stepline.trainer.run.sweep import Request, run_sweep, threads_of_a_rank
 from stepline.trainer.run.sweep_local import LocalRunner
 from stepline.trainer.run.sweep_runs import RunFailed, locked, open_sweep, read_result
 from stepline.trainer.run.sweep_slurm import array_of, render
@@ -206,6 +206,19 @@ def test_a_run_that_another_process_works_on_is_left_alone(runner):
     assert runner.sweep.missing() == [theirs]
 
 
+def test_gpus_are_dealt_out_and_a_launcher_is_not_passed_on(runner, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    runner.gpus = ["2", "3", "5"]
+    assert [runner._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["2", "3", "5", "2"]
+    assert "MASTER_ADDR" not in runner._environment(0)
+    assert runner._environment(0)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert [threads_of_a_rank(ranks) for ranks in (1, 2, 16)] == [8, 4, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_of_a_rank(1) == 3
+
+
 def test_array_of_the_missing_runs(runner):
     assert array_of([0, 1, 2, 5, 7, 8], None) == "0-2,5,7-8"
     assert array_of([3], 4) == "3%4"
@@ -255,6 +268,8 @@ def test_mistakes_in_data(request_of, tmp_path):
     for override, sentence in (
         ("data.path=null", "the config names no data"),
         (f"data.path={tmp_path}/no", "no meta.json"),
+        ("run.folder=mine", "run.folder has no place in a sweep"),
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'"),
         ("model.vocab_size=300", "set it to at least 330"),
     ):
         with pytest.raises(UserError, match=sentence):
