@@ -67,7 +67,6 @@ def run_sweep(ask: Request, as_json: bool) -> int:
     if ask.collect:
         if new is not None:
             raise UserError(f"{ask.output} holds no sweep to collect")
-        sweep.record_ended()
         return _summary(sweep, Report(), console, as_json)
 
     runs, jobs = sweep.missing(), ask.jobs or 1
@@ -228,6 +227,7 @@ def _write_layout(sweep: SweepFolder, config: Config, new: _New) -> None:
 
 def _summary(sweep: SweepFolder, report: Report, console: Console, as_json: bool) -> int:
     """Gathers runs.csv, says how it stands and how to go on; the exit code."""
+    sweep.record_ended()
     say, count = _line(console), sweep.write_csv()
     missing = len(sweep.runs) - count
     results = [result for run in sweep.runs if (result := sweep.result(run)) is not None]
@@ -246,6 +246,6 @@ def _summary(sweep: SweepFolder, report: Report, console: Console, as_json: bool
         failed = [run.name for run, _ in report.failed]
         told = {"csv": str(table), "runs": len(sweep.runs), "done": count, "diverged": diverged}
         print(json.dumps(told | {"failed": failed, "stopped": report.stopped or None}))
-    if report.stopped:
-        return TO_BE_CONTINUED
-    return FAILED if report.failed else DONE
+    if report.failed and not report.stopped:
+        return FAILED
+    return TO_BE_CONTINUED if report.stopped or (missing and report.elsewhere) else DONE
