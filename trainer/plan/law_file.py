@@ -68,6 +68,8 @@ class LawFile(Section):
     sync: str = "all_reduce"
     assumes: str = ""
     """Schedule and fixed hyperparameters of the runs."""
+    held_out: str = ""
+    """What the losses were measured on: split and data (`expect.held_out_text`)."""
     lr: FittedPowerLaw
     """Peak learning rate from (N, D)."""
     batch_tokens: FittedPowerLaw
@@ -104,6 +106,7 @@ class LawFile(Section):
             self.sync,
             self.assumes or "own runs",
             None if self.loss is None else self.loss.law(source),
+            self.held_out,
         )
 
 

@@ -123,6 +123,8 @@ class StepLaw:
     assumes: str = "final learning rate 1e-5, weight decay .1"
     loss_law: LossLaw | None = None
     """The best loss on the user's own data."""
+    held_out: str = ""
+    """Split and data that `loss_law` is about; empty where that is not known."""
 
     def lr(self, params: float, tokens: float) -> float:
         """Peak learning rate."""
@@ -287,7 +289,13 @@ PORIAN = PorianLaw(
     PowerLaw(0.7576, (0.703,)),
 )
 EPOCH = LossLaw(
-    Source("Epoch's Chinchilla fit", "arXiv 2404.10102", "N: weights; D: tokens; loss: nats, MassiveText"),
+    Source(
+        "Epoch's Chinchilla fit",
+        "arXiv 2404.10102",
+        "N: weights; D: tokens; loss: nats, MassiveText",
+        params=(70e6, 16e9),  # of Chinchilla's runs (arXiv 2203.15556, abstract)
+        tokens=(5e9, 500e9),
+    ),
     1.8172,
     482.01,
     0.3478,

@@ -17,7 +17,7 @@ from stepline.trainer.errors import UserError, nearest
 
 COLUMNS = (
     "name", "params", "tokens", "lr", "batch_tokens", "weight_decay", "optimizer", "sync", "schedule", "seed",
-    "loss", "diverged", "seconds",
+    "loss", "diverged", "held_out", "seconds",
 )  # fmt: skip
 REQUIRED = ("params", "tokens", "lr", "batch_tokens", "loss")
 STEP_LAW_NAMES = {"params": "N", "tokens": "D", "lr": "lr", "batch_tokens": "bs", "active_params": "Na"}
@@ -87,6 +87,8 @@ class RunTable:
     sync: str
     assumes: str
     """Schedule and fixed hyperparameters of the runs, in words."""
+    held_out: str = ""
+    """What the losses were measured on (`expect.held_out_text`), where the file says."""
 
     @property
     def runs(self) -> int:
@@ -134,7 +136,8 @@ def read_runs(path: str | Path) -> RunTable:
     )
     if decays:
         assumes.append(f"weight decay {decays[0]}" + ("" if len(decays) == 1 else f" to {decays[-1]}"))
-    return RunTable(str(path), cells, optimizer, sync, ", ".join(assumes))
+    held_out = constant(path, rows, "held_out", "")
+    return RunTable(str(path), cells, optimizer, sync, ", ".join(assumes), held_out)
 
 
 def column_names(path: Path, header: list[str]) -> dict[str, str]:

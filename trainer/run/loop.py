@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -78,6 +79,8 @@ def train(job: Job) -> dict[str, float]:
                 if last or (every and state.step % every == 0):
                     with speed.paused():
                         validation = validate(state, whole=last)
+                    if job.expected is not None:  # beside the loss, wherever that is shown
+                        validation["expected_final_loss"] = job.expected.loss
                     watch.log({"step": state.step, "tokens": state.tokens} | validation)
 
                 checkpointer.poll()
@@ -166,13 +169,19 @@ def _describe(job: Job, state: TrainState) -> None:
         config.optimizer.weight_decay,
         f"{job.world.size} {job.device.type} ranks, micro-batch {config.parallel.micro_batch}",
     )
+    if job.expected is not None:
+        log.info("expected at the end: validation loss %.3f by %s", job.expected.loss, job.expected.source)
     for note in job.notes:
         log.warning("%s", note)
     if job.world.rank == 0:
         write_config(config, job.origins, job.folder / "config.yaml")
         if job.resume_from is None:  # a resumed run keeps its plan
-            plan = json.dumps(plan_json(job.plan), indent=2)
-            (job.folder / "plan.json").write_text(plan + "\n", encoding="utf-8")
+            plan = plan_json(job.plan) | {
+                "data": job.fingerprints,
+                "eval_split": config.logging.eval_split,
+                "expected_final_loss": None if job.expected is None else asdict(job.expected),
+            }
+            (job.folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         write_environment(job, attempt=_attempt(job.folder))
     dist.barrier()
 

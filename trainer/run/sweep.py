@@ -22,7 +22,7 @@ from stepline.trainer.plan.sweep import SweepRun, lay_out
 from stepline.trainer.plan.sweep_cost import find_gpus, find_rate, sweep_cost
 from stepline.trainer.plan.sweep_show import show
 from stepline.trainer.run.sweep_local import LocalRunner, Report
-from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, write_whole
+from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, sweep_of, write_whole
 from stepline.trainer.run.sweep_slurm import find_sbatch, render, submit, write_script
 
 DONE, FAILED, TO_BE_CONTINUED = 0, 1, 75
@@ -176,7 +176,7 @@ def _open(ask: Request) -> tuple[SweepFolder, Config, _New | None]:
         return saved, config, None
     for run in layout.runs:
         load_config(ask.config, [*ask.overrides, "budget.steps=null", *run.overrides()])  # raises UserError
-    return SweepFolder(ask.output, layout.runs, ask.grid.ranks), config, _New(content, origins, layout.notes)
+    return sweep_of(ask.output, content), config, _New(content, origins, layout.notes)
 
 
 def _metas(config: Config) -> list[Meta]:

@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.expect import held_out_text
+from stepline.trainer.plan.runs import COLUMNS
 from stepline.trainer.plan.sweep import SweepRun
 from stepline.trainer.watch.metrics import read_metrics
-
-COLUMNS = (
-    "name", "params", "tokens", "lr", "batch_tokens", "weight_decay", "optimizer", "sync", "schedule", "seed",
-    "loss", "diverged", "seconds",
-)  # fmt: skip
-"""Of runs.csv: N, D, nats per token of held-out text (empty where the run diverged), seconds of the run."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,8 @@ class SweepFolder:
     runs: tuple[SweepRun, ...]
     ranks: int = 1
     """Of each run."""
+    held_out: str = ""
+    """What the losses are measured on: split and data."""
 
     @property
     def config(self) -> Path:
@@ -139,7 +137,7 @@ class SweepFolder:
                 count += 1
                 own = [getattr(run, column) for column in COLUMNS[: COLUMNS.index("loss")]]
                 loss = "" if result.loss is None else repr(result.loss)
-                writer.writerow([*own, loss, int(result.diverged), result.seconds])
+                writer.writerow([*own, loss, int(result.diverged), self.held_out, result.seconds])
             write_whole(self.path / "runs.csv", text.getvalue())
             return count
 
@@ -178,6 +176,12 @@ def last_line(path: Path) -> str:
     return lines[-1].strip() if lines else ""
 
 
+def sweep_of(path: Path, content: dict[str, Any]) -> SweepFolder:
+    """The sweep in `path` with this content of sweep.json."""
+    held_out = held_out_text(content["data"], content["config"]["logging"]["eval_split"])
+    return SweepFolder(path, tuple(SweepRun(**run) for run in content["runs"]), content["ranks"], held_out)
+
+
 def open_sweep(path: Path) -> SweepFolder | None:
     """The sweep that was laid out in `path`; None where there is none."""
     file = path / "sweep.json"
@@ -185,7 +189,7 @@ def open_sweep(path: Path) -> SweepFolder | None:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return SweepFolder(path, tuple(SweepRun(**run) for run in content["runs"]), content["ranks"])
+        return sweep_of(path, content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r}); choose another --output") from None
 

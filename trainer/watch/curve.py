@@ -9,11 +9,13 @@ from stepline.trainer.watch.metrics import read_metrics
 def draw_curve(metrics_path: str | Path, output_png: str | Path, title: str | None = None) -> Path:
     """Draws the training loss as a line and the validation losses as points over the tokens seen.
 
-    Losses in nats per token. Raises UserError when there is no loss to draw or matplotlib is missing.
+    Where the run knows the validation loss that it should end with, a dashed line stands at it. Losses in nats
+    per token. Raises UserError when there is no loss to draw or matplotlib is missing.
     """
     rows = read_metrics(metrics_path)
     train = [(r["tokens"], r["loss"]) for r in rows if "tokens" in r and r.get("loss") is not None]
     val = [(r["tokens"], r["val_loss"]) for r in rows if "tokens" in r and r.get("val_loss") is not None]
+    expected = [r["expected_final_loss"] for r in rows if r.get("expected_final_loss") is not None]
     if not train and not val:
         raise UserError(f"{metrics_path} holds no loss yet; draw the curve after the first logged step")
     try:
@@ -33,6 +35,10 @@ def draw_curve(metrics_path: str | Path, output_png: str | Path, title: str | No
         tokens, loss = val[-1]
         axes.annotate(
             f"{loss:.3f}", (tokens, loss), (0, 9), textcoords="offset points", ha="center", fontsize=12
+        )
+    if expected:
+        axes.axhline(
+            expected[-1], color="#57606a", linestyle="--", linewidth=1.2, label="expected at the end"
         )
     axes.set_xlabel("tokens", fontsize=13)
     axes.set_ylabel("loss (nats per token)", fontsize=13)

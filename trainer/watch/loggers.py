@@ -93,6 +93,7 @@ def describe_row(row: dict[str, Any]) -> str:
         "loss": "loss {:.4f}",
         "val_loss": "val loss {:.4f}",
         "val_bits_per_byte": "{:.4f} bits/byte",
+        "expected_final_loss": "(expected at the end {:.4f})",
         "lr": "lr {:.3g}",
         "grad_norm": "norm {:.3g}",
         "tokens_per_second": "{:,.0f} tok/s",

@@ -138,7 +138,7 @@ def test_rows_of_ended_runs_are_gathered(request_of, tmp_path, capsys):
         assert (told["runs"], told["done"], told["diverged"]) == (4, 2, 1)
     lines = (tmp_path / "sweep" / "runs.csv").read_text().splitlines()
     assert lines[0] == (
-        "name,params,tokens,lr,batch_tokens,weight_decay,optimizer,sync,schedule,seed,loss,diverged,seconds"
+        "name,params,tokens,lr,batch_tokens,weight_decay,optimizer,sync,schedule,seed,loss,diverged,held_out,seconds"
     )
     rows = list(csv.DictReader(lines))
     assert [(row["loss"], row["diverged"], row["seconds"]) for row in rows] == [
@@ -146,6 +146,8 @@ def test_rows_of_ended_runs_are_gathered(request_of, tmp_path, capsys):
         ("", "1", "3.5"),
     ]
     assert rows[0]["params"] == str(sweep.runs[0].params)
+    fingerprint = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["data"][0]
+    assert rows[0]["held_out"] == f"tune of {fingerprint[:16]}"
     assert not list((tmp_path / "sweep").glob("runs/*/checkpoints"))
     run_sweep(request_of(slurm=True, print_only=True, config=None), as_json=False)
     assert "#SBATCH --array=2-3\n" in capsys.readouterr().out

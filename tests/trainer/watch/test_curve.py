@@ -31,6 +31,20 @@ def test_curve(tmp_path):
     assert red[:, 200:900].sum() > 50  # the validation point at half of the axis
 
 
+def test_the_expected_loss_is_a_line_across(tmp_path):
+    rows = [{"step": s, "tokens": s * 1000, "loss": 9 - s / 20} for s in range(1, 101)]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows.append({"step": 100, "tokens": 100_000, "val_loss": 6.5, "expected_final_loss": 5.0})
+    (tmp_path / "expected.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def grey(name):
+        image, _, _ = pixels(draw_curve(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png"))
+        dark = (abs(image - np.array([0x57, 0x60, 0x6A]) / 255) < 0.02).all(-1)
+        return dark[:, 200:800].sum(1).max()
+
+    assert grey("expected") > 200 > grey("plain")
+
+
 def test_nothing_to_draw(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": null}\n')
     with pytest.raises(UserError, match="holds no loss yet"):

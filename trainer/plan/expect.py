@@ -1,0 +1,84 @@
+"""The held-out loss that a run should end with, where the user's own numbers can tell. Imports no torch."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepline.trainer.plan.laws import EPOCH
+from stepline.trainer.plan.planner import Plan
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the run's curve, its metrics and wandb show beside the loss."""
+
+    loss: float
+    """At the last step, on held-out text, in nats per token."""
+    source: str
+    """Whose number it is."""
+
+
+def expected_final_loss(plan: Plan, folder: Path, fingerprints: Sequence[str], split: str) -> Expected | None:
+    """By a loss law fitted on the same text, else from an earlier run of the same data; None without either.
+
+    A published loss law has the intercept of another corpus and tokenizer: it ranks plans, it predicts nothing here.
+
+    folder: the run's own; its neighbours are the earlier runs. fingerprints: of the data, in order. split: the one
+    that the run validates on; losses of different splits differ by more than a plan gains.
+    """
+    n, d, law = plan.inputs.params, plan.inputs.tokens, plan.law
+    if law.loss_law is not None and law.held_out == held_out_text(fingerprints, split):
+        return Expected(law.loss_law.loss(n, d), f"the loss law of {law.source.name}")
+    return _from_earlier_run(plan, folder, list(fingerprints), split)
+
+
+def held_out_text(fingerprints: Sequence[str], split: str) -> str:
+    """What losses were measured on, as the column `held_out` of runs.csv has it: `tune of 8b7428ccd01039cf`."""
+    return f"{split} of {'+'.join(fingerprint[:16] for fingerprint in fingerprints)}"
+
+
+def _from_earlier_run(plan: Plan, folder: Path, fingerprints: list[str], split: str) -> Expected | None:
+    """L = L_earlier + Epoch(N, D) - Epoch(N_earlier, D_earlier): that run gives the intercept, Epoch's
+    Chinchilla fit (arXiv 2404.10102) the difference, from the nearest run and inside of its range only."""
+    n, d = plan.inputs.params, plan.inputs.tokens
+    if EPOCH.source.outside(n, d):
+        return None
+    found = []
+    for path in sorted(folder.parent.glob("*/plan.json")):
+        earlier = _finished(path.parent)
+        if earlier is None or path.parent == folder:
+            continue
+        planned, loss = earlier
+        same = (planned.get("data"), planned.get("eval_split")) == (fingerprints, split)
+        same = same and planned["inputs"]["seq_len"] == plan.inputs.seq_len
+        n0, d0 = planned["params"], planned["tokens"]
+        if same and not EPOCH.source.outside(n0, d0):
+            distance = abs(math.log(n / n0)) + abs(math.log(d / d0))
+            found.append((distance, path.parent.name, loss + EPOCH.loss(n, d) - EPOCH.loss(n0, d0)))
+    if not found:
+        return None
+    _, name, loss = min(found)
+    return Expected(loss, f"the earlier run {name} and {EPOCH.source.name}")
+
+
+def _finished(folder: Path) -> tuple[dict, float] | None:
+    """plan.json and the last validation loss of a run that is done; None for any other folder."""
+    try:
+        planned = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        outcome = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if outcome.get("status") != "done" or outcome.get("val_loss") is None:
+        return None
+    return planned, outcome["val_loss"]
+
+
+def kept_expectation(folder: Path) -> Expected | None:
+    """What the first attempt of a resumed run wrote to plan.json."""
+    try:
+        kept = json.loads((folder / "plan.json").read_text(encoding="utf-8")).get("expected_final_loss")
+    except (OSError, ValueError):
+        return None
+    return None if kept is None else Expected(**kept)
