@@ -1,13 +1,14 @@
 """Fills every `auto` of a config: batch, learning rate and weight decay by law, the rest by the machine."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
+from stepline.trainer.plan.memory import fit_layout
 from stepline.trainer.plan.planner import Inputs, Plan, make_plan
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
@@ -23,6 +24,8 @@ class Machine:
     """`cpu` or `cuda`."""
     bf16: bool
     """Whether the device computes in bf16 at full speed."""
+    memory_bytes: int | None = None
+    """Of one device, the same on every rank; None when it is not known."""
 
 
 def config_inputs(config: Config, world_size: int | None, corpus_tokens: int | None = None) -> Inputs:
@@ -93,18 +96,27 @@ def resolve(
     settle("run", "device", machine.device, "machine")
     settle("precision", "compute", "bf16" if machine.device == "cuda" and machine.bf16 else "fp32", "machine")
     settle("run", "compile", machine.device == "cuda", "machine")
-    settle("parallel", "shard", world, "machine")
-    check_layout(parallel.shard, world)
+    if parallel.shard != "auto":
+        check_layout(parallel.shard, world)
 
     law = config_law(config)
     inputs = config_inputs(config, world, corpus_tokens)
     if budget.steps is None:
         settle("budget", "tokens", inputs.tokens, "one epoch of the data")
     ideal = inputs.batch_tokens or law.batch_tokens(inputs.tokens)
-    settle("parallel", "micro_batch", auto_micro_batch(config, ideal, machine), "machine")
-    plan = make_plan(config_inputs(config, world, corpus_tokens), law)
+    useful = (
+        auto_micro_batch(config, ideal, machine) if parallel.micro_batch == "auto" else parallel.micro_batch
+    )
+    plan = make_plan(replace(config_inputs(config, world, corpus_tokens), micro_batch=useful), law)
     by_law = f"law: {law.source.name}"
     settle("budget", "batch_tokens", plan.batch_tokens, by_law)
+    # After the batch, which the memory of the devices must not change.
+    windows = budget.batch_tokens // config.data.seq_len
+    shard, micro_batch, crowded = fit_layout(config, world, useful, windows, machine.memory_bytes)
+    settle("parallel", "shard", shard, "machine")
+    settle("parallel", "micro_batch", micro_batch, "machine")
+    pieces = math.ceil(windows / (world * micro_batch))
+    plan = replace(plan, inputs=replace(plan.inputs, micro_batch=micro_batch), grad_accumulation=pieces)
     planned = settle("optimizer", "lr", plan.lr, by_law)
     planned |= settle("optimizer", "weight_decay", plan.weight_decay, "law: Power Lines")
 
@@ -113,7 +125,7 @@ def resolve(
     settle("checkpoint", "every", max(1, min(1000, steps // 10)), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
     # Who sets lr and weight decay by hand has no use for what is wrong with the laws.
-    return plan, list(plan.warnings) if planned else []
+    return plan, crowded + (list(plan.warnings) if planned else [])
 
 
 def check_layout(shard: int, world: int) -> None:

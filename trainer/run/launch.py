@@ -13,6 +13,7 @@ import torch.distributed as dist
 from stepline.comm.mesh import World, start_process_group
 from stepline.trainer.errors import TrainingStopped, UserError
 from stepline.trainer.run.checkpoint import complete_checkpoints
+from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.start import Job, start_job
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
@@ -63,6 +64,7 @@ def _run(job: Job) -> int:
     started = time.time()
     outcome = {"status": "done", "exit_code": DONE, "attempt": attempt}
     try:
+        _check_layout_alike(job)
         outcome |= train(job)
     except (UserError, TrainingStopped) as error:
         code = USER_ERROR if isinstance(error, UserError) else FAILED
@@ -77,6 +79,18 @@ def _run(job: Job) -> int:
             outcome["seconds"] = round(time.time() - started, 1)
             _write_outcome(job.folder, outcome)
     return outcome["exit_code"]
+
+
+def _check_layout_alike(job: Job) -> None:
+    """Raises UserError where the ranks have settled on different layouts, as they may on unequal devices."""
+    parallel = job.config.parallel
+    layouts: list = [None] * job.world.size
+    dist.all_gather_object(layouts, (parallel.shard, parallel.micro_batch))
+    if len(set(layouts)) > 1:
+        raise UserError(
+            f"the ranks' devices differ in memory and lead to different layouts (shard, micro-batch): "
+            f"{sorted(set(layouts))}; set parallel.shard and parallel.micro_batch"
+        )
 
 
 def _write_outcome(folder: Path, outcome: dict) -> None:
@@ -107,11 +121,18 @@ def _start_logs(job: Job) -> int:
 
 
 def dry_run(config: str, overrides: list[str], resume: str) -> int:
-    """`stepline train --dry-run`: prints the resolved config with the origin of each value; allocates nothing."""
+    """`stepline train --dry-run`: prints the resolved config with the origin of each value, and the memory that a
+    step needs; allocates nothing."""
     from stepline.trainer.config_io import format_config
+    from stepline.trainer.plan.memory import Layout, estimate, memory_table
 
-    job = start_job(config, overrides, resume, World.from_environment())
+    world = World.from_environment()
+    job = start_job(config, overrides, resume, world)
     print(format_config(job.config, job.origins), end="")
+    layout = Layout.of(job.config, world.size)
+    has = device_memory(job.device, world.local_size)
+    for line in memory_table(estimate(job.config, layout), layout, has):
+        print(f"# {line}")
     for note in job.notes:
         print(f"# note: {note}")
     return DONE

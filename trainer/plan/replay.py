@@ -1,0 +1,230 @@
+"""Replays one training step as the tensors that it makes and drops, counted from shapes. Imports no torch.
+
+The order is that of trainer/run/step.py: forward block by block, loss in chunks, backward, update, with FSDP2's
+gathers and reductions between them. A tensor is in the replay when it can live at the peak; what is small
+beside its neighbours (scalars, one number a token) is left out.
+"""
+
+from collections import Counter
+
+from stepline.trainer.config import Config
+from stepline.trainer.plan.tensors import Group, Sizes, block_group, root_group
+from stepline.trainer.plan.update import adamw_state, muon_state, muon_temporaries
+
+CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
+"""Of kernels/cross_entropy.py, which imports torch."""
+ONE_GROUP_BYTES = 2**24
+"""Of comm/fsdp.py."""
+CUBLAS_WORKSPACE = 2**25
+"""What torch gives cuBLAS on Hopper; 8 MiB on older devices."""
+
+
+class Tally:
+    """Bytes that live now, by part; the moment when their sum was largest, and each part's own largest."""
+
+    def __init__(self) -> None:
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.largest: Counter[str] = Counter()
+        self.moment, self.peak_moment = "", ""
+
+    def add(self, part: str, size: int) -> None:
+        """`size` bytes are allocated."""
+        self.live[part] += size
+        self.largest[part] = max(self.largest[part], self.live[part])
+        if self.live.total() > self.peak.total():
+            self.peak, self.peak_moment = self.live.copy(), self.moment
+
+    def drop(self, part: str, size: int) -> None:
+        """`size` bytes are freed."""
+        self.live[part] -= size
+
+    def brief(self, part: str, size: int) -> None:
+        """Allocated and freed at once."""
+        self.add(part, size)
+        self.drop(part, size)
+
+
+class Replay:
+    """One rank's optimizer step: call `run` once and read `tally`."""
+
+    def __init__(self, config: Config, world: int, shard: int, micro_batch: int, accumulation: int) -> None:
+        self.tally, self.sizes = Tally(), Sizes(config, micro_batch)
+        self.config, self.model, self.shard, self.accumulation = config, config.model, shard, accumulation
+        self.compute, self.master = self.sizes.compute, self.sizes.master
+        # run/build.py: one rank that computes in its master dtype needs no FSDP
+        self.fsdp = world > 1 or self.compute != self.master
+        self.gloo = shard > 1 and not self.sizes.cuda  # it works on a copy of what it sends
+        self.reshards = config.parallel.reshard_after_forward
+        self.root, self.block, self.layers = (
+            root_group(self.model),
+            block_group(self.model),
+            self.model.num_layers,
+        )
+        whole = Group(self.root.shapes + self.block.shapes * self.layers)
+        if self.fsdp and not self.reshards and whole.numel * self.master <= ONE_GROUP_BYTES:
+            self.root, self.block = whole, Group(())  # comm/fsdp.py: a small model is one group
+        self.flat = self.reduced = 0  # bytes of buffers that FSDP2 keeps until it needs the next one
+
+    def run(self) -> None:
+        """Every moment from the first gather to the update."""
+        tally, optimizer = self.tally, self.config.optimizer.name
+        whole = Group(self.root.shapes + self.block.shapes * self.layers)
+        shard = self.shard if self.fsdp else 1
+        blocks = Group(block_group(self.model).shapes * self.layers)
+        tally.add("parameters", whole.shard(shard) * self.master)
+        state = muon_state if optimizer == "muon" else adamw_state
+        tally.add("optimizer", state(root_group(self.model), blocks, shard, self.master))
+        tally.add("fixed", self.fixed())
+        for micro_batch in range(min(2, self.accumulation)):  # the second is like all that follow
+            self.forward()
+            self.loss(first=micro_batch == 0)
+            self.backward(first=micro_batch == 0)
+        if optimizer == "muon":
+            tally.moment = "update"
+            item = 2 if self.sizes.cuda and self.master == 4 else self.master
+            tally.brief("optimizer", muon_temporaries(blocks, shard, item, self.master))
+
+    def fixed(self) -> int:
+        """The batch (inputs, targets; document numbers) and the guard's history; cuBLAS's workspace."""
+        numbers = 20 if self.config.data.confine_attention else 16
+        batch = self.accumulation * self.sizes.tokens * numbers
+        guard = 3 * 8 * self.config.optimizer.guard.window
+        return batch + guard + (CUBLAS_WORKSPACE if self.sizes.cuda else 0)
+
+    # FSDP2, as in torch.distributed.fsdp._fully_shard
+
+    def start_gather(self, group: Group) -> None:
+        """All-gather into one flat buffer."""
+        if not self.fsdp or self.shard == 1:
+            return
+        flat = group.shard(self.shard) * self.shard * self.compute
+        if self.compute != self.master:
+            self.tally.brief("all-gather", flat + flat // self.shard)  # the shard in the compute dtype
+        self.tally.add("all-gather", flat)
+        if self.gloo:
+            self.tally.brief("all-gather", flat)
+
+    def finish_gather(self, group: Group) -> None:
+        """The parameters are copied out of the flat buffer."""
+        if self.fsdp:
+            self.tally.add("all-gather", group.numel * self.compute)
+
+    def free_flat(self, group: Group) -> None:
+        """The flat buffer of `group` goes."""
+        if self.fsdp and self.shard > 1:
+            self.tally.drop("all-gather", group.shard(self.shard) * self.shard * self.compute)
+
+    def reshard(self, group: Group) -> None:
+        """The gathered parameters go."""
+        if self.fsdp:
+            self.tally.drop("all-gather", group.numel * self.compute)
+
+    def reduce(self, group: Group, first: bool) -> None:
+        """Whole gradients become this rank's shard of their sum; the flat input stays until the next group's."""
+        if not self.fsdp or not group.shapes:
+            return
+        whole = group.shard(self.shard) * self.shard * self.master
+        self.tally.drop("all-gather", self.reduced)
+        self.tally.add("all-gather", whole)
+        self.tally.drop("gradients", group.numel * self.compute)
+        self.tally.add("gradients", whole // self.shard)
+        if self.gloo or self.shard == 1:  # one rank divides by 1, out of place
+            self.tally.brief("all-gather", whole)
+        if not first:
+            self.tally.drop("gradients", whole // self.shard)  # added to the one that is there
+        self.reduced = whole
+
+    def gradient(self, elements: int, first: bool) -> None:
+        """Whole gradient of a weight; without FSDP it is added at once to that of the micro-batch before."""
+        self.tally.add("gradients", elements * self.compute)
+        if not self.fsdp and not first:
+            self.tally.drop("gradients", elements * self.compute)
+
+    # the step
+
+    def forward(self) -> None:
+        """Up to the last block's output."""
+        tally = self.tally
+        tally.moment = "forward"
+        self.start_gather(self.root)
+        self.finish_gather(self.root)
+        tally.add("activations", self.sizes.tables())
+        before = self.root
+        for _ in range(self.layers):
+            if self.block.shapes:
+                self.start_gather(self.block)
+                self.finish_gather(self.block)
+                self.free_flat(before)
+                before = self.block
+            tally.add("activations", self.sizes.kept())
+            if self.reshards:
+                self.reshard(self.block)
+        tally.add("activations", self.sizes.hidden)  # the last output, kept by the norm
+        self.last_gathered = before
+
+    def loss(self, first: bool) -> None:
+        """Chunks of logits, with the gradients of hidden states and head (kernels/cross_entropy.py)."""
+        tally, sizes, hidden = self.tally, self.sizes, self.sizes.hidden
+        head = self.model.vocab_size * self.model.hidden_size
+        tally.moment = "loss"
+        tally.add("activations", hidden)  # normed
+        tally.add("logits", hidden + head * self.master)
+        tally.brief("logits", sizes.loss_chunk(CHUNK_LOGITS["cuda" if sizes.cuda else "cpu"]))
+        if self.compute != self.master:
+            tally.add("logits", head * self.compute)
+            tally.drop("logits", head * self.master)
+        tally.drop("activations", hidden)
+        self.free_flat(self.last_gathered)
+        tally.moment = "backward of the loss"
+        if self.reshards:
+            self.start_gather(self.block)  # ahead, for the last block
+        tally.add("activations", hidden)
+        self.gradient(head, first or self.model.tied_embeddings)
+        tally.drop("logits", hidden + head * self.compute)
+
+    def backward(self, first: bool) -> None:
+        """From the final norm to the embedding."""
+        tally, hidden = self.tally, self.sizes.hidden
+        tally.brief("activations", hidden)
+        tally.drop("activations", hidden)  # the last output
+        for layer in reversed(range(self.layers)):
+            tally.moment = f"backward of block {layer + 1} of {self.layers}"
+            if self.reshards:
+                self.finish_gather(self.block)
+                self.free_flat(self.block)
+                if layer:
+                    self.start_gather(self.block)
+            self.block_backward(first)
+            self.reshard(self.block)
+            self.reduce(self.block, first)
+        tally.moment = "backward of the embedding"
+        self.gradient(self.model.vocab_size * self.model.hidden_size, first)
+        tally.drop("activations", hidden + self.sizes.tables())
+        if self.model.tied_embeddings:  # the head's gradient, which waited for this one
+            self.tally.drop("gradients", self.model.vocab_size * self.model.hidden_size * self.compute)
+        self.reshard(self.root)
+        self.reduce(self.root, first)
+        tally.drop("all-gather", self.reduced)
+        self.reduced = 0
+
+    def block_backward(self, first: bool) -> None:
+        """Recompute, then the feed-forward half, then attention."""
+        tally, sizes, model = self.tally, self.sizes, self.model
+        attention, ffn = sizes.attention_saved(), sizes.ffn_saved()
+        # selective recompute also keeps w2's result, which nothing takes
+        unused = sizes.hidden if self.config.run.recompute == "selective" else 0
+        tally.add("activations", sizes.saved() + unused - sizes.kept())
+        self.gradient(model.hidden_size * model.ffn_size, first)  # w2
+        tally.add("activations", sizes.ffn)  # of the product
+        tally.drop("activations", sizes.ffn)  # the product
+        tally.brief("activations", (1 if sizes.compiled else 2) * sizes.ffn)  # of silu and of w3 x
+        tally.drop("activations", sum(ffn.values()))
+        self.gradient(2 * model.hidden_size * model.ffn_size, first)  # w1, w3
+        rest = block_group(model).numel - 3 * model.hidden_size * model.ffn_size
+        self.gradient(rest, first)
+        # of attention's result, of q, k and v; flash attention on CUDA sums q's in fp32
+        beside = 2 * sizes.width(sizes.query) + 2 * sizes.width(sizes.key)
+        beside += sizes.statistics(sizes.query) if sizes.cuda else 0
+        tally.brief("activations", beside)
+        tally.drop("activations", sum(attention.values()) + unused)

@@ -1,0 +1,139 @@
+"""Sizes of the tensors of a training step, counted from shapes. Imports no torch."""
+
+import math
+from dataclasses import dataclass
+
+from stepline.models.config import ModelConfig
+from stepline.trainer.config import Config
+
+ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are gathered and reduced together."""
+
+    shapes: tuple[Shape, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def shard(self, ranks: int) -> int:
+        """Elements that one of `ranks` holds: equal chunks of dimension 0, the last ones padded (FSDP2)."""
+        return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in self.shapes)
+
+    def matrices(self) -> list[Shape]:
+        """The parameters with two dimensions."""
+        return [shape for shape in self.shapes if len(shape) == 2]
+
+
+def root_group(model: ModelConfig) -> Group:
+    """Embedding, final norm and head."""
+    table = (model.vocab_size, model.hidden_size)
+    return Group((table, table[1:], *(() if model.tied_embeddings else (table,))))
+
+
+def block_group(model: ModelConfig) -> Group:
+    """One block, in the order of its modules."""
+    dim, ffn, head = model.hidden_size, model.ffn_size, model.dim_per_head
+    query, key = model.num_heads * head, model.kv_heads * head
+    norms = ((head,), (head,)) if model.qk_norm else ()
+    attention = ((query, dim), (key, dim), (key, dim), (dim, query), *norms)
+    return Group(((dim,), *attention, (dim,), (ffn, dim), (ffn, dim), (dim, ffn)))
+
+
+class Sizes:
+    """Bytes of what one micro-batch makes, for a config whose device, compute dtype and compile are settled.
+
+    Raises ValueError where one of them is still `auto`.
+    """
+
+    def __init__(self, config: Config, micro_batch: int) -> None:
+        if "auto" in (config.run.device, config.precision.compute, config.run.compile):
+            raise ValueError("run.device, precision.compute and run.compile must be settled")
+        model = config.model
+        self.config, self.model = config, model
+        self.cuda, self.compiled = config.run.device == "cuda", config.run.compile is True
+        self.compute = ITEM_BYTES[config.precision.compute]
+        self.master = max(4, self.compute)
+        """Parameters, optimizer state, reductions, statistics and loss: fp32, or fp64 where compute is."""
+        self.batch, self.seq = micro_batch, config.data.seq_len
+        self.tokens = micro_batch * self.seq
+        self.query, self.key = (n * model.dim_per_head for n in (model.num_heads, model.kv_heads))
+        self.hidden, self.ffn = self.width(model.hidden_size), self.width(model.ffn_size)
+
+    def width(self, columns: int) -> int:
+        """`[batch, seq, columns]` in the compute dtype."""
+        return self.tokens * columns * self.compute
+
+    def statistics(self, columns: int) -> int:
+        """`[batch, seq, columns]` in fp32: 1 / RMS of a norm, logsumexp of attention."""
+        return self.tokens * columns * self.master
+
+    def attention_saved(self) -> dict[str, int]:
+        """What the attention half of a block keeps for backward."""
+        model, confined = self.model, self.config.data.confine_attention
+        # models/attention.py: CUDA's fp32 and masked kernels get a copy of the keys for each query head
+        native = not self.cuda or (self.compute == 2 and not confined)
+        saved = {
+            "input": self.hidden,
+            "normed": self.hidden + self.statistics(1),
+            "q, k, v": self.width(self.query + 2 * (self.key if native else self.query)),
+            "out": self.width(self.query) + self.statistics(model.num_heads),
+        }
+        if model.qk_norm:
+            heads = self.statistics(model.num_heads + model.kv_heads)
+            saved["q, k before their norm"] = self.width(self.query + self.key) + heads
+        if confined:
+            saved["mask"] = self.batch * self.seq**2 * self.compute  # sdpa makes numbers of the booleans
+        return saved
+
+    def ffn_saved(self) -> dict[str, int]:
+        """What the feed-forward half of a block keeps for backward."""
+        return {
+            "input": self.hidden + self.statistics(1),
+            "normed": self.hidden,
+            "w1, w3, product": 3 * self.ffn,
+            # the backward kernel of a compiled block computes silu(w1 x) again
+            "silu": 0 if self.compiled else self.ffn,
+        }
+
+    def saved(self) -> int:
+        """What the backward of one block needs."""
+        return sum(self.attention_saved().values()) + sum(self.ffn_saved().values())
+
+    def kept(self) -> int:
+        """What of it lives from a block's forward to its backward; the rest is recomputed."""
+        if self.config.run.recompute == "none":
+            return self.saved()
+        if self.config.run.recompute == "full":
+            return self.hidden
+        # the results of attention and of the products (run/build.py), wo's and w2's among them
+        products = self.width(self.query + 2 * self.key) + 2 * self.ffn + 2 * self.hidden
+        return self.hidden + self.attention_saved()["out"] + products
+
+    def tables(self) -> int:
+        """Rotary tables, and the boolean mask of confined attention: once for all blocks."""
+        entries, mask = self.seq, 0
+        if self.config.data.confine_attention:
+            entries, mask = self.tokens, self.batch * self.seq**2
+        return 2 * entries * self.model.dim_per_head * self.master + mask
+
+    def loss_chunk(self, logits_at_once: int) -> int:
+        """What kernels/cross_entropy.py takes for its chunks of `logits_at_once` logits.
+
+        A chunk's tensors live until those of the next one replace them. On CPUs softmax and gradient are in
+        place; on CUDA there are logits and softmax in fp32. Half precision adds the product and the gradient.
+        """
+        vocab = self.model.vocab_size
+        rows = min(self.tokens, max(128, logits_at_once // vocab // 128 * 128))
+        following = min(rows, self.tokens - rows)
+        half = 0 if self.compute == self.master else self.compute
+        done = (2 if self.cuda else 1) * self.master + half
+        head_gradient = vocab * self.model.hidden_size * half  # before it is added to the fp32 sum
+        return max(
+            rows * vocab * done + head_gradient, (rows * done + following * (self.master + half)) * vocab
+        )
