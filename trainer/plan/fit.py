@@ -24,6 +24,8 @@ from stepline.trainer.plan.surface import Problem, Surface
 LEAST_SIZES, LEAST_RUNS_A_CELL, WIDEST_INTERVAL = 3, 9, 0.15
 CELLS_OF_BOOTSTRAP_T = 6
 """Fewer cells are often drawn all alike, and a spread of nothing cannot studentise."""
+TOGETHER = 0.95
+"""Correlation of ln N and ln D over the cells beyond which they are one variable."""
 DRAWS, DRAW_STEPS = 500, 10
 """Resamples, and iterations for each: they end within 1e-3 of a standard error of where 30 would."""
 CHUNK = 20_000
@@ -144,23 +146,29 @@ def parameters(fitted: Surface, free: bool) -> np.ndarray:
 def uncertainty(
     problem: Problem, fitted: Surface, skew: bool, free: bool, draws: int, seed: int
 ) -> Uncertainty:
-    """95 % intervals: bootstrap-t with the clustered sandwich as its scale; Student's t where cells are few."""
-    deviations, errors = bootstrap(problem, fitted, skew, free, draws, seed)
-    if len(deviations) < draws / 2:
-        raise UserError(
-            f"only {len(deviations)} of {draws} resamples of the runs have a minimum; give more runs, or more seeds"
-        )
-    how = f"intervals: {draws} resamples of the cells, then of their runs"
+    """95 % intervals: bootstrap-t with the sandwich clustered by cells as its scale; Student's t where cells are few.
+
+    With few cells the larger of two variances counts: the sandwich's, and that of runs alone.
+    """
+    spread = surface.covariance(problem, fitted, skew, free)
     if problem.cells >= CELLS_OF_BOOTSTRAP_T:
-        spread = surface.covariance(problem, fitted, skew, free)
-        return Uncertainty(spread, np.quantile(abs(deviations) / errors, 0.95, axis=0), f"{how}, bootstrap-t")
-    freedom = problem.cells - 1 if problem.cells > 1 else max(1, problem.used - (7 if skew else 6))
-    quantile = student_t(freedom)
-    words = f"{how}, Student's t with {freedom} degrees of freedom"
+        deviations, errors = bootstrap(problem, fitted, skew, free, draws, seed)
+        if len(deviations) < draws / 2:
+            raise UserError(
+                f"only {len(deviations)} of {draws} resamples of the runs have a minimum; give more runs or seeds"
+            )
+        words = f"intervals: bootstrap-t, {draws} resamples of the cells, then of their runs"
+        return Uncertainty(spread, np.quantile(abs(deviations) / errors, 0.95, axis=0), words)
+    of_runs = surface.covariance_of_runs(problem, fitted, skew)
     if problem.cells == 1:
-        words += " (one cell: how cells differ is not in it)"
-    spread = np.cov(deviations, rowvar=False)
-    return Uncertainty(spread, np.full(len(spread), quantile), words)
+        freedom, spread = surface.runs_to_spare(problem, skew), of_runs
+        told = "from the noise of the runs of one cell, how cells differ is not in it"
+    else:
+        freedom = problem.cells - 1
+        larger = np.maximum(np.diagonal(spread) * problem.cells / freedom, np.diagonal(of_runs))
+        spread, told = np.diag(larger), f"from {problem.cells} cells"
+    words = f"intervals: Student's t with {freedom} degrees of freedom, {told}"
+    return Uncertainty(spread, np.full(len(spread), student_t(freedom)), words)
 
 
 def student_t(freedom: int) -> float:
@@ -180,8 +188,12 @@ def exponents_too(
     sizes, budgets = len({c.params for c in cells}), len({c.tokens for c in cells})
     least = min(len(c.finished) for c in cells)
     kept = "two intercepts fitted, Step Law's exponents kept"
+    if problem.cells < CELLS_OF_BOOTSTRAP_T:
+        return fitted, unsure, f"{kept} ({problem.cells} cells)"
     if sizes < LEAST_SIZES or budgets < LEAST_SIZES or least < LEAST_RUNS_A_CELL:
         return fitted, unsure, f"{kept} ({sizes} N, {budgets} D, at least {least} runs a cell)"
+    if abs(np.corrcoef(problem.n, problem.d)[0, 1]) > TOGETHER:
+        return fitted, unsure, f"{kept} (N and D rise together: their exponents cannot be told apart)"
     free, widest = surface.fit_exponents(problem, fitted, skew), math.inf
     if free.convex and np.isfinite(parameters(free, True)).all():
         # The sandwich alone is quick and, with few cells, the narrower: where it is too wide, so is the bootstrap.

@@ -226,17 +226,40 @@ def fit_exponents(p: Problem, start: Surface, skew: bool, steps: int = STEPS) ->
     return s
 
 
+def bend(residual: np.ndarray) -> np.ndarray:
+    """Derivative of soft-L1's influence r / sqrt(1 + (r / SOFT)^2)."""
+    return (1 + (residual / SOFT) ** 2) ** -1.5
+
+
 def covariance(p: Problem, s: Surface, skew: bool, free: bool) -> np.ndarray:
     """Of (a, b) or (a, b, alpha_N, alpha_D, beta): the sandwich with the cells as clusters, [.., 2 or 5, same]."""
     columns, _ = jacobian(p, s, skew, free)
-    w = soft(s.residual, p.w)
-    scaled, y = within(columns * s.level[..., None, None], s.residual, w)
-    _, gram = normal(scaled, y, w)
-    scores = ((w * s.residual)[..., None, :] @ scaled)[..., 0, :]
+    weights = p.w * bend(s.residual)
+    scaled, _ = within(columns * s.level[..., None, None], s.residual, weights)
+    _, gram = normal(scaled, s.residual, weights)
+    scores = (soft(s.residual, p.w) * s.residual)[..., None, :] @ scaled
     size = 5 if free else 2
     bread = np.linalg.solve(gram, np.broadcast_to(np.eye(gram.shape[-1])[:, :size], (*gram.shape[:-1], size)))
-    effects = scores @ bread
+    effects = scores[..., 0, :] @ bread
     return np.swapaxes(effects, -1, -2) @ effects
+
+
+def covariance_of_runs(p: Problem, s: Surface, skew: bool) -> np.ndarray:
+    """Of (a, b) where cells differ by nothing but the noise of their runs, which is equal everywhere, [2, 2]."""
+    columns, _ = jacobian(p, s, skew, free=False)
+    scaled, _ = within(columns * s.level[..., None, None], s.residual, p.w)
+    flat, w, r = scaled.reshape(-1, scaled.shape[-1]), p.w.reshape(-1, 1), s.residual
+    influence = (
+        float((p.w * r**2 / (1 + (r / SOFT) ** 2)).sum() / p.w.sum()) * p.used / runs_to_spare(p, skew)
+    )
+    slope = float((p.w * bend(r)).sum() / p.w.sum())
+    bread = np.linalg.inv(flat.T @ (flat * w))[:, :2] / slope
+    return influence * bread.T @ (flat.T @ (flat * w**2)) @ bread
+
+
+def runs_to_spare(p: Problem, skew: bool) -> int:
+    """Degrees of freedom of the runs: those that count, less the numbers fitted; at least 1."""
+    return max(1, p.used - p.cells - (6 if skew else 5))
 
 
 def resample(p: Problem, draws: int, rng: np.random.Generator) -> Problem:
