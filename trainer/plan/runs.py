@@ -20,7 +20,14 @@ COLUMNS = (
     "loss", "diverged", "held_out", "seconds",
 )  # fmt: skip
 REQUIRED = ("params", "tokens", "lr", "batch_tokens", "loss")
-STEP_LAW_NAMES = {"params": "N", "tokens": "D", "lr": "lr", "batch_tokens": "bs", "active_params": "Na"}
+STEP_LAW_NAMES = {
+    "params": "N",
+    "tokens": "D",
+    "lr": "lr",
+    "batch_tokens": "bs",
+    "active_params": "Na",
+    "seq_len": "seq_len",
+}
 STEP_LAW_SEQUENCE = 2048
 DIVERGED = 1.5
 SAME_TOKENS = 1.02
@@ -171,14 +178,14 @@ def parse(path: Path, line: int, row: dict[str, str], names: dict[str, str]) -> 
         return value
 
     values = {name: number(name) for name in ("params", "tokens", "lr", "batch_tokens")}
-    values["active_params"] = number("active_params") if row.get(names.get("active_params", "")) else 0.0
+    if row.get(names.get("active_params", "")):
+        values["active_params"] = number("active_params")
     if names["batch_tokens"] == "bs":
-        values["batch_tokens"] *= float(row.get("seq_len") or STEP_LAW_SEQUENCE)
+        values["batch_tokens"] *= number("seq_len") if "seq_len" in names else STEP_LAW_SEQUENCE
     if "diverged" in names and row["diverged"] not in ("0", "1"):
         raise UserError(f"{path} line {line}: diverged is '{row['diverged']}'; it must be 0 or 1")
-    loss = row[names["loss"]]
-    ours_and_finished = row["diverged"] == "0" if "diverged" in names else False
-    if row.get("diverged") == "1" or (loss.lower() in ("", "nan", "inf", "+inf") and not ours_and_finished):
+    loss, said = row[names["loss"]], row["diverged"] if "diverged" in names else None
+    if said == "1" or (said is None and loss.lower() in ("", "nan", "inf")):
         return Run(**values, loss=math.inf)
     if not loss:
         raise UserError(f"{path} line {line} has no loss but is not marked as diverged")
@@ -205,6 +212,8 @@ def group(runs: Iterable[Run]) -> tuple[Cell, ...]:
 def mark_diverged(cell: Cell) -> Cell:
     """The cell with its losses above `DIVERGED` times the best made infinite."""
     best = min(run.loss for run in cell.runs)
+    if math.isinf(best):
+        return cell
     runs = tuple(run if run.loss <= DIVERGED * best else replace(run, loss=math.inf) for run in cell.runs)
     return replace(cell, runs=runs)
 

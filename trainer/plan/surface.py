@@ -177,12 +177,17 @@ def fit_intercepts(p: Problem, exponents: np.ndarray, skew: bool, steps: int = S
         at = minimum(beta[..., :2], h, cubic)
         least = terms(at[..., 0], at[..., 1], skew)[..., None, :] @ beta[..., :, None]
         above = (columns @ beta[..., None, :, None])[..., 0] - least
-        level = (w * p.y).sum(-1) / np.maximum((w * (1 + above)).sum(-1), 1e-300)
+        level = factor(p.y, above, w)
         w = soft(residual, p.w)
     # The cubic term moves the curvature from the middle of the runs to the optimum.
     h[..., 0, 0] += 6 * cubic * at[..., 0]
     kept = np.broadcast_to(exponents, (*cubic.shape, 3))
     return Surface(at + means, kept, h, cubic, level, residual)
+
+
+def factor(y: np.ndarray, excess: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """L0 over the best observed loss, [.., K]; within a factor of two whatever a degenerate resample says."""
+    return np.clip((w * y).sum(-1) / np.maximum((w * (1 + excess)).sum(-1), 1e-300), 0.5, 2)
 
 
 def minimum(slope: np.ndarray, h: np.ndarray, cubic: np.ndarray) -> np.ndarray:
@@ -214,7 +219,7 @@ def fit_exponents(p: Problem, start: Surface, skew: bool, steps: int = STEPS) ->
     s, w = start, soft(start.residual, p.w)
     for _ in range(steps):
         columns, excess = jacobian(p, s, skew, free=True)
-        level = (w * p.y).sum(-1) / np.maximum((w * (1 + excess)).sum(-1), 1e-300)
+        level = factor(p.y, excess, w)
         scaled, y = within(columns * level[..., None, None], p.y - level[..., None] * (1 + excess), w)
         step, _ = normal(scaled, y, w)
         residual = y - (scaled @ step[..., None, :, None])[..., 0]
