@@ -85,6 +85,7 @@ class Case:
 
 MUON = {"optimizer.name": "muon"}
 FULL, SELECTIVE = {"run.recompute": "full"}, {"run.recompute": "selective"}
+MIXED = {"precision.compute": "bf16"}
 GATHERED = {"parallel.reshard_after_forward": False}
 CASES = [
     Case("blocks", BLOCKS),
@@ -98,6 +99,8 @@ CASES = [
     Case("muon's update", BLOCKS, micro_batch=1, settings=MUON),
     Case("logits", LOGITS, micro_batch=8),
     Case("logits, tied, recompute full", LOGITS | {"tied_embeddings": True}, micro_batch=8, settings=FULL),
+    Case("mixed precision", BLOCKS | {"num_layers": 3}, micro_batch=2, settings=MIXED),
+    Case("mixed precision, logits", LOGITS, settings=MIXED),
     Case("fsdp", BLOCKS, world=2),
     Case("fsdp, parameters", BLOCKS, world=2, micro_batch=1),
     Case("fsdp, kept gathered", BLOCKS, world=2, micro_batch=1, settings=GATHERED),
@@ -108,6 +111,7 @@ CASES = [
     Case("fsdp, muon's update", BLOCKS, world=2, micro_batch=1, settings=MUON),
     Case("fsdp, logits", LOGITS, world=2, micro_batch=8),
     Case("fsdp, logits, kept gathered", LOGITS, world=2, micro_batch=8, settings=GATHERED),
+    Case("fsdp, mixed precision", BLOCKS | {"num_layers": 3}, world=2, micro_batch=2, settings=MIXED),
     Case("hsdp 2 x 1, accumulation 2", BLOCKS, world=2, shard=1, micro_batch=1, accumulation=2),
 ]
 

@@ -138,11 +138,13 @@ class ParallelConfig(Section):
     backend: Literal["fsdp"] = "fsdp"
     """PyTorch FSDP2."""
     shard: Auto | Annotated[int, Field(ge=1)] = "auto"
-    """Ranks that shard one replica (replicas = world / shard); auto: all ranks."""
+    """Ranks that shard one replica (replicas = world / shard); auto: on GPUs the fewest with which a step fits
+    in their memory, else all ranks."""
     sync: Literal["all_reduce"] = "all_reduce"
     """How replicas agree on gradients."""
     micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
-    """Windows of one forward-backward on one rank; auto: up to 16,384 tokens on a GPU, 8,192 on a CPU."""
+    """Windows of one forward-backward on one rank; auto: up to 16,384 tokens on a GPU, 8,192 on a CPU, fewer where
+    the memory does not hold them."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward and gather them again in backward (ZeRO-3)."""
     timeout_s: float = Field(600.0, gt=0)

@@ -13,8 +13,9 @@ from stepline.trainer.plan.cost import Hardware, checked_mfu, hardware, iso_loss
 from stepline.trainer.plan.explain import plan_json, show
 from stepline.trainer.plan.law_file import find_law, read_law
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
-from stepline.trainer.plan.planner import Inputs, make_plan
-from stepline.trainer.plan.resolve import Machine, auto_micro_batch, config_inputs, config_law
+from stepline.trainer.plan.memory import Layout, Memory, estimate, gigabytes
+from stepline.trainer.plan.planner import Inputs, Plan, make_plan
+from stepline.trainer.plan.resolve import Machine, auto_micro_batch, check_layout, config_inputs, config_law
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Request:
 def run_plan(ask: Request, as_json: bool) -> None:
     """Plans and prints; raises UserError."""
     law = STEP_LAW if ask.law is None else read_law(find_law(ask.law))
+    config = None
     if ask.config is None:
         if ask.params is None or ask.tokens is None:
             raise UserError("give --params and --tokens, or a config")
@@ -46,21 +48,43 @@ def run_plan(ask: Request, as_json: bool) -> None:
         )
         flops = 6 * (ask.active_params or ask.params)
     else:
-        inputs, law, flops = from_config(ask, law)
+        inputs, law, flops, config = from_config(ask, law)
     machine = ask_hardware(ask, inputs)
     plan = make_plan(inputs, law)
     cost = None
     if machine is not None:
         cost = run_cost(inputs.tokens, flops, machine, plan.batch_critical_tokens, inputs.seq_len)
     trade = iso_loss(inputs.tokens, plan.batch_tokens, cost)
+    memory = None if config is None else step_memory(config, plan)
     if as_json:
-        print(json.dumps(plan_json(plan, machine, cost, trade)))
-    else:
-        show(plan, machine, cost, trade, Console())
+        print(json.dumps(plan_json(plan, machine, cost, trade) | {"memory": memory and memory.json()}))
+        return
+    console = Console()
+    show(plan, machine, cost, trade, console)
+    if memory is not None:
+        text = f"memory: {gigabytes(memory.total)} on each device at the peak, in the {memory.moment}"
+        console.print(text, highlight=False)
 
 
-def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float]:
-    """Inputs, law and FLOPs per token of a config; --world-size, --micro-batch and --tokens go before it."""
+def step_memory(config: Config, plan: Plan) -> Memory | None:
+    """What a step takes on each device, sharded over all ranks where the config says `auto`; None when the number
+    of ranks is not known."""
+    world, micro_batch = plan.inputs.world_size, plan.inputs.micro_batch
+    if world is None or micro_batch is None:
+        return None
+    run, shard = config.run, config.parallel.shard
+    run.device = "cpu" if run.device == "cpu" else "cuda"
+    run.compile = run.device == "cuda" if run.compile == "auto" else run.compile
+    if config.precision.compute == "auto":
+        config.precision.compute = "bf16" if run.device == "cuda" else "fp32"
+    if shard != "auto":
+        check_layout(shard, world)
+    layout = Layout(world, world if shard == "auto" else shard, micro_batch, plan.grad_accumulation)
+    return estimate(config, layout)
+
+
+def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Config]:
+    """Inputs, law, FLOPs per token and the config itself; --world-size, --micro-batch and --tokens go before it."""
     for name, key in (
         ("params", "the model's shape"),
         ("active_params", "the model's shape"),
@@ -83,7 +107,7 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float]:
             config, batch, Machine(ask.world_size, device, device == "cuda")
         )
     inputs = config_inputs(config, ask.world_size, corpus)
-    return inputs, law, flops_per_token(config.model, config.data.seq_len).total
+    return inputs, law, flops_per_token(config.model, config.data.seq_len).total, config
 
 
 def corpus_tokens(config: Config) -> int | None:

@@ -64,7 +64,8 @@ class Replay:
         whole = Group(self.root.shapes + self.block.shapes * self.layers)
         if self.fsdp and not self.reshards and whole.numel * self.master <= ONE_GROUP_BYTES:
             self.root, self.block = whole, Group(())  # comm/fsdp.py: a small model is one group
-        self.flat = self.reduced = 0  # bytes of buffers that FSDP2 keeps until it needs the next one
+        self.norm = self.sizes.wide_norm(self.model.hidden_size)
+        self.reduced = 0  # bytes of the reductions' buffer, which FSDP2 keeps until it needs the next one
 
     def run(self) -> None:
         """Every moment from the first gather to the update."""
@@ -160,7 +161,7 @@ class Replay:
             tally.add("activations", self.sizes.kept())
             if self.reshards:
                 self.reshard(self.block)
-        tally.add("activations", self.sizes.hidden)  # the last output, kept by the norm
+        tally.add("activations", self.sizes.hidden + self.norm)  # the last output, kept by the norm
         self.last_gathered = before
 
     def loss(self, first: bool) -> None:
@@ -186,8 +187,9 @@ class Replay:
     def backward(self, first: bool) -> None:
         """From the final norm to the embedding."""
         tally, hidden = self.tally, self.sizes.hidden
+        self.gradient(self.model.hidden_size, first)  # the norm's
         tally.brief("activations", hidden)
-        tally.drop("activations", hidden)  # the last output
+        tally.drop("activations", hidden + self.norm)  # the last output
         for layer in reversed(range(self.layers)):
             tally.moment = f"backward of block {layer + 1} of {self.layers}"
             if self.reshards:

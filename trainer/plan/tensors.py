@@ -73,20 +73,31 @@ class Sizes:
         """`[batch, seq, columns]` in fp32: 1 / RMS of a norm, logsumexp of attention."""
         return self.tokens * columns * self.master
 
+    def wide_norm(self, columns: int) -> int:
+        """What a norm of `[batch, seq, columns]` keeps more in half precision on CPUs, where it is not fused.
+
+        Its input and the normed input in fp32, and not the input as it came.
+        """
+        if self.cuda or self.compute == self.master:
+            return 0
+        return 2 * self.statistics(columns) - self.width(columns)
+
     def attention_saved(self) -> dict[str, int]:
         """What the attention half of a block keeps for backward."""
         model, confined = self.model, self.config.data.confine_attention
         # models/attention.py: CUDA's fp32 and masked kernels get a copy of the keys for each query head
         native = not self.cuda or (self.compute == 2 and not confined)
+        wide = 0 if self.compiled else self.wide_norm(model.hidden_size)
         saved = {
             "input": self.hidden,
-            "normed": self.hidden + self.statistics(1),
+            "normed": self.hidden + self.statistics(1) + wide,
             "q, k, v": self.width(self.query + 2 * (self.key if native else self.query)),
             "out": self.width(self.query) + self.statistics(model.num_heads),
         }
         if model.qk_norm:
             heads = self.statistics(model.num_heads + model.kv_heads)
-            saved["q, k before their norm"] = self.width(self.query + self.key) + heads
+            wide = 0 if self.compiled else self.wide_norm(self.query + self.key)
+            saved["q, k before their norm"] = self.width(self.query + self.key) + heads + wide
         if confined:
             saved["mask"] = self.batch * self.seq**2 * self.compute  # sdpa makes numbers of the booleans
         return saved
@@ -95,7 +106,7 @@ class Sizes:
         """What the feed-forward half of a block keeps for backward."""
         return {
             "input": self.hidden + self.statistics(1),
-            "normed": self.hidden,
+            "normed": self.hidden + (0 if self.compiled else self.wide_norm(self.model.hidden_size)),
             "w1, w3, product": 3 * self.ffn,
             # the backward kernel of a compiled block computes silu(w1 x) again
             "silu": 0 if self.compiled else self.ffn,
@@ -133,7 +144,9 @@ class Sizes:
         following = min(rows, self.tokens - rows)
         half = 0 if self.compute == self.master else self.compute
         done = (2 if self.cuda else 1) * self.master + half
-        head_gradient = vocab * self.model.hidden_size * half  # before it is added to the fp32 sum
+        # a chunk's part of the head's gradient before it is added in fp32, to which CPUs convert it first
+        part = half + self.master if half and not self.cuda else half
+        head_gradient = vocab * self.model.hidden_size * part
         return max(
             rows * vocab * done + head_gradient, (rows * done + following * (self.master + half)) * vocab
         )

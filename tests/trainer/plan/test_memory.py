@@ -1,0 +1,206 @@
+"""The memory of a step: exact where it can be counted, measured where it cannot, and what is decided by it."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepline.comm.fsdp import ONE_GROUP_BYTES
+from stepline.kernels.cross_entropy import CPU_LOGITS, CUDA_LOGITS
+from stepline.models.config import ModelConfig
+from stepline.models.flops import parameter_counts
+from stepline.models.transformer import Transformer
+from stepline.trainer.config import Config
+from stepline.trainer.errors import UserError
+from stepline.trainer.optim import muon
+from stepline.trainer.optim.build import build_optimizer
+from stepline.trainer.plan import replay, update
+from stepline.trainer.plan.memory import MARGIN, PARTS, Layout, estimate
+from stepline.trainer.plan.resolve import Machine, resolve
+from stepline.trainer.plan.tensors import block_group, root_group
+
+ROOT = Path(__file__).resolve().parents[3]
+ODD = ModelConfig(
+    vocab_size=331, hidden_size=36, num_layers=2, num_heads=3, ffn_size=50, qk_norm=True, tied_embeddings=True
+)
+BIG = ModelConfig(vocab_size=32_000, hidden_size=2048, num_layers=16, num_heads=16, ffn_size=5632)
+
+
+def config(model: ModelConfig = ODD, device: str = "cpu", **sections) -> Config:
+    settled = Config(model=model, **sections)
+    settled.run.device, settled.run.compile = device, device == "cuda"
+    settled.precision.compute = "bf16" if device == "cuda" else "fp32"
+    return settled
+
+
+@pytest.fixture(scope="module")
+def benchmark_cases():
+    """benchmarks/memory.py as a module."""
+    spec = importlib.util.spec_from_file_location("stepline_memory_benchmark", ROOT / "benchmarks/memory.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parameters_and_state_are_those_of_the_model():
+    with torch.device("meta"):
+        model = Transformer(ODD)
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    groups = root_group(ODD).shapes + block_group(ODD).shapes * ODD.num_layers
+    assert sorted(groups) == sorted(shapes)
+    for name in ("adamw", "muon"):
+        memory = estimate(config(optimizer={"name": name}), Layout(1, 1, 1, 1))
+        assert memory.parts["parameters"] == 4 * parameter_counts(ODD).total
+        live = build_optimizer(dict(Transformer(ODD).named_parameters()), name=name).state().values()
+        kept = sum(t.untyped_storage().nbytes() for t in live)
+        if name == "adamw":
+            assert memory.parts["optimizer"] == kept
+        else:
+            root, blocks = root_group(ODD), type(root_group(ODD))(block_group(ODD).shapes * ODD.num_layers)
+            assert update.muon_state(root, blocks, 1, 4) == kept
+
+
+@pytest.mark.parametrize("shard", [1, 2, 4])
+def test_shards_by_hand(shard):
+    """Rows are cut into equal chunks: 331 rows on 2 ranks are 166, on 4 ranks 83."""
+    replayed = replay.Replay(config(), 4, shard, 1, 1)
+    replayed.run()
+
+    def rows(n: int) -> int:
+        return math.ceil(n / shard)
+
+    attention = 4 * rows(36) * 36 + 2 * rows(12)
+    elements = rows(331) * 36 + rows(36) + 2 * (attention + 2 * rows(36) + 2 * rows(50) * 36 + rows(36) * 50)
+    left = replayed.tally.live
+    assert left["parameters"] == left["gradients"] == 4 * elements
+    assert left["optimizer"] == 8 * elements + 4 * (2 + 2 * 11)
+    assert left["activations"] == left["logits"] == left["all-gather"] == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_all_that_is_made_is_dropped(device, world, recompute, reshard):
+    settled = config(BIG, device, parallel={"reshard_after_forward": reshard}, run={"recompute": recompute})
+    replayed = replay.Replay(settled, world, world, 2, 2)
+    replayed.run()
+    for part in ("activations", "logits", "all-gather"):
+        assert replayed.tally.live[part] == 0, part
+    held = replayed.tally.live
+    assert held["gradients"] == held["parameters"]
+
+
+def test_constants_are_those_of_the_code():
+    assert replay.CHUNK_LOGITS == {"cuda": CUDA_LOGITS, "cpu": CPU_LOGITS}
+    assert (replay.ONE_GROUP_BYTES, update.BUCKET_ELEMENTS) == (ONE_GROUP_BYTES, muon.BUCKET_ELEMENTS)
+
+
+def test_what_is_not_settled_is_refused():
+    with pytest.raises(ValueError, match="must be settled"):
+        estimate(Config(model=ODD), Layout(1, 1, 1, 1))
+
+
+def close(row: dict) -> None:
+    assert row["ratio"] == pytest.approx(1, abs=0.1), row
+
+
+@pytest.mark.parametrize(("case", "world"), [("logits", 1), ("fsdp, recompute full, accumulation 2", 2)])
+def test_measured(pool, benchmark_cases, case, world):
+    found = next(c for c in benchmark_cases.CASES if c.name == case)
+    small = dataclasses.replace(found, model=found.model | {"num_layers": 2}, seq_len=128)
+    for row in pool.run(world, benchmark_cases.measure, small, torch.device("cpu")):
+        close(row)
+
+
+def test_recompute_and_sharding_save_what_they_promise():
+    def peak(recompute: str, shard: int) -> dict[str, int]:
+        return estimate(config(BIG, "cuda", run={"recompute": recompute}), Layout(8, shard, 8, 1)).largest
+
+    none, selective, full = (peak(mode, 8) for mode in ("none", "selective", "full"))
+    assert none["activations"] > selective["activations"] > full["activations"]
+    hidden = 8 * 1024 * BIG.hidden_size * 2
+    assert full["activations"] > BIG.num_layers * hidden  # each block's input
+    whole, eighth = peak("none", 1), peak("none", 8)
+    assert whole["parameters"] == 8 * eighth["parameters"] == 4 * parameter_counts(BIG).total
+    assert whole["activations"] == eighth["activations"]
+
+
+def decide(memory: float | None, world: int = 8, device: str = "cuda", model: ModelConfig = BIG, **sections):
+    sections = {"run": {"recompute": "full"}} | sections
+    run = Config(model=model, budget={"tokens": 20_000_000_000}, **sections)
+    plan, warnings = resolve(
+        run, {}, Machine(world, device, True, None if memory is None else int(memory)), None
+    )
+    assert plan.inputs.micro_batch == run.parallel.micro_batch
+    return run, [w for w in warnings if "needs an estimated" in w]
+
+
+def test_as_few_ranks_as_fit_share_a_replica():
+    unknown, _ = decide(None)
+    assert unknown.parallel.shard == 8
+    shards, batches = [], set()
+    for gigabytes in (30, 16, 10, 8):
+        run, warnings = decide(gigabytes * 1e9)
+        shards.append(run.parallel.shard)
+        batches.add(run.budget.batch_tokens)
+        assert not warnings
+        assert run.parallel.micro_batch == unknown.parallel.micro_batch
+        memory = estimate(run, Layout.of(run, 8))
+        assert memory.total <= (1 - MARGIN["cuda"]) * gigabytes * 1e9
+        if run.parallel.shard > 1:  # the next smaller divisor would not do
+            fewer = dataclasses.replace(Layout.of(run, 8), shard=run.parallel.shard // 2)
+            assert estimate(run, fewer).total > (1 - MARGIN["cuda"]) * gigabytes * 1e9
+    assert shards == [1, 2, 4, 8]
+    assert batches == {unknown.budget.batch_tokens}
+
+
+def test_the_micro_batch_shrinks_and_the_batch_stays():
+    unknown, _ = decide(None)
+    run, _ = decide(6e9)
+    assert run.parallel.micro_batch < unknown.parallel.micro_batch
+    assert run.budget == unknown.budget
+    assert (run.optimizer.lr, run.optimizer.weight_decay) == (
+        unknown.optimizer.lr,
+        unknown.optimizer.weight_decay,
+    )
+    assert estimate(run, Layout.of(run, 8)).total <= 5.4e9
+
+
+def test_cpus_share_over_all_ranks():
+    assert decide(64e9, device="cpu")[0].parallel.shard == 8
+    small = decide(5.5e9, device="cpu")[0]
+    assert small.parallel.shard == 8
+    assert small.parallel.micro_batch < decide(64e9, device="cpu")[0].parallel.micro_batch
+
+
+def test_when_nothing_fits():
+    with pytest.raises(
+        UserError, match=r"set run.recompute=full or start more ranks, or set parallel.micro_batch=1"
+    ):
+        decide(2e9, run={})
+    run, warnings = decide(2e9, parallel={"micro_batch": 4, "shard": 2})
+    assert (run.parallel.micro_batch, run.parallel.shard) == (4, 2)
+    assert len(warnings) == 1
+    assert "lower parallel.micro_batch or shard over more ranks (parallel.shard)" in warnings[0]
+
+
+def test_plan_of_a_config_tells_the_memory_without_torch():
+    code = (
+        "import sys; from stepline.trainer.plan.command import Request, run_plan;"
+        "run_plan(Request('dense-1b', [], None, None, None, None, 8, None, None, None, None, None), True);"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    memory = json.loads(done.stdout)["memory"]
+    assert memory["total"] == sum(memory["parts"].values()) > 10e9
+    assert memory["parts"].keys() == set(PARTS)

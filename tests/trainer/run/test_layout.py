@@ -1,0 +1,52 @@
+"""The layout that a run settles on: shown by the dry run, and the same on every rank."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from stepline.comm.mesh import World
+from stepline.trainer.config import Config
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.memory import PARTS
+from stepline.trainer.run.device_memory import device_memory
+from stepline.trainer.run.launch import _check_layout_alike, dry_run
+
+
+def test_dry_run_prints_the_memory_of_a_step(tiny_config, capsys):
+    assert dry_run(str(tiny_config), [], "never") == 0
+    out = capsys.readouterr().out
+    assert "# memory of one device: 1 ranks, shard 1, micro-batch 2" in out
+    for part in PARTS:
+        assert f"# {part} " in out
+    assert "that the device has" in out
+
+
+def test_ram_is_divided_among_the_ranks_of_a_machine():
+    import torch
+
+    whole = device_memory(torch.device("cpu"), 1)
+    assert whole > 2**28
+    assert device_memory(torch.device("cpu"), 4) == whole // 4
+
+
+def other_layouts(unequal: bool) -> str:
+    import torch.distributed as dist
+
+    model = {"vocab_size": 8, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4}
+    config = Config(model=model, parallel={"shard": 1, "micro_batch": 4 - unequal * dist.get_rank()})
+    try:
+        _check_layout_alike(
+            SimpleNamespace(config=config, world=World(dist.get_rank(), 2, dist.get_rank(), 2))
+        )
+    except UserError as error:
+        return str(error)
+    return "alike"
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_ranks_with_unequal_devices_are_refused(pool, unequal):
+    for said in pool.run(2, other_layouts, unequal):
+        if unequal:
+            assert "[(1, 3), (1, 4)]; set parallel.shard and parallel.micro_batch" in said
+        else:
+            assert said == "alike"
