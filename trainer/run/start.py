@@ -13,9 +13,11 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
 from stepline.trainer.data.dataset import Meta, load_meta
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_expectation
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.checkpoint import complete_checkpoints, read_state
+from stepline.trainer.run.device_memory import device_memory
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Job:
     """One for each source of the config."""
     plan: Plan
     """What the laws say of this run."""
+    expected: Expected | None = None
+    """Held-out loss at the end, where the user's own numbers tell."""
     resume_from: Path | None = None
     """Checkpoint to continue from."""
     notes: list[str] = field(default_factory=list)
@@ -97,7 +101,8 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
 
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)
-    plan, warnings = resolve(config, origins, Machine(world.size, device.type, bf16), corpus)
+    memory = device_memory(device, world.local_size)
+    plan, warnings = resolve(config, origins, Machine(world.size, device.type, bf16, memory), corpus)
     notes += warnings
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
@@ -107,8 +112,11 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
             f"the budget of {budget:,} tokens repeats the corpus of {corpus:,} {budget / corpus:.1f} times"
         )
 
-    job = Job(config, origins, world, device, metas, plan, resume_from, notes)
-    if resume_from is not None:
+    job = Job(config, origins, world, device, metas, plan, None, resume_from, notes)
+    if resume_from is None:
+        job.expected = expected_final_loss(plan, job.folder, job.fingerprints, config.logging.eval_split)
+    else:
+        job.expected = kept_expectation(job.folder)
         held = read_state(resume_from)["fingerprints"]
         if held != job.fingerprints:
             raise UserError(
