@@ -157,7 +157,8 @@ def column_names(path: Path, header: list[str]) -> dict[str, str]:
     for name in REQUIRED:
         if names.get(name, "") not in header:
             missing = names.get(name, STEP_LAW_NAMES[name] if "bs" in names.values() else name)
-            raise UserError(f"{path} has no column '{missing}'{nearest(missing, header)}")
+            others = [column for column in header if column not in names.values() and column not in COLUMNS]
+            raise UserError(f"{path} has no column '{missing}'{nearest(missing, others)}")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"{path} has two columns '{twice}'")
