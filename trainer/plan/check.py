@@ -40,7 +40,7 @@ class CellCheck:
     """At the law's learning rate and batch; None where the runs cannot tell."""
     regret_percent: float | None
     extrapolated: bool
-    """The law's point lies outside the grid, or among runs that diverged."""
+    """The law's point lies outside the grid, or among runs that diverged: in no mean or maximum."""
 
 
 def check_law(law: StepLaw, table: RunTable) -> list[CellCheck]:

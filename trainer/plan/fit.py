@@ -26,6 +26,8 @@ CELLS_OF_BOOTSTRAP_T = 6
 """Fewer cells are often drawn all alike, and a spread of nothing cannot studentise."""
 TOGETHER = 0.95
 """Correlation of ln N and ln D over the cells beyond which they are one variable."""
+FARTHEST = 4
+"""Factor by which the optimum may lie outside of the runs of a middling cell."""
 DRAWS, DRAW_STEPS = 500, 10
 """Resamples, and iterations for each: they end within 1e-3 of a standard error of where 30 would."""
 CHUNK = 20_000
@@ -59,10 +61,7 @@ def fit_law(table: RunTable, name: str, draws: int = DRAWS, seed: int = 0) -> La
     check_runs(table, cells, problem, kept)
     skew = surface.carries_skew(problem, kept)
     fitted = surface.fit_intercepts(problem, kept, skew)
-    if not fitted.convex:
-        hints = [note for cell in cells for note in cell_notes(cell)]
-        hint = hints[0] if hints else "run learning rates and batches farther apart, or more seeds"
-        raise UserError(f"the losses of {table.path} show no minimum in learning rate and batch: {hint}")
+    check_inside(table, cells, problem, fitted)
     unsure = uncertainty(problem, fitted, skew, False, draws, seed)
     fitted, unsure, about_exponents = exponents_too(table, problem, fitted, unsure, skew, draws, seed)
 
@@ -113,6 +112,20 @@ def check_runs(table: RunTable, cells: list[Cell], problem: Problem, kept: np.nd
         raise UserError(
             f"{table.path} has too few learning rates or batches a cell for a parabola; give at least three of each"
         )
+
+
+def check_inside(table: RunTable, cells: list[Cell], problem: Problem, fitted: Surface) -> None:
+    """Raises UserError where there is no minimum, or one far outside of most cells' grids."""
+    hints = [note for cell in cells for note in cell_notes(cell)]
+    hint = hints[0] if hints else "run learning rates and batches farther apart, or more seeds"
+    if not fitted.convex:
+        raise UserError(f"the losses of {table.path} show no minimum in learning rate and batch: {hint}")
+    u, v = surface.offsets(problem, fitted.optimum, fitted.exponents)
+    for offset, what in ((u, "learning rate"), (v, "batch")):
+        near = np.where(problem.w > 0, offset, np.nan)
+        beyond = np.maximum(np.nanmin(near, -1), -np.nanmax(near, -1))
+        if np.median(beyond) > math.log(FARTHEST):
+            raise UserError(f"the best {what} by {table.path} lies far outside of its runs: {hint}")
 
 
 def bootstrap(

@@ -65,7 +65,8 @@ def run_check(law: str, runs: str, as_json: bool) -> None:
     checks = check_law(which, table)
     if not checks:
         raise UserError(f"all {table.runs} runs of {table.path} diverged; there is no loss to compare with")
-    known = [check.regret_percent for check in checks if check.regret_percent is not None]
+    # An extrapolated loss may be anything, below the grid's best too: it is shown but not summed up.
+    known = [check.regret_percent for check in checks if not check.extrapolated]
     mean, most = (sum(known) / len(known), max(known)) if known else (None, None)
     notes = [note for cell in table.cells for note in cell_notes(cell)]
     for what, mine, theirs in (
@@ -88,8 +89,11 @@ def run_check(law: str, runs: str, as_json: bool) -> None:
         print(json.dumps(told))
         return
     show_checks(checks, Console())
-    if mean is not None:
-        print(f"{which.source.name}: regret {mean:.3f} % on average, at most {most:.3f} %")
+    if known:
+        told = f"regret {mean:.3f} % on average, at most {most:.3f} %"
+        print(f"{which.source.name}: {told} ({len(known)} of {len(checks)} cells)")
+    else:
+        print(f"{which.source.name}: no cell's grid holds it")
 
 
 def show_checks(checks: list[CellCheck], console: Console) -> None:
@@ -114,7 +118,7 @@ def show_checks(checks: list[CellCheck], console: Console) -> None:
     console.print(table)
     if any(c.extrapolated for c in checks):
         console.print(
-            "* outside of the cell's grid: by a parabola through its runs near the best (-: too few runs for one)",
+            "* outside of the cell's grid, by a parabola through its runs, in no mean (-: too few runs for one)",
             soft_wrap=True,
         )
 

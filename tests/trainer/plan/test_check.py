@@ -99,8 +99,20 @@ def test_the_command(tmp_path):
     assert told["notes"] == ["Step Law was fitted with optimizer adamw, these runs with muon"]
     shown = laws("check", "step-law", runs)
     assert "Step Law: regret" in shown.stdout
+    assert "(9 of 9 cells)" in shown.stdout
     assert "note: Step Law was fitted with optimizer adamw" in shown.stderr
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+
+
+def test_extrapolated_cells_are_in_no_mean(tmp_path):
+    runs = write(tmp_path / "runs.csv", sweep(NINE[:8], points=3) + sweep(NINE[8:], points=3, shift=2))
+    told = json.loads(laws("check", "step-law", runs, "--json").stdout)
+    assert [cell["extrapolated"] for cell in told["cells"]] == [False] * 8 + [True]
+    assert told["mean_regret_percent"] == pytest.approx(
+        np.mean([cell["regret_percent"] for cell in told["cells"][:8]])
+    )
+    runs = write(tmp_path / "runs.csv", sweep(points=3, shift=2))
+    assert "Step Law: no cell's grid holds it" in laws("check", "step-law", runs).stdout
 
 
 def test_mistakes(tmp_path):

@@ -153,6 +153,7 @@ def test_one_batch_only_is_an_edge():
         (lambda: sweep(points=2), "too few learning rates or batches a cell"),
         (lambda: [(n, d, rows * [1, 1, 0] + [0, 0, 3]) for n, d, rows in sweep(points=5)], "show no minimum"),
         (lambda: [(n, d, np.stack([r[:, 0], r[:, 1], 6 - r[:, 2] / 3], -1)) for n, d, r in sweep()], "show no minimum"),
+        (lambda: sweep(points=5, shift=4.5), "lies far outside of its runs: N = 5e+06, D = 1e+08: the best run"),
         (lambda: [(n, d, rows * [1, 1, math.inf]) for n, d, rows in sweep()], "all 81 runs of"),
     ],
 )  # fmt: skip
