@@ -20,7 +20,8 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests" / "gpu")]
     code = subprocess.run(tests, check=False).returncode
-    subprocess.run([sys.executable, str(HERE / "gpu_step.py")], check=False)
+    for script in ("gpu_step.py", "memory.py"):
+        subprocess.run([sys.executable, str(HERE / script)], check=False)
     return code
 
 
