@@ -86,8 +86,7 @@ class Source:
 class LossLaw:
     """Chinchilla's loss as re-fitted by Epoch (arXiv 2404.10102): L = E + A / N^alpha + B / D^beta.
 
-    Its intercept belongs to one tokenizer and corpus: for other data it ranks, it does not predict. A user's own
-    fit has this form too.
+    Its intercept belongs to one tokenizer and corpus. A user's own fit has this form too.
     """
 
     source: Source
@@ -186,8 +185,7 @@ class PowerLines:
     def min_tokens(self, tokens: float, batch_tokens: float) -> float:
         """D_min: what a vanishing batch would need for the loss of `tokens` at `batch_tokens`.
 
-        The fixed point of D_min = D / (1 + B / B_crit(D_min)), found by bisection (the left side rises in D_min,
-        the right side does too, but slower: B_crit's exponent is below 1).
+        The fixed point of D_min = D / (1 + B / B_crit(D_min)), by bisection: B_crit's exponent is below 1.
         """
         low, high = tokens * 1e-12, tokens
         for _ in range(200):
