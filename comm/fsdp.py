@@ -35,7 +35,10 @@ def shard_model(
     if not reshard_after_forward and size <= ONE_GROUP_BYTES:
         blocks = ()
     mesh = mesh["shard"] if mesh["replicate"].size() == 1 else mesh
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    # Inputs are left as they are: the blocks' rotary tables stay in fp32, and the rest has the compute type already.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root's parameters are used at both ends of the step: they stay gathered between forward and backward.

@@ -69,10 +69,12 @@ class _ChunkedSums(torch.autograd.Function):
             target_logit, top = logits.gather(-1, index).squeeze(-1), logits.amax(-1)
             # in place on CPUs, where fresh memory costs more than the arithmetic
             p = torch.softmax(logits, -1, out=None if logits.is_cuda else logits)
+            del logits  # its memory is the next chunk's, as is that of the tensors below
             lse = top - p.amax(-1).log()  # the largest p is exp(top - lse), at least 1 / vocab
             nll += torch.where(valid, lse - target_logit, 0).sum()
             z += torch.where(valid, lse.square(), 0).sum()
             if not (need_hidden or need_weight):
+                del p
                 continue
             p *= ((1 + 2 * z_weight * lse) * valid).unsqueeze(-1)
             grad = p.scatter_add_(-1, index, -valid.to(exact).unsqueeze(-1)).to(h.dtype)
@@ -82,6 +84,7 @@ class _ChunkedSums(torch.autograd.Function):
                 torch.addmm(grad_weight, grad.T, h, out=grad_weight)
             elif need_weight:
                 grad_weight += grad.T @ h
+            del p, grad
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.z_weight = z_weight
         return nll, z

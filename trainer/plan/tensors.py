@@ -136,17 +136,14 @@ class Sizes:
     def loss_chunk(self, logits_at_once: int) -> int:
         """What kernels/cross_entropy.py takes for its chunks of `logits_at_once` logits.
 
-        A chunk's tensors live until those of the next one replace them. On CPUs softmax and gradient are in
-        place; on CUDA there are logits and softmax in fp32. Half precision adds the product and the gradient.
+        A chunk's tensors are dropped before the next one. On CPUs softmax is in place; on CUDA there are logits and
+        softmax in fp32. Half precision adds the product, then the gradient.
         """
         vocab = self.model.vocab_size
         rows = min(self.tokens, max(128, logits_at_once // vocab // 128 * 128))
-        following = min(rows, self.tokens - rows)
         half = 0 if self.compute == self.master else self.compute
-        done = (2 if self.cuda else 1) * self.master + half
+        softmax = rows * vocab * (2 if self.cuda else 1) * self.master
         # a chunk's part of the head's gradient before it is added in fp32, to which CPUs convert it first
         part = half + self.master if half and not self.cuda else half
-        head_gradient = vocab * self.model.hidden_size * part
-        return max(
-            rows * vocab * done + head_gradient, (rows * done + following * (self.master + half)) * vocab
-        )
+        gradient = rows * vocab * (self.master + half) + vocab * self.model.hidden_size * part
+        return max(softmax, gradient)
