@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,15 +13,21 @@ ELSEWHERE = {
     "make quickstart": "test_launch.py::test_quickstart_program runs its program with a smaller budget",
     "make test": "runs this suite",
 }
+SHAPE = [
+    "model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=4", "model.ffn_size=128",
+    "data.seq_len=64", "run.device=cpu",
+]  # fmt: skip
 SMALLER = {
     "prepare": ["--vocab-size", "512", "--val-share", "0.1"],
-    "train": [
-        "model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=4",
-        "model.ffn_size=128", "data.seq_len=64", "budget.tokens=20480", "budget.batch_tokens=1024",
-        "parallel.micro_batch=4", "run.device=cpu",
+    "train": [*SHAPE, "budget.tokens=20480", "budget.batch_tokens=1024", "parallel.micro_batch=4"],
+    "sweep": [
+        *SHAPE, "--sizes", "0.5", "--tokens", "20480", "--lr", "0.001,0.002", "--batch-tokens", "1024",
     ],
 }  # fmt: skip
 """What is added to a command so that it is done in seconds."""
+
+
+VERBS = ("prepare", "plan", "sweep", "laws", "train", "eval", "generate")
 
 
 def commands() -> list[str]:
@@ -37,24 +44,27 @@ def test_every_command_of_the_readme(sh, corpus, tmp_path):
         if line in ELSEWHERE:
             continue
         words = shlex.split(line)
-        verb = next(word for word in words if word in ("prepare", "plan", "train", "eval", "generate"))
+        verb = next(word for word in words if word in VERBS)
         assert words[0] in ("stepline", "torchrun"), line
         out = sh(*words, *SMALLER.get(verb, []), cwd=tmp_path, **environment)
         ran.append((verb, out.stdout, out.stderr))
-    assert [verb for verb, _, _ in ran if verb != "plan"] == [
-        "prepare",
-        "train",
-        "train",
-        "train",
-        "eval",
-        "generate",
-    ]
-    plans, runs = [r for r in ran if r[0] == "plan"], [r for r in ran if r[0] != "plan"]
-    assert "GPU-hours" in plans[0][1]
-    assert json.loads(plans[1][1])["steps"] > 0
-    assert "law: Step Law" in runs[1][1]  # the dry run
-    assert "is finished" in runs[3][2]  # the same command again
-    assert "bits per byte" in runs[4][1]
+        if verb == "sweep" and "--dry-run" not in words:
+            assert "2 of 2 runs" in out.stdout
+            # Two runs make no law: the next commands get the sweep that the quickstart's law was fitted on.
+            shutil.copy(
+                ROOT / "configs" / "laws" / "quickstart.csv", tmp_path / "sweeps" / "mine" / "runs.csv"
+            )
+    assert sorted({verb for verb, _, _ in ran}) == sorted(VERBS)
+    said = {verb: [(out, err) for v, out, err in ran if v == verb] for verb in VERBS}
+    assert "GPU-hours" in said["plan"][0][0]
+    assert json.loads(said["plan"][1][0])["steps"] > 0
+    assert (
+        "muon" in said["plan"][2][0]
+    )  # the quickstart's law does not fit the plan's optimizer, which is said
+    assert "regret" in said["laws"][1][0]
+    assert "law: Step Law" in said["train"][0][0]  # the dry run
+    assert "is finished" in said["train"][2][1]  # the same command again
+    assert "bits per byte" in said["eval"][0][0]
 
 
 def test_the_readme_shows_what_the_quickstart_prints():

@@ -61,9 +61,12 @@ class Memory:
         return asdict(self) | {"total": self.total, "device_bytes": device_bytes}
 
 
-def estimate(config: Config, layout: Layout) -> Memory:
-    """The step of a config with device, compute dtype and compile settled; ValueError where they are `auto`."""
-    replay = Replay(config, layout.world, layout.shard, layout.micro_batch, layout.accumulation)
+def estimate(config: Config, layout: Layout, reversible: bool = False) -> Memory:
+    """The step of a config with device, compute dtype and compile settled; ValueError where they are `auto`.
+
+    reversible: with blocks that keep no activations (replay.py), in place of the standard ones.
+    """
+    replay = Replay(config, layout.world, layout.shard, layout.micro_batch, layout.accumulation, reversible)
     replay.run()
     tally = replay.tally
     return Memory({p: tally.peak[p] for p in PARTS}, {p: tally.largest[p] for p in PARTS}, tally.peak_moment)

@@ -3,6 +3,10 @@
 The order is that of trainer/run/step.py: forward block by block, loss in chunks, backward, update, with FSDP2's
 gathers and reductions between them. A tensor is in the replay when it can live at the peak; what is small
 beside its neighbours (scalars, one number a token) is left out.
+
+Reversible blocks, y1 = x1 + attention(norm x2), y2 = x2 + ffn(norm y1) (in the spirit of RevFFN, arXiv 2512.20920),
+keep the last two streams only; backward rebuilds a block's inputs half by half. Their streams are in the compute
+dtype here. No config chooses them yet.
 """
 
 from collections import Counter
@@ -48,8 +52,16 @@ class Tally:
 class Replay:
     """One rank's optimizer step: call `run` once and read `tally`."""
 
-    def __init__(self, config: Config, world: int, shard: int, micro_batch: int, accumulation: int) -> None:
-        self.tally, self.sizes = Tally(), Sizes(config, micro_batch)
+    def __init__(
+        self,
+        config: Config,
+        world: int,
+        shard: int,
+        micro_batch: int,
+        accumulation: int,
+        reversible: bool = False,
+    ) -> None:
+        self.tally, self.sizes, self.reversible = Tally(), Sizes(config, micro_batch), reversible
         self.config, self.model, self.shard, self.accumulation = config, config.model, shard, accumulation
         self.compute, self.master = self.sizes.compute, self.sizes.master
         # run/build.py: one rank that computes in its master dtype needs no FSDP
@@ -158,9 +170,11 @@ class Replay:
                 self.finish_gather(self.block)
                 self.free_flat(before)
                 before = self.block
-            tally.add("activations", self.sizes.kept())
+            tally.add("activations", 0 if self.reversible else self.sizes.kept())
             if self.reshards:
                 self.reshard(self.block)
+        if self.reversible:
+            tally.add("activations", 2 * self.sizes.hidden)  # the streams, whose sum is the last output
         tally.add("activations", self.sizes.hidden + self.norm)  # the last output, kept by the norm
         self.last_gathered = before
 
@@ -197,9 +211,14 @@ class Replay:
                 self.free_flat(self.block)
                 if layer:
                     self.start_gather(self.block)
-            self.block_backward(first)
+            if self.reversible:
+                self.reversible_backward(first)
+            else:
+                self.block_backward(first)
             self.reshard(self.block)
             self.reduce(self.block, first)
+        if self.reversible:
+            tally.drop("activations", 2 * hidden)
         tally.moment = "backward of the embedding"
         self.gradient(self.model.vocab_size * self.model.hidden_size, first)
         tally.drop("activations", hidden + self.sizes.tables())
@@ -212,21 +231,45 @@ class Replay:
 
     def block_backward(self, first: bool) -> None:
         """Recompute, then the feed-forward half, then attention."""
-        tally, sizes, model = self.tally, self.sizes, self.model
-        attention, ffn = sizes.attention_saved(), sizes.ffn_saved()
+        tally, sizes = self.tally, self.sizes
         # selective recompute also keeps w2's result, which nothing takes
         unused = sizes.hidden if self.config.run.recompute == "selective" else 0
         tally.add("activations", sizes.saved() + unused - sizes.kept())
+        self.ffn_backward(first)
+        tally.drop("activations", sum(sizes.ffn_saved().values()))
+        self.attention_backward(first)
+        tally.drop("activations", sum(sizes.attention_saved().values()) + unused)
+
+    def ffn_backward(self, first: bool) -> None:
+        """Gradients of the feed-forward half; its product goes, the rest of what it saved is still there."""
+        tally, sizes, model = self.tally, self.sizes, self.model
         self.gradient(model.hidden_size * model.ffn_size, first)  # w2
         tally.add("activations", sizes.ffn)  # of the product
         tally.drop("activations", sizes.ffn)  # the product
         tally.brief("activations", (1 if sizes.compiled else 2) * sizes.ffn)  # of silu and of w3 x
-        tally.drop("activations", sum(ffn.values()))
         self.gradient(2 * model.hidden_size * model.ffn_size, first)  # w1, w3
-        rest = block_group(model).numel - 3 * model.hidden_size * model.ffn_size
-        self.gradient(rest, first)
+
+    def attention_backward(self, first: bool) -> None:
+        """Gradients of the attention half and of the block's norms."""
+        sizes, model = self.sizes, self.model
+        self.gradient(block_group(model).numel - 3 * model.hidden_size * model.ffn_size, first)
         # of attention's result, of q, k and v; flash attention on CUDA sums q's in fp32
         beside = 2 * sizes.width(sizes.query) + 2 * sizes.width(sizes.key)
         beside += sizes.statistics(sizes.query) if sizes.cuda else 0
-        tally.brief("activations", beside)
-        tally.drop("activations", sum(attention.values()) + unused)
+        self.tally.brief("activations", beside)
+
+    def reversible_backward(self, first: bool) -> None:
+        """Each half again, from the stream that it read, and the other stream by subtraction."""
+        tally, sizes = self.tally, self.sizes
+        tally.add("activations", sizes.hidden)  # the second stream's gradient, beside the first's
+        for saved, half in (
+            (sizes.ffn_saved(), self.ffn_backward),
+            (sizes.attention_saved(), self.attention_backward),
+        ):
+            # Its input is a stream, which is there; beside it are its result and the rebuilt stream.
+            made = sum(saved.values()) + sizes.hidden
+            tally.add("activations", made)
+            half(first)
+            tally.brief("activations", 2 * sizes.hidden)
+            tally.drop("activations", made)  # the rebuilt stream takes the place of the one behind it
+        tally.drop("activations", sizes.hidden)

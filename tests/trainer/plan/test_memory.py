@@ -112,7 +112,9 @@ def close(row: dict) -> None:
     assert row["ratio"] == pytest.approx(1, abs=0.1), row
 
 
-@pytest.mark.parametrize(("case", "world"), [("logits", 1), ("fsdp, recompute full, accumulation 2", 2)])
+@pytest.mark.parametrize(
+    ("case", "world"), [("logits", 1), ("reversible", 1), ("fsdp, recompute full, accumulation 2", 2)]
+)
 def test_measured(pool, benchmark_cases, case, world):
     found = next(c for c in benchmark_cases.CASES if c.name == case)
     small = dataclasses.replace(found, model=found.model | {"num_layers": 2}, seq_len=128)
@@ -131,6 +133,20 @@ def test_recompute_and_sharding_save_what_they_promise():
     whole, eighth = peak("none", 1), peak("none", 8)
     assert whole["parameters"] == 8 * eighth["parameters"] == 4 * parameter_counts(BIG).total
     assert whole["activations"] == eighth["activations"]
+
+
+def test_reversible_blocks_keep_no_activations():
+    """Flat in depth, while a recomputed block keeps its input."""
+
+    def activations(layers: int, recompute: str, reversible: bool) -> int:
+        model = BIG.model_copy(update={"num_layers": layers})
+        run = config(model, "cpu", run={"recompute": recompute})
+        return estimate(run, Layout(1, 1, 8, 1), reversible).largest["activations"]
+
+    assert activations(4, "none", True) == activations(64, "none", True)
+    hidden = 8 * 1024 * BIG.hidden_size * 4
+    assert activations(64, "full", False) - activations(4, "full", False) == 60 * hidden
+    assert activations(4, "none", True) < activations(4, "full", False) < activations(4, "none", False)
 
 
 def decide(memory: float | None, world: int = 8, device: str = "cuda", model: ModelConfig = BIG, **sections):
