@@ -4,7 +4,7 @@ Both get the same corpus (this Python's standard library without its tests), the
 same two cores and --seconds of training. The plain loop is a 1.4M-parameter LlamaForCausalLM at sequence 256 in
 one process with two threads, AdamW, warm-up and linear decay over the time, with a learning rate tuned by hand on
 the `tune` split (docs/LAB.md). The quickstart is configs/quickstart.yaml under torchrun on two processes; its
-number of steps is set from a short calibration run, and its seconds of training, compilation and first step
+tokens are set from a short calibration run, and its seconds of training, compilation and first step
 included, are reported. Neither has been tuned on the validation split.
 
     python benchmarks/quickstart_quality.py [--seconds 150] [--json]
@@ -22,7 +22,8 @@ import sys
 import time
 from pathlib import Path
 
-from stepline.trainer.config_io import find_config, load_config
+from stepline.models.flops import parameter_counts
+from stepline.trainer.config_io import read_run_config
 from stepline.trainer.quickstart import corpus_arguments, launcher
 from stepline.trainer.watch.metrics import read_metrics
 
@@ -86,22 +87,36 @@ def train(folder: Path, *overrides: str) -> dict:
     return json.loads((folder / "outcome.json").read_text())
 
 
+def ask(*command: str) -> dict:
+    """The JSON object that a command of the program prints."""
+    command = [sys.executable, "-m", "stepline.trainer", *command, "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def stepline_run(seconds: float, split: str, overrides: list[str]) -> dict:
-    """The quickstart's config for as many steps as `seconds` hold."""
-    config, _ = load_config(str(find_config("quickstart")), overrides)
-    calibration = train(WORK / "calibration", *overrides, "budget.tokens=null", f"budget.steps={CALIBRATION}")
+    """The quickstart's config for as many tokens as `seconds` hold; its law picks learning rate and batch from them."""
+    planned = ask("plan", "quickstart", f"data.path={DATA}", *overrides, "--world-size", "2")
+    steps = [
+        f"budget.batch_tokens={planned['batch_tokens']}",
+        f"budget.steps={CALIBRATION}",
+        "budget.tokens=null",
+    ]
+    calibration = train(WORK / "calibration", *overrides, *steps)
     rows = [row for row in read_metrics(WORK / "calibration" / "metrics.jsonl") if row["step"] > 60]
     rate = statistics.median(row["tokens_per_second"] for row in rows if "loss" in row)
-    tokens_per_step = config.budget.batch_tokens
-    start_up = calibration["train_seconds"] - CALIBRATION * tokens_per_step / rate
-    steps = int((0.97 * seconds - start_up) * rate / tokens_per_step)
-    outcome = train(WORK / "run", *overrides, "budget.tokens=null", f"budget.steps={steps}")
-    command = [sys.executable, "-m", "stepline.trainer", "eval", str(WORK / "run"), "--data", str(DATA)]
-    out = subprocess.run([*command, "--split", split, "--json"], check=True, capture_output=True, text=True)
+    start_up = calibration["train_seconds"] - CALIBRATION * planned["batch_tokens"] / rate
+    tokens = int((0.97 * seconds - start_up) * rate)
+    outcome = train(WORK / "run", *overrides, f"budget.tokens={tokens}")
+    config = read_run_config(WORK / "run")
     return {
-        "bits_per_byte": json.loads(out.stdout)["val_bits_per_byte"],
+        "params": parameter_counts(config.model).total,
+        "bits_per_byte": ask("eval", str(WORK / "run"), "--data", str(DATA), "--split", split)[
+            "val_bits_per_byte"
+        ],
         "seconds": outcome["train_seconds"],
-        "tokens": steps * config.budget.batch_tokens,
+        "tokens": config.total_steps() * config.budget.batch_tokens,
+        "lr": config.optimizer.lr,
+        "batch_tokens": config.budget.batch_tokens,
     }
 
 

@@ -74,6 +74,7 @@ def summary(console: Console, values: dict[str, float]) -> None:
     curve = RUN / "curve.png"
     draw_curve(RUN / "metrics.jsonl", curve)
     config = read_run_config(RUN)
+    law = json.loads((RUN / "plan.json").read_text(encoding="utf-8"))["law"]["name"]
     # A batch of 2,048 tokens is a noisy sample: the end is the mean of the last logged steps.
     last = sum(row["loss"] for row in steps[-10:]) / len(steps[-10:])
     middle = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
@@ -88,6 +89,7 @@ def summary(console: Console, values: dict[str, float]) -> None:
             f"weight decay {config.optimizer.weight_decay:.3g}",
         ),
         ("batch", f"{config.budget.batch_tokens:,} tokens, {config.total_steps()} steps"),
+        ("law", f"{law}: learning rate and batch from N and D"),
         ("run's folder", str(RUN)),
         ("curve", str(curve)),
     ):

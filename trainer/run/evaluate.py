@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stepline.trainer.data.loader import ValidationLoader
-from stepline.trainer.run.step import AllSum, to_device
+from stepline.trainer.run.step import all_sum, to_device
 
 
 @torch.no_grad()
@@ -26,5 +26,5 @@ def evaluate(model: nn.Module, loader: ValidationLoader, device: torch.device) -
             result = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i])
             sums += torch.stack([result.nll.double(), (targets[i] != -100).sum().double()])
     model.train()
-    nll, tokens = AllSum(sums).wait().tolist()
+    nll, tokens = all_sum(sums).tolist()
     return {"val_loss": nll / tokens, "val_bits_per_byte": nll / math.log(2) / loader.num_bytes}

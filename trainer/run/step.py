@@ -23,19 +23,11 @@ class StepResult:
     """1.0 where the guard left parameters and optimizer untouched."""
 
 
-class AllSum:
-    """The sum of a small tensor over all ranks, on its way while the caller goes on."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self._value, self._work = value, None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._work = dist.all_reduce(value, async_op=True)
-
-    def wait(self) -> torch.Tensor:
-        """The sum, in place of the value."""
-        if self._work is not None:
-            self._work.wait()
-        return self._value
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sums in place over all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
@@ -43,20 +35,8 @@ def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class GlobalLoss:
-    """The loss of a global batch, whose sum over the ranks may still be under way."""
-
-    nll: AllSum
-    valid: torch.Tensor
-
-    def wait(self) -> torch.Tensor:
-        """Mean over the valid tokens of all ranks, 0-dim."""
-        return self.nll.wait() / self.valid
-
-
-def accumulate(model: nn.Module, batch: Batch, device: torch.device, z_weight: float) -> GlobalLoss:
-    """Forward and backward of a global batch; returns its loss.
+def accumulate(model: nn.Module, batch: Batch, device: torch.device, z_weight: float) -> torch.Tensor:
+    """Forward and backward of a global batch; returns its loss (0-dim, global mean over valid tokens).
 
     Every micro-batch's loss is a SUM divided by the number of valid tokens of the whole global batch, and
     gradients are summed over micro-batches and ranks: no token weighs more than another, wherever it stands.
@@ -64,18 +44,17 @@ def accumulate(model: nn.Module, batch: Batch, device: torch.device, z_weight: f
     """
     targets = to_device(batch.targets, device)
     inputs, doc_ids = to_device(batch.inputs, device), to_device(batch.doc_ids, device)
-    valid, valid_sum = None, AllSum((targets != -100).sum())
+    valid = all_sum((targets != -100).sum()).clamp(min=1)
     total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
     for i in range(len(inputs)):
         all_reduce_on_last(model, last=i == len(inputs) - 1)
         sums = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i])
-        valid = valid_sum.wait().clamp(min=1) if valid is None else valid
         loss = sums.nll / valid
         if z_weight:
             loss = loss + z_weight * sums.z / valid
         loss.backward()
         total += sums.nll.detach()
-    return GlobalLoss(AllSum(total), valid)
+    return all_sum(total) / valid
 
 
 @torch.no_grad()
@@ -93,7 +72,6 @@ def train_step(state, batch: Batch, lr: float) -> StepResult:
     config = state.config
     loss = accumulate(state.model, batch, state.device, config.model.z_loss)
     norm = clip(state.parameters, state.mesh, config.optimizer.grad_clip)
-    loss = loss.wait()
     skip = state.guard.check(loss, norm)
     state.optimizer.step(lr, config.optimizer.weight_decay, skip)
     state.optimizer.zero_grad()

@@ -82,7 +82,7 @@ def test_the_table_has_equations_with_numbers():
         ([*TWO, "--device", "H200", "--mfu", "40"], "mfu is 40"),
         ([*TWO, "--law", "nowhere.json"], "no law file 'nowhere.json'"),
         (["dense-125m", "--params", "1e9"], "--params does not go with a config"),
-        (["quickstart", "budget.tokens=1000"], "below one batch"),
+        (["quickstart", "budget.tokens=1000", "budget.batch_tokens=2048"], "below one batch"),
     ],
 )
 def test_mistakes(arguments, sentence):
