@@ -1,6 +1,7 @@
 """A prepared data folder: its meta.json and its memory-mapped splits."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,34 @@ def load_meta(path: Path | str) -> Meta:
                     state = "is missing" if actual < 0 else f"has {actual} bytes instead of {size}"
                     raise UserError(f"{path / name} {state}; copy it again or run `stepline prepare` again")
     return meta
+
+
+def load_sources(paths: Sequence[Path], vocab_size: int) -> list[Meta]:
+    """meta.json of each data folder of a run; raises UserError where there is none, or it does not fit the model.
+
+    vocab_size: rows of the model's embedding.
+    """
+    if not paths:
+        raise UserError("the config names no data; set data.path to a folder written by `stepline prepare`")
+    metas = [load_meta(path) for path in paths]
+    for path, meta in zip(paths, metas):
+        if meta.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer of {path} has {meta.vocab_size} tokens but model.vocab_size is {vocab_size}; "
+                f"set it to at least {meta.vocab_size}"
+            )
+        if meta.tokenizer_sha256 != metas[0].tokenizer_sha256:
+            raise UserError(f"{path} was prepared with another tokenizer than {paths[0]}")
+    return metas
+
+
+def check_held_out(paths: Sequence[Path], metas: Sequence[Meta], split: str) -> None:
+    """Raises UserError for a source without text in the split that a run validates on."""
+    for path, meta in zip(paths, metas):
+        if split not in meta.splits or meta.splits[split].tokens < 2:
+            raise UserError(
+                f"{path} has no tokens in '{split}' to evaluate; prepare it with a held-out share"
+            )
 
 
 class TokenSplit:

@@ -11,7 +11,7 @@ import torch
 from stepline.comm.mesh import World
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
-from stepline.trainer.data.dataset import Meta, load_meta
+from stepline.trainer.data.dataset import Meta, check_held_out, load_sources
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_expectation
 from stepline.trainer.plan.planner import Plan
@@ -81,24 +81,9 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     device, notes = pick_device(config.run.device, world)
     config.run.device = device.type
 
-    folders = config.data.folders()
-    if not folders:
-        raise UserError("the config names no data; set data.path to a folder written by `stepline prepare`")
-    metas = [load_meta(source.path) for source in folders]
-    for source, meta in zip(folders, metas):
-        if meta.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"the tokenizer of {source.path} has {meta.vocab_size} tokens but model.vocab_size is "
-                f"{config.model.vocab_size}; set it to at least {meta.vocab_size}"
-            )
-        if meta.tokenizer_sha256 != metas[0].tokenizer_sha256:
-            raise UserError(f"{source.path} was prepared with another tokenizer than {folders[0].path}")
-        split = config.logging.eval_split
-        if split not in meta.splits or meta.splits[split].tokens < 2:
-            raise UserError(
-                f"{source.path} has no tokens in '{split}' to evaluate; prepare it with a held-out share"
-            )
-
+    sources = [source.path for source in config.data.folders()]
+    metas = load_sources(sources, config.model.vocab_size)
+    check_held_out(sources, metas, config.logging.eval_split)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)

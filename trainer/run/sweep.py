@@ -14,7 +14,7 @@ from rich.console import Console
 
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, dump, load_config, read_run_config, write_config
-from stepline.trainer.data.dataset import Meta, load_meta
+from stepline.trainer.data.dataset import Meta, check_held_out, load_sources
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid
 from stepline.trainer.plan.resolve import config_law
@@ -157,7 +157,7 @@ def _open(ask: Request) -> tuple[SweepFolder, Config, _New | None]:
     config, origins = load_config(ask.config, ask.overrides)
     if origins["run.folder"] != "default":
         raise UserError("run.folder has no place in a sweep, whose runs are in DIR/runs; leave it out")
-    metas = _metas(config)
+    metas = load_sources([source.path for source in config.data.folders()], config.model.vocab_size)
     law = config_law(config)
     _settle(config, origins, metas)
     corpus = sum(meta.splits["train"].tokens for meta in metas)
@@ -179,20 +179,6 @@ def _open(ask: Request) -> tuple[SweepFolder, Config, _New | None]:
     return sweep_of(ask.output, content), config, _New(content, origins, layout.notes)
 
 
-def _metas(config: Config) -> list[Meta]:
-    folders = config.data.folders()
-    if not folders:
-        raise UserError("the config names no data; set data.path to a folder written by `stepline prepare`")
-    metas = [load_meta(source.path) for source in folders]
-    for source, meta in zip(folders, metas):
-        if meta.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"the tokenizer of {source.path} has {meta.vocab_size} tokens but model.vocab_size is "
-                f"{config.model.vocab_size}; set it to at least {meta.vocab_size}"
-            )
-    return metas
-
-
 def _settle(config: Config, origins: Origins, metas: list[Meta]) -> None:
     """What all runs of a sweep have in common, in place: no wandb, one validation and one checkpoint, at the end.
 
@@ -210,11 +196,7 @@ def _settle(config: Config, origins: Origins, metas: list[Meta]) -> None:
     for (section, key), value in values.items():
         setattr(getattr(config, section), key, value)
         origins[f"{section}.{key}"] = "sweep"
-    split = config.logging.eval_split
-    if not held_out(split):
-        raise UserError(
-            f"the data has no tokens in '{split}' to compare runs on; prepare it with a held-out share"
-        )
+    check_held_out([source.path for source in config.data.folders()], metas, config.logging.eval_split)
     config.run.folder = None
 
 
