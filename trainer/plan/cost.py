@@ -1,10 +1,11 @@
 """What a run takes in GPU-hours and hours, how many GPUs still help, and what time costs in compute."""
 
+import math
 from dataclasses import dataclass
 
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.laws import POWER_LINES
-from stepline.trainer.watch.peaks import PEAKS, peak_flops
+from stepline.trainer.watch.peaks import peak_flops, plain_names
 
 ASSUMED_MFU = 0.4
 """Model FLOP utilisation where none was measured: what well-tuned dense runs reach."""
@@ -41,7 +42,7 @@ class Tradeoff:
     """One row of the iso-loss table: another batch that reaches the planned run's loss."""
 
     batch_tokens: float
-    steps: float
+    steps: int
     tokens: float
     gpu_hours: float | None
     hours: float | None
@@ -49,9 +50,11 @@ class Tradeoff:
 
 
 def hardware(device: str, mfu: float | None, gpus: int | None) -> Hardware:
-    """A device by its name (`H100 80GB HBM3`, or a unique part such as `H100 NVL`, `b200`); raises UserError."""
-    peak = peak_flops(device) or peak_flops(device.upper())
+    """A device by its name (`H100 80GB HBM3`, or a plain one such as `H100 NVL`, `b200`); raises UserError."""
+    peak = peak_flops(device)
     if peak is None:
+        if kinds := [name for name in plain_names() if name.lower().startswith(f"{device.lower()} ")]:
+            raise UserError(f"the peaks of the kinds of {device} differ; give one of {', '.join(kinds)}")
         raise UserError(
             f"the peak of device '{device}' is not known; give --peak-flops, or one of {known_devices()}"
         )
@@ -68,8 +71,8 @@ def checked_mfu(mfu: float | None) -> tuple[float, bool]:
 
 
 def known_devices() -> str:
-    """Names of PEAKS that are plain text."""
-    return ", ".join(pattern for pattern, _ in PEAKS if pattern.replace(" ", "").isalnum())
+    """The plain names of all devices whose peak is known."""
+    return ", ".join(plain_names())
 
 
 def run_cost(
@@ -93,9 +96,10 @@ def iso_loss(tokens: float, batch_tokens: float, cost: Cost | None) -> list[Trad
     rows = []
     for factor in (0.25, 0.5, 1, 2, 4, 8, 16):
         batch = batch_tokens * factor
-        needed = POWER_LINES.tokens_for(least, batch)
+        # Not by way of `least` for the plan itself, whose steps a rounding error would make one more.
+        needed = tokens if factor == 1 else POWER_LINES.tokens_for(least, batch)
         ratio = needed / tokens
         gpu_hours = None if cost is None else cost.gpu_hours * ratio
         hours = None if cost is None or cost.hours is None else cost.hours * ratio / factor
-        rows.append(Tradeoff(batch, needed / batch, needed, gpu_hours, hours))
+        rows.append(Tradeoff(batch, math.ceil(needed / batch), needed, gpu_hours, hours))
     return rows

@@ -2,13 +2,19 @@
 
 import pytest
 
-from stepline.trainer.watch.peaks import mfu, peak_flops
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.cost import hardware
+from stepline.trainer.watch.peaks import mfu, peak_flops, plain_names
 
 
 @pytest.mark.parametrize(
     ("name", "teraflops"),
     [
         ("NVIDIA A100-SXM4-80GB", 312),
+        ("a100", 312),
+        ("H100 SXM", 989),
+        ("h100 pcie", 756),
+        ("V100 SXM2", 125),
         ("NVIDIA A100-SXM4-40GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA A100-PCIE-40GB", 312),
@@ -44,6 +50,19 @@ def test_known_devices(name, teraflops):
 )
 def test_everything_else_is_unknown(name):
     assert peak_flops(name) is None
+
+
+def test_each_plain_name_is_known_and_is_no_other_device():
+    assert all(peak_flops(name) for name in plain_names())
+    assert {"A100", "H100 SXM", "H100 PCIe", "H200"} <= set(plain_names())
+    assert len(set(plain_names())) == len(plain_names())
+
+
+def test_a_name_that_several_kinds_share():
+    with pytest.raises(UserError, match="of H100 differ; give one of H100 SXM, H100 PCIe, H100 NVL"):
+        hardware("H100", None, None)
+    with pytest.raises(UserError, match="not known; give --peak-flops, or one of A100, H100 SXM"):
+        hardware("H101", None, None)
 
 
 def test_mfu():
