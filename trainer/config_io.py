@@ -1,5 +1,6 @@
 """Reading, checking and writing configurations."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -23,12 +24,27 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    return _shipped(path, f"no config file '{name}'")
+
+
+def _shipped(path: Path, otherwise: str) -> Path:
+    """The shipped config of that name; raises UserError, which begins with `otherwise`."""
     shipped = shipped_configs()
     for candidate in (shipped / path.name, shipped / f"{path.name}.yaml"):
         if candidate.is_file():
             return candidate
     names = sorted(p.stem for p in shipped.glob("*.yaml"))
-    raise UserError(f"no config file '{name}'{nearest(path.stem, names)} (shipped: {', '.join(names)})")
+    raise UserError(f"{otherwise}{nearest(path.stem, names)} (shipped: {', '.join(names)})")
+
+
+def _find_base(base: str, path: Path) -> Path:
+    """The base that the config at `path` names: a file beside it, or a shipped config."""
+    for candidate in (path.parent / base, path.parent / f"{base}.yaml"):
+        # A file may have the name of the shipped config that it builds on.
+        if candidate.is_file() and not candidate.samefile(path):
+            return candidate
+    otherwise = f"{path}: base '{base}' is neither a file in {path.parent} nor a shipped config"
+    return _shipped(Path(base), otherwise)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -98,9 +114,7 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
     origins: Origins = {}
     base = content.pop("base", None)
     if base is not None:
-        base_path = path.parent / str(base)
-        if not base_path.is_file():
-            raise UserError(f"{path}: base '{base}' is not a file in {path.parent}")
+        base_path = _find_base(str(base), path)
         base_content = _read_yaml(base_path)
         if "base" in base_content:
             raise UserError(f"{base_path} has a base of its own; only one level is allowed")
@@ -108,21 +122,40 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
         origins |= dict.fromkeys(flatten(base_content), f"base {base_path.name}")
     _merge(tree, content)
     origins |= dict.fromkeys(flatten(content), f"file {path.name}")
-    for key, value in parse_overrides(list(overrides)).items():
+    given = parse_overrides(list(overrides))
+    _check_either(given, origins, tree)
+    for key, value in given.items():
         _set(tree, key, value)
         origins[key] = "override"
-    config = check(tree, str(path))
+    config = check(tree, str(path), given)
     if config.run.folder is None:
         config.run.folder = Path("runs") / path.stem
     return config, {key: origins.get(key, "default") for key in flatten(dump(config))}
 
 
-def check(tree: dict[str, Any], where: str) -> Config:
-    """Validates nested sections; the first problem becomes one sentence that starts with `where`."""
+def _check_either(given: dict[str, Any], origins: Origins, tree: dict[str, Any]) -> None:
+    """Raises UserError where the command line sets one of two keys and the file the other."""
+    for pair in (("budget.tokens", "budget.steps"), ("data.path", "data.sources")):
+        for new, old in (pair, pair[::-1]):
+            if given.get(new) is not None and flatten(tree).get(old) is not None and old not in given:
+                raise UserError(f"{new} is given but {origins[old]} sets {old}; add {old}=null")
+
+
+def check(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Config:
+    """Validates nested sections; the first problem becomes one sentence that says where the value is.
+
+    where: the file; given: keys from the command line, which a problem of theirs names instead.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error.errors()[0])}") from None
+        problem = error.errors()[0]
+        key = "".join(f"{part}." for part in _key(problem))
+        if any(key.startswith(f"{k}.") for k in given):
+            where = "on the command line"
+        elif any(f"{k}.".startswith(key) for k in given):  # a section that both have a part in
+            where = f"{where} with the command line's values"
+        raise UserError(f"{where}: {_sentence(problem)}") from None
 
 
 def _key(problem: dict[str, Any]) -> list[str]:

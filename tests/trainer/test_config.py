@@ -51,6 +51,39 @@ def test_a_base_has_no_base(tmp_path, file):
         load_config(str(tmp_path / "c.yaml"))
 
 
+def test_a_base_is_a_file_beside_or_a_shipped_config(tmp_path):
+    child = tmp_path / "dense-1b.yaml"  # its base is the shipped one of that name, not itself
+    for base in ("dense-1b", "dense-1b.yaml"):
+        child.write_text(f"base: {base}\noptimizer: {{beta2: 0.9}}\n")
+        config, origins = load_config(str(child))
+        assert (config.model.hidden_size, config.optimizer.beta2) == (2048, 0.9)
+        assert origins["model.hidden_size"] == "base dense-1b.yaml"
+    child.write_text("base: dense-1\n")
+    with pytest.raises(UserError, match=r"base 'dense-1' is neither a file .* did you mean 'dense-1b'"):
+        load_config(str(child))
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(file):
+    for override in ("model.bogus=1", "optimizer.lr=-1", "optimizer=3"):
+        with pytest.raises(UserError, match=r"^on the command line: "):
+            load_config(str(file), [override])
+    with pytest.raises(UserError, match=r"a\.yaml with the command line's values: model: hidden_size 66"):
+        load_config(str(file), ["model.hidden_size=66"])
+    file.write_text(yaml.safe_dump({"model": MODEL | {"ffn_size": 0}}))
+    with pytest.raises(UserError, match=r"a\.yaml: model\.ffn_size is 0"):
+        load_config(str(file), ["optimizer.lr=1e-3"])
+
+
+def test_an_override_beside_what_the_file_sets(file):
+    file.write_text(yaml.safe_dump({"model": MODEL, "budget": {"tokens": 10}, "data": {"path": "a"}}))
+    with pytest.raises(UserError, match=r"file a\.yaml sets budget\.tokens; add budget\.tokens=null"):
+        load_config(str(file), ["budget.steps=100"])
+    with pytest.raises(UserError, match=r"file a\.yaml sets data\.path; add data\.path=null"):
+        load_config(str(file), ["data.sources=[{path: b}]"])
+    config, _ = load_config(str(file), ["budget.steps=100", "budget.tokens=null"])
+    assert config.budget.steps == 100
+
+
 def test_the_written_config_reads_back_and_names_every_origin(tmp_path, file):
     config, origins = load_config(str(file), ["data.path=some/folder", "optimizer.lr=1e-3"])
     write_config(config, origins, tmp_path / "config.yaml")
