@@ -2,30 +2,66 @@
 
 import json
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from stepline.models.config import Section
 from stepline.trainer.config_io import shipped_configs
 from stepline.trainer.errors import UserError, nearest
-from stepline.trainer.plan.laws import LossLaw, PowerLaw, Source, Spread, StepLaw
+from stepline.trainer.plan.laws import STEP_LAW, LossLaw, PowerLaw, Source, Spread, StepLaw
+
+PUBLISHED = "step-law"
+"""The name of the law that `stepline plan` uses by default."""
+# Bounds no fit comes near: within them nothing overflows for any N and D that a plan accepts.
+Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
+Scale = Annotated[float, Field(gt=1e-30, le=1e30)]
+Weight = Annotated[float, Field(ge=0, le=1e30)]
+Exponent = Annotated[float, Field(ge=-10, le=10)]
+Count = Annotated[float, Field(gt=0, le=1e30)]
+
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"the range goes from {limits[0]:g} down to {limits[1]:g}")
+    return limits
+
+
+Range = Annotated[tuple[Count, Count], AfterValidator(_ascending)]
 
 
 class FittedSpread(Section):
     """Mean and covariance of (ln value, exponents…) at `centre` (laws.Spread)."""
 
-    centre: list[float]
-    mean: list[float]
-    covariance: list[list[float]]
-    quantile: float = Field(gt=0)
+    centre: list[Count]
+    mean: list[Finite]
+    covariance: list[list[Finite]]
+    quantile: float = Field(gt=0, le=1e3)
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        size = len(self.centre) + 1
+        if len(self.mean) != size:
+            raise ValueError(f"mean has {len(self.mean)} numbers; centre asks for {size}")
+        if [len(row) for row in self.covariance] != [size] * size:
+            raise ValueError(f"covariance must have {size} rows of {size} numbers")
+        if any(self.covariance[i][i] < 0 for i in range(size)):
+            raise ValueError("covariance has a negative number on its diagonal")
+        return self
 
 
 class FittedPowerLaw(Section):
     """value = scale * product of argument_i ^ exponent_i."""
 
-    scale: float = Field(gt=0)
-    exponents: list[float]
+    scale: Scale
+    exponents: list[Exponent]
     spread: FittedSpread | None = None
+
+    @model_validator(mode="after")
+    def _arguments(self) -> Self:
+        if self.spread is not None and len(self.spread.centre) != len(self.exponents):
+            raise ValueError(f"spread.centre must have {len(self.exponents)} numbers, one for each exponent")
+        return self
 
     def law(self) -> PowerLaw:
         """The frozen law."""
@@ -40,16 +76,16 @@ class FittedPowerLaw(Section):
 class FittedLoss(Section):
     """Best loss of a run, E + A N^-alpha + B D^-beta, with its intercept fitted on the user's own runs."""
 
-    entropy: float
-    params_scale: float = Field(ge=0)
-    params_exponent: float
-    tokens_scale: float = Field(ge=0)
-    tokens_exponent: float
+    entropy: Finite
+    params_scale: Weight
+    params_exponent: Exponent
+    tokens_scale: Weight
+    tokens_exponent: Exponent
     method: str = ""
     """What was fitted and what was kept, in words."""
-    error_percent: float | None = None
+    error_percent: Finite | None = None
     """Root mean square of the relative misses on the cells of the fit."""
-    left_out_error_percent: float | None = None
+    left_out_error_percent: Finite | None = None
     """The same for each cell by a fit of all the others; None for a single cell."""
 
     def law(self, source: Source) -> LossLaw:
@@ -64,7 +100,7 @@ class LawFile(Section):
     """Content of law.json."""
 
     name: str
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     sync: str = "all_reduce"
     assumes: str = ""
     """Schedule and fixed hyperparameters of the runs."""
@@ -74,10 +110,10 @@ class LawFile(Section):
     """Peak learning rate from (N, D)."""
     batch_tokens: FittedPowerLaw
     """Global batch in tokens from D."""
-    params: tuple[float, float]
+    params: Range
     """Range of N of the runs."""
-    tokens: tuple[float, float]
-    tokens_per_param: tuple[float, float]
+    tokens: Range
+    tokens_per_param: Range
     method: str = ""
     """What was fitted and what was kept, in words."""
     notes: list[str] = Field(default_factory=list)
@@ -87,6 +123,12 @@ class LawFile(Section):
     diverged: int = 0
     loss: FittedLoss | None = None
     """Best loss from (N, D); None where the file has none."""
+
+    @model_validator(mode="after")
+    def _exponents(self) -> Self:
+        if (len(self.lr.exponents), len(self.batch_tokens.exponents)) != (2, 1):
+            raise ValueError("lr needs two exponents, batch_tokens one")
+        return self
 
     def law(self) -> StepLaw:
         """The law that the planner uses."""
@@ -120,7 +162,24 @@ def find_law(name: str | Path) -> Path:
     if candidate.is_file():
         return candidate
     names = sorted(p.stem for p in shipped.glob("*.json"))
-    raise UserError(f"no law file '{name}'{nearest(path.stem, names)}; make one with `stepline laws fit`")
+    names.append(PUBLISHED)
+    raise UserError(
+        f"no law file '{name}'{nearest(path.stem, names)} (shipped: {', '.join(names)}); "
+        "make one with `stepline laws fit`"
+    )
+
+
+def named_law(name: str | Path) -> StepLaw:
+    """The law of a file or a shipped one, or the published Step Law by its name; raises UserError."""
+    return STEP_LAW if str(name) == PUBLISHED else read_law(find_law(name))
+
+
+def problem_of(error: ValidationError) -> str:
+    """The first problem as `field: why`."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    why = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    return f"{where}: {why}" if where else why
 
 
 def read_law(path: Path) -> StepLaw:
@@ -130,16 +189,17 @@ def read_law(path: Path) -> StepLaw:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is no law of `stepline laws fit`: {where or 'it'}: {first['msg']}") from None
-    if len(content.lr.exponents) != 2 or len(content.batch_tokens.exponents) != 1:
-        raise UserError(f"{path} is no law of `stepline laws fit`: lr needs two exponents, batch_tokens one")
+        raise UserError(f"{path} is no law of `stepline laws fit`: {problem_of(error)}") from None
     return content.law()
 
 
 def write_law(law: LawFile, path: Path) -> None:
     """Writes law.json whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(law.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(law.model_dump(mode="json"), indent=2, allow_nan=False)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

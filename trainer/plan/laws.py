@@ -31,7 +31,7 @@ class Spread:
         middle = sum(m * xi for m, xi in zip(self.mean, x, strict=True))
         variance = sum(xi * xj * self.covariance[i][j] for i, xi in enumerate(x) for j, xj in enumerate(x))
         half = self.quantile * math.sqrt(max(variance, 0.0))
-        return math.exp(middle - half), math.exp(middle + half)
+        return tuple(math.exp(min(max(x, -700.0), 700.0)) for x in (middle - half, middle + half))
 
     def exponent_intervals(self) -> list[tuple[float, float]]:
         """95 % interval of each exponent."""

@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,20 +14,20 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.check import CellCheck, check_law
 from stepline.trainer.plan.edges import cell_notes
 from stepline.trainer.plan.fit import fit_law
-from stepline.trainer.plan.law_file import LawFile, find_law, read_law, write_law
-from stepline.trainer.plan.laws import STEP_LAW
+from stepline.trainer.plan.law_file import LawFile, named_law, problem_of, read_law, write_law
+from stepline.trainer.plan.laws import StepLaw
 from stepline.trainer.plan.runs import read_runs
-
-PUBLISHED = "step-law"
-"""The name by which `laws check` knows the law that `stepline plan` uses by default."""
+from stepline.trainer.plan.screen import screen, short
 
 
 def run_fit(runs: str, output: Path, name: str | None, as_json: bool) -> None:
     """Reads runs, writes law.json, says what was fitted; raises UserError."""
     table = read_runs(runs)
-    if not output.parent.is_dir():
-        raise UserError(f"no folder {output.parent} for {output.name}; make it first")
-    law = fit_law(table, name or output.stem)
+    check_output(output, Path(runs))
+    try:
+        law = fit_law(table, name or output.stem)
+    except ValidationError as error:
+        raise UserError(f"{runs} gives no law that can be used: {problem_of(error)}") from None
     try:
         write_law(law, output)
     except OSError as error:
@@ -39,6 +40,24 @@ def run_fit(runs: str, output: Path, name: str | None, as_json: bool) -> None:
     for line in fit_lines(law):
         print(line)
     print(f"written to {output}; use it with `stepline plan --law {output}` or budget.law={output}")
+
+
+def check_output(output: Path, runs: Path) -> None:
+    """Raises UserError for an output that is the input, a folder, or holds anything but a law."""
+    if not output.parent.is_dir():
+        raise UserError(f"no folder {output.parent} for {output.name}; make it first")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; name a file in it, e.g. {output / 'law.json'}")
+    if not output.exists():
+        return
+    if output.samefile(runs):
+        raise UserError(f"{output} holds the runs, which the law would overwrite; choose another --output")
+    try:
+        if not output.is_file():  # a pipe or device, which reading would wait for
+            raise UserError(f"{output} is no file")
+        read_law(output)
+    except UserError:
+        raise UserError(f"{output} exists and is no law, so it is kept; choose another --output") from None
 
 
 def fit_lines(law: LawFile) -> list[str]:
@@ -60,7 +79,7 @@ def fit_lines(law: LawFile) -> list[str]:
 
 def run_check(law: str, runs: str, as_json: bool) -> None:
     """The regret of a law on each cell of a file of runs; raises UserError."""
-    which = STEP_LAW if law == PUBLISHED else read_law(find_law(law))
+    which = law_of_check(law, runs)
     table = read_runs(runs)
     checks = check_law(which, table)
     if not checks:
@@ -88,12 +107,27 @@ def run_check(law: str, runs: str, as_json: bool) -> None:
         }
         print(json.dumps(told))
         return
-    show_checks(checks, Console())
+    show_checks(checks, screen())
     if known:
         told = f"regret {mean:.3f} % on average, at most {most:.3f} %"
         print(f"{which.source.name}: {told} ({len(known)} of {len(checks)} cells)")
     else:
         print(f"{which.source.name}: no cell's grid holds it")
+
+
+def law_of_check(law: str, runs: str) -> StepLaw:
+    """The law of `laws check`; raises UserError, which says so where law and runs are swapped."""
+    try:
+        return named_law(law)
+    except UserError:
+        try:
+            named_law(runs)
+        except UserError:
+            pass
+        else:
+            told = f"{runs} is a law and {law} is none"
+            raise UserError(f"{told}: the law comes first, stepline laws check {runs} {law}") from None
+        raise
 
 
 def show_checks(checks: list[CellCheck], console: Console) -> None:
@@ -121,11 +155,3 @@ def show_checks(checks: list[CellCheck], console: Console) -> None:
             "* outside of the cell's grid, by a parabola through its runs, in no mean (-: too few runs for one)",
             soft_wrap=True,
         )
-
-
-def short(value: float) -> str:
-    """Three digits with k, M, B or T."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"

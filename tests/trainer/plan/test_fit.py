@@ -14,6 +14,7 @@ from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.plan.fit import fit_law
 from stepline.trainer.plan.law_file import LawFile, read_law, write_law
 from stepline.trainer.plan.laws import STEP_LAW
+from stepline.trainer.plan.laws_command import run_fit
 from stepline.trainer.plan.planner import Inputs, make_plan
 from stepline.trainer.plan.runs import Cell, Run, read_runs
 
@@ -220,6 +221,22 @@ def test_the_commands(tmp_path):
     done = laws("laws", "fit", runs, "-o", tmp_path / "no" / "law.json", code=2)
     assert "make it first" in done.stderr
     assert "Example: stepline laws fit" in laws("laws", "fit", "--help").stdout
+
+
+def test_what_is_there_is_kept(tmp_path):
+    """A law is written over a law, over nothing else, and nothing is left behind."""
+    runs = write(tmp_path / "runs.csv", sweep())
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    for output, sentence in (
+        ("runs.csv", "holds the runs"),
+        ("mine.txt", "exists and is no law"),
+        ("folder", "is a folder"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run_fit(str(runs), tmp_path / output, None, False)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_neither_torch_nor_scipy_is_imported():
