@@ -14,6 +14,7 @@ import numpy as np
 
 from stepline.trainer.plan import surface
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
+from stepline.trainer.plan.planner import law_values
 from stepline.trainer.plan.runs import Cell, RunTable
 
 SAME = 1.01
@@ -49,7 +50,7 @@ def check_law(law: StepLaw, table: RunTable) -> list[CellCheck]:
     for cell in table.cells:
         if not cell.finished:
             continue
-        lr, batch = law.lr(cell.params, cell.tokens), law.batch_tokens(cell.tokens)
+        lr, batch = law_values(law, cell.params, cell.tokens)
         best_lr, best_batch, best = cell.best()
         loss = on_grid(cell, lr, batch)
         inside = loss is not None

@@ -3,19 +3,18 @@
 import json
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from stepline.models.flops import flops_per_token
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.cost import Hardware, checked_mfu, hardware, iso_loss, run_cost
 from stepline.trainer.plan.explain import plan_json, show
-from stepline.trainer.plan.law_file import find_law, read_law
+from stepline.trainer.plan.law_file import named_law
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import Layout, Memory, estimate, gigabytes
-from stepline.trainer.plan.planner import Inputs, Plan, make_plan
+from stepline.trainer.plan.planner import Inputs, Plan, check_range, law_values, make_plan
 from stepline.trainer.plan.resolve import Machine, auto_micro_batch, check_layout, config_inputs, config_law
+from stepline.trainer.plan.screen import screen
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ class Request:
 
 def run_plan(ask: Request, as_json: bool) -> None:
     """Plans and prints; raises UserError."""
-    law = STEP_LAW if ask.law is None else read_law(find_law(ask.law))
+    for name in ("params", "tokens", "active_params", "seq_len", "world_size", "micro_batch"):
+        check_range(name, getattr(ask, name), f"--{name.replace('_', '-')}")
+    law = STEP_LAW if ask.law is None else named_law(ask.law)
     config = None
     if ask.config is None:
         if ask.params is None or ask.tokens is None:
@@ -59,7 +60,7 @@ def run_plan(ask: Request, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan_json(plan, machine, cost, trade) | {"memory": memory and memory.json()}))
         return
-    console = Console()
+    console = screen()
     show(plan, machine, cost, trade, console)
     if memory is not None:
         text = f"memory: {gigabytes(memory.total)} on each device at the peak, in the {memory.moment}"
@@ -101,7 +102,7 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
     corpus = corpus_tokens(config)
     if ask.world_size is not None and config.parallel.micro_batch == "auto":
         inputs = config_inputs(config, ask.world_size, corpus)
-        batch = inputs.batch_tokens or law.batch_tokens(inputs.tokens)
+        batch = inputs.batch_tokens or law_values(law, inputs.params, inputs.tokens)[1]
         device = "cpu" if config.run.device == "cpu" else "cuda"
         config.parallel.micro_batch = auto_micro_batch(
             config, batch, Machine(ask.world_size, device, device == "cuda")

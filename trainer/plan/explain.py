@@ -12,6 +12,7 @@ from rich.table import Table
 from stepline.trainer.plan.cost import Cost, Hardware, Tradeoff
 from stepline.trainer.plan.laws import DEEPSEEK, EPOCH, PORIAN, POWER_LINES, STEP_LAW
 from stepline.trainer.plan.planner import Plan, penalty_percent
+from stepline.trainer.plan.screen import short
 
 SCHEDULES = {
     "linear": "10 % warm-up, then linear to zero",
@@ -194,16 +195,16 @@ def show(
     """The tables and sentences that a person reads."""
     i = plan.inputs
     console.print(f"N = {i.params:.4g}, D = {i.tokens:.4g}, D/N = {i.tokens / i.params:.4g}\n", style="bold")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("", "use", "ideal", "95 %", "range", "price"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        table.add_column(name, justify="left" if not name else "right", overflow="fold")
     rows = lines(plan)
     for line in rows:
         table.add_row(
             line.name,
             number(line.used),
-            "" if line.ideal is None else number(line.ideal),
-            "" if line.interval95 is None else " - ".join(map(number, line.interval95)),
+            "" if line.ideal is None else short(line.ideal, 4),
+            "" if line.interval95 is None else " - ".join(map(short, line.interval95)),
             {None: "", True: "inside", False: "outside"}[line.in_range],
             "" if line.penalty_percent is None else f"{line.penalty_percent:.3f} %",
         )
@@ -243,13 +244,13 @@ def show_tradeoffs(plan: Plan, trade: list[Tradeoff], console: Console) -> None:
         title="The same loss with other batches", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
     )
     for name in ("batch, tokens", "steps", "tokens", "GPU-hours", "time, GPUs x batch"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in trade:
         mark = " <" if math.isclose(row.batch_tokens, plan.batch_tokens) else ""
         hours = "" if row.hours is None else duration(row.hours)
         gpu_hours = "" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}"
         table.add_row(
-            number(row.batch_tokens) + mark, number(row.steps), f"{row.tokens:.4g}", gpu_hours, hours
+            number(row.batch_tokens) + mark, number(row.steps), short(row.tokens, 4), gpu_hours, hours
         )
     console.print(table)
 

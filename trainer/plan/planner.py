@@ -15,7 +15,9 @@ MOE_WEIGHT_DECAY = 0.1
 """For mixtures of experts the timescale's D/N is not validated: a fixed value instead."""
 BATCH_RATIOS, TOO_FEW_STEPS = (0.5, 2.0), 2000
 PARAMS_RANGE, TOKENS_RANGE = (1.0, 1e15), (1.0, 1e18)
-"""What is accepted at all: beyond it a number is a slip of the keyboard."""
+"""What is accepted at all: beyond it a number is a slip of the keyboard. PARAMS_RANGE is that of counts too."""
+LAW_RANGE = (1e-20, 1e20)
+"""Of a law's learning rate and batch: what is beyond would overflow."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,10 @@ class Inputs:
     schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        for name, value, (low, high) in (
-            ("params", self.params, PARAMS_RANGE),
-            ("tokens", self.tokens, TOKENS_RANGE),
-        ):
-            if not low <= value <= high:  # also refuses NaN
-                raise UserError(f"{name} is {value:g}; it must be between {low:g} and {high:g}")
-        for name in ("seq_len", "world_size", "micro_batch", "batch_tokens", "active_params"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= PARAMS_RANGE[1]:
-                raise UserError(f"{name} is {value:g}; it must be at least 1")
+        for name in (
+            "params", "tokens", "seq_len", "world_size", "micro_batch", "batch_tokens", "active_params",
+        ):  # fmt: skip
+            check_range(name, getattr(self, name))
         if self.active_params is not None and self.active_params > self.params:
             raise UserError(
                 f"active_params {self.active_params:g} exceed params {self.params:g}; params counts all experts"
@@ -68,6 +64,13 @@ class Inputs:
     def mixture(self) -> bool:
         """Whether a token uses fewer weights than there are."""
         return self.active_params is not None and self.active_params < self.params
+
+
+def check_range(name: str, value: float | None, called: str | None = None) -> None:
+    """Raises UserError for a number of `Inputs` that is out of range; called: what the user calls it."""
+    low, high = TOKENS_RANGE if name == "tokens" else PARAMS_RANGE
+    if value is not None and not low <= value <= high:  # also refuses NaN
+        raise UserError(f"{called or name} is {value:g}; it must be between {low:g} and {high:g}")
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,20 @@ def penalty_percent(batch_ratio: float, lr_ratio: float) -> float:
     return 0.29 * math.log2(batch_ratio) ** 2 + 0.33 * math.log2(lr_ratio) ** 2
 
 
+def law_values(law: StepLaw, params: float, tokens: float) -> tuple[float, float]:
+    """The law's learning rate and batch in tokens; raises UserError where they are no use to anyone."""
+    lr, batch = law.lr(params, tokens), law.batch_tokens(tokens)
+    low, high = LAW_RANGE
+    if not (low <= lr <= high and low <= batch <= high):
+        raise UserError(
+            f"{law.source.name} gives lr {lr:.3g} and a batch of {batch:.3g} tokens at N = {params:.3g}, "
+            f"D = {tokens:.3g}, which cannot be used; take another law"
+        )
+    return lr, batch
+
+
 def make_plan(inputs: Inputs, law: StepLaw = STEP_LAW) -> Plan:
-    """The seven steps; raises UserError when the budget is below one batch.
+    """The seven steps; raises UserError when the budget is below one batch or one window.
 
     1. lr* and B* by Step Law (or a law fitted on the user's own runs).
     2. Second opinion: Power Lines' B_opt; a warning when the two differ by more than 2 x.
@@ -131,14 +146,17 @@ def make_plan(inputs: Inputs, law: StepLaw = STEP_LAW) -> Plan:
     7. Warnings.
     """
     n, d = inputs.params, inputs.tokens
-    ideal_lr, ideal_batch = law.lr(n, d), law.batch_tokens(d)
+    ideal_lr, ideal_batch = law_values(law, n, d)
     batch = float(ideal_batch)
     if inputs.batch_tokens is not None:
         batch = inputs.batch_tokens
     elif inputs.quantum is not None:
         batch = round_batch(ideal_batch, inputs.quantum)
-    if d < batch:
-        raise UserError(f"the budget of {d:,.0f} tokens is below one batch of {batch:,.0f}; give more tokens")
+    for what, least in (("batch", batch), ("window", inputs.seq_len or 0)):
+        if d < least:
+            raise UserError(
+                f"the budget of {d:,.0f} tokens is below one {what} of {least:,.0f}; give more tokens"
+            )
     best_lr = scaled_lr(ideal_lr, batch / ideal_batch)
     lr = inputs.lr if inputs.lr is not None else best_lr
     warnings = law_warnings(inputs, law)

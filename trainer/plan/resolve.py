@@ -9,7 +9,7 @@ from stepline.trainer.config_io import Origins
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
-from stepline.trainer.plan.planner import Inputs, Plan, make_plan
+from stepline.trainer.plan.planner import Inputs, Plan, law_values, make_plan
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
 """Tokens beyond which a larger micro-batch is not faster."""
@@ -70,9 +70,9 @@ def config_law(config: Config) -> StepLaw:
     """The law that the config names, Step Law by default."""
     if config.budget.law is None:
         return STEP_LAW
-    from stepline.trainer.plan.law_file import find_law, read_law
+    from stepline.trainer.plan.law_file import named_law
 
-    return read_law(find_law(config.budget.law))
+    return named_law(config.budget.law)
 
 
 def resolve(
@@ -103,7 +103,7 @@ def resolve(
     inputs = config_inputs(config, world, corpus_tokens)
     if budget.steps is None:
         settle("budget", "tokens", inputs.tokens, "one epoch of the data")
-    ideal = inputs.batch_tokens or law.batch_tokens(inputs.tokens)
+    ideal = inputs.batch_tokens or law_values(law, inputs.params, inputs.tokens)[1]
     useful = (
         auto_micro_batch(config, ideal, machine) if parallel.micro_batch == "auto" else parallel.micro_batch
     )

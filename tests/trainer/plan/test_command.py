@@ -1,14 +1,21 @@
 """`stepline plan` as a user calls it."""
 
+import io
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from stepline.models.config import ModelConfig
 from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config_io import find_config, load_config
+from stepline.trainer.plan.cost import hardware, iso_loss, run_cost
+from stepline.trainer.plan.explain import show
+from stepline.trainer.plan.planner import Inputs, make_plan
+from stepline.trainer.plan.screen import short
 
 TWO = ["--params", "1.1e9", "--tokens", "1e11"]
 
@@ -72,6 +79,35 @@ def test_the_table_has_equations_with_numbers():
     assert "linear to zero" in text
 
 
+def test_the_published_law_by_its_name():
+    assert plan(*TWO, "--law", "step-law").stdout == plan(*TWO).stdout
+
+
+@pytest.mark.parametrize("tokens", [1e11, 2**20 * 100.0, 12345.0])
+@pytest.mark.parametrize("batch", [2.0**10, 2.0**10 - 1, 777.7])
+def test_steps_of_the_same_loss_are_those_of_the_plan(tokens, batch):
+    (row,) = [row for row in iso_loss(tokens, batch, None) if row.batch_tokens == batch]
+    assert row.steps == math.ceil(tokens / batch)
+
+
+@pytest.mark.parametrize("numbers", [("1.1e9", "1e11"), ("1e12", "3e13"), ("2.5e5", "4e5")])
+def test_tables_fit_80_columns(numbers):
+    config = Inputs(*map(float, numbers), seq_len=64, world_size=8, micro_batch=1)
+    made, console = make_plan(config), Console(width=80, file=io.StringIO())
+    machine = hardware("H200", None, 8)
+    cost = run_cost(config.tokens, 6 * config.params, machine, made.batch_critical_tokens, 64)
+    show(made, machine, cost, iso_loss(config.tokens, made.batch_tokens, cost), console)
+    lines = console.file.getvalue().splitlines()
+    assert "…" not in console.file.getvalue()
+    for value in (f"{made.batch_tokens:,.0f} <", f"{made.steps:,}", short(made.ideal_lr, 4)):
+        assert any(value in line for line in lines)
+
+
+def test_short():
+    values = (1_048_576, 999_999, 0.000390625, 1.5e-5, 1.0, 0, 3e13)
+    assert [short(v) for v in values] == ["1.05M", "1M", ".000391", "1.5e-5", "1", "0", "30T"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -83,6 +119,10 @@ def test_the_table_has_equations_with_numbers():
         ([*TWO, "--law", "nowhere.json"], "no law file 'nowhere.json'"),
         (["dense-125m", "--params", "1e9"], "--params does not go with a config"),
         (["quickstart", "budget.tokens=1000", "budget.batch_tokens=2048"], "below one batch"),
+        (["quickstart", "budget.tokens=10"], "the budget of 10 tokens is below one window of 128"),
+        (["--params", "1e9", "--tokens", "10", "--seq-len", "64"], "below one window of 64"),
+        ([*TWO, "--world-size", "9" * 23], "--world-size is 1e+23; it must be between 1 and 1e+15"),
+        (["--params", "0", "--tokens", "10"], "--params is 0; it must be between 1 and 1e+15"),
     ],
 )
 def test_mistakes(arguments, sentence):
