@@ -5,6 +5,19 @@ from dataclasses import dataclass
 
 from stepline.trainer.errors import UserError
 
+RANGES = {
+    "sizes": (1e-6, 100),
+    "widths": (1, 10**6),
+    "tokens": (1, 1e18),
+    "tokens_per_param": (1e-9, 1e12),
+    "batch_tokens": (1, 1e15),
+    "lr_points": (1, 25),
+    "batch_points": (1, 25),
+    "seeds": (1, 1000),
+    "ranks": (1, 10**6),
+}
+"""What is accepted at all. Factors of 2 over 25 points are seven decades."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -32,9 +45,11 @@ class Grid:
             raise UserError("give --sizes or --widths, not both")
         if self.tokens is not None and self.tokens_per_param is not None:
             raise UserError("give --tokens or --tokens-per-param, not both")
-        for name in ("lr_points", "batch_points", "seeds", "ranks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name, (low, high) in RANGES.items():
+            given, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and not low <= value <= high:
+                    raise UserError(f"{option} is {value:g}; it must be between {low:g} and {high:g}")
 
 
 def numbers(text: str | None, option: str, whole: bool = False) -> tuple[float, ...] | None:

@@ -50,10 +50,15 @@ def scaled_shape(model: ModelConfig, fraction: float) -> ModelConfig:
     """
     wanted = fraction * parameter_counts(model).linear
     step, best = _head_step(model), (math.inf, model)
-    for layers in range(min(2, model.num_layers), math.ceil(model.num_layers * max(1.0, fraction)) + 1):
-        for heads in range(step, math.ceil(model.num_heads * max(1.0, fraction)) + step, step):
+    own, most = model.num_heads / model.num_layers, max(1.0, fraction)
+    for layers in range(min(2, model.num_layers), math.ceil(model.num_layers * most) + 1):
+        # Outside of this factor the aspect alone costs more than the best shape so far.
+        factor = math.exp(min(best[0] / ASPECT_WEIGHT, 50.0))
+        first = max(1, math.floor(own * layers / factor / step)) * step
+        last = min(math.ceil(model.num_heads * most), math.ceil(own * layers * factor))
+        for heads in range(first, last + step, step):
             shape = with_heads(model, heads, layers)
-            aspect = heads / layers / (model.num_heads / model.num_layers)
+            aspect = heads / layers / own
             miss = abs(math.log(parameter_counts(shape).linear / wanted))
             score = miss + ASPECT_WEIGHT * abs(math.log(aspect))
             best = min(best, (score, shape), key=lambda pair: pair[0])

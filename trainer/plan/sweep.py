@@ -13,7 +13,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid, log2_grid
 from stepline.trainer.plan.laws import StepLaw
-from stepline.trainer.plan.planner import Inputs, make_plan, round_batch
+from stepline.trainer.plan.planner import Inputs, law_values, make_plan, round_batch
 from stepline.trainer.plan.shapes import scaled_shape, widened_shape
 
 DEFAULT_SIZES = (0.25, 0.5, 1.0)
@@ -86,7 +86,7 @@ def lay_out(
         flops = flops_per_token(shape, config.data.seq_len).total
         cells: set[int] = set()
         for asked in _budgets(config, grid, n, corpus_tokens):
-            batches = _batches(grid, law, asked, quantum)
+            batches = _batches(grid, law, n, asked, quantum)
             tokens = _whole_batches(asked, batches)
             if tokens in cells:
                 raise UserError(f"two budgets are both {tokens:,} tokens in whole batches; take one out")
@@ -141,11 +141,11 @@ def _budgets(config: Config, grid: Grid, params: int, corpus_tokens: int | None)
     return [params * ratio * factor for factor in DEFAULT_BUDGETS]
 
 
-def _batches(grid: Grid, law: StepLaw, tokens: float, quantum: int) -> list[int]:
+def _batches(grid: Grid, law: StepLaw, params: int, tokens: float, quantum: int) -> list[int]:
     """Batches of a cell in tokens, multiples of the quantum (ranks x micro-batch x sequence)."""
     if grid.batch_tokens is None:
         # The smallest is rounded and the others doubled, so that the factors are 2 exactly.
-        smallest = round_batch(log2_grid(law.batch_tokens(tokens), grid.batch_points)[0], quantum)
+        smallest = round_batch(log2_grid(law_values(law, params, tokens)[1], grid.batch_points)[0], quantum)
         batches = [smallest * 2**i for i in range(grid.batch_points)]
     else:
         batches = [round_batch(batch, quantum) for batch in grid.batch_tokens]

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.sweep import SweepRun
 from stepline.trainer.plan.sweep_cost import SweepCost
 
@@ -24,40 +26,47 @@ def show(
 
     split: the held-out text on which the runs are compared.
     """
-    table = Table(title=title)
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     groups: dict[Any, list[SweepRun]] = {}
     for run in runs:
         groups.setdefault(run.name if every_run else (run.params, run.tokens), []).append(run)
-    for name in ("N", "D", "shape", "lr", "batch", "weight decay", "steps", "runs"):
-        table.add_column(name, justify="right")
+    for name in ("N", "D", "shape", "lr", "batch", "decay", "steps", "runs"):
+        table.add_column(name, justify="right", overflow="fold")
     for group in groups.values():
         shape = group[0].shape
         table.add_row(
-            f"{group[0].params:,}",
-            f"{group[0].tokens:,}",
+            short(group[0].params),
+            short(group[0].tokens),
             f"{shape['num_layers']} x {shape['hidden_size']}",
-            *(_range([getattr(run, key) for run in group]) for key in ("lr", "batch_tokens", "weight_decay")),
-            _range([run.steps for run in group]),
+            *(
+                _range([getattr(run, key) for run in group])
+                for key in ("lr", "batch_tokens", "weight_decay", "steps")
+            ),
             str(len(group)),
         )
     console.print(table)
     console.print(
-        f"Compared by the loss on the {split} split in nats per token. The cheapest runs come first."
+        f"Compared by the loss on the {split} split in nats per token. The cheapest runs come first.",
+        soft_wrap=True,
     )
     for note in notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     if cost.runs < len(runs):
         console.print(f"{len(runs) - cost.runs} of {len(runs)} runs are done.")
     console.print(
         f"{cost.runs} runs to do: {cost.tokens:,} training tokens, {cost.flops:.3g} FLOPs, "
         f"about {_duration(cost.seconds)} with {jobs} at a time ({cost.assumption}).",
         highlight=False,
+        soft_wrap=True,
     )
 
 
 def _range(values: list[float]) -> str:
     low, high = min(values), max(values)
-    return f"{low:.4g}" if low == high else f"{low:.4g}…{high:.4g}"
+    if low == high:
+        return f"{low:,}" if isinstance(low, int) else short(low, 4)
+    return f"{short(low)}–{short(high)}"
 
 
 def _duration(seconds: float) -> str:

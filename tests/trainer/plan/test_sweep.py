@@ -1,11 +1,13 @@
 """The layout of a sweep in numbers: shapes, grids, rounding, weight decay, order and cost."""
 
+import io
 import math
 import subprocess
 import sys
 from itertools import product
 
 import pytest
+from rich.console import Console
 
 from stepline.models.config import ModelConfig
 from stepline.trainer.config import Config
@@ -13,9 +15,11 @@ from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid, log2_grid
 from stepline.trainer.plan.laws import STEP_LAW
+from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.shapes import scaled_shape, widened_shape
 from stepline.trainer.plan.sweep import lay_out
 from stepline.trainer.plan.sweep_cost import START_SECONDS, Rate, find_rate, matmul_rate, sweep_cost
+from stepline.trainer.plan.sweep_show import show
 
 SMALL = ModelConfig(
     vocab_size=2048, hidden_size=128, num_layers=2, num_heads=4, ffn_size=384, tied_embeddings=True
@@ -244,8 +248,12 @@ def test_notes():
             {},
             "two budgets are both 49,152 tokens",
         ),
-        ({"lr_points": 0}, {}, "--lr-points is 0; it must be at least 1"),
+        ({"lr_points": 0}, {}, "--lr-points is 0; it must be between 1 and 25"),
         ({"seeds": -1}, {}, "--seeds is -1"),
+        ({"lr_points": 26}, {}, "--lr-points is 26; it must be between 1 and 25"),
+        ({"batch_points": 10**9}, {}, r"--batch-points is 1e\+09; it must be between 1 and 25"),
+        ({"sizes": (1e34,)}, {}, r"--sizes is 1e\+34; it must be between 1e-06 and 100"),
+        ({"widths": (10**7,)}, {}, r"--widths is 1e\+07; it must be between 1 and 1e\+06"),
         ({}, {"budget": {}}, "give --tokens or --tokens-per-param"),
         ({}, {"budget": {"steps": 10}}, "budget.steps needs budget.batch_tokens"),
     ],
@@ -253,6 +261,25 @@ def test_notes():
 def test_refused(grid, sections, sentence):
     with pytest.raises(UserError, match=sentence):
         lay_out(config_of(**sections), Grid(**grid), STEP_LAW, None)
+
+
+@pytest.mark.parametrize("every_run", [False, True])
+def test_the_table_is_whole_at_80_columns(every_run):
+    config = config_of(GROUPED, budget={"tokens": 10**12}, optimizer={"name": "adamw"})
+    runs, console = lay_out(config, Grid(), STEP_LAW, None).runs, Console(width=80, file=io.StringIO())
+    show("Sweep x", runs, [], "val", sweep_cost(runs, Rate(1e12, "guessed"), 1), 1, console, every_run)
+    lines = console.file.getvalue().splitlines()
+    table = lines[lines.index("Sweep x") + 1 : next(i for i, line in enumerate(lines) if "Compared" in line)]
+    assert "…" not in console.file.getvalue()
+    assert all(len(line) <= 80 for line in table)
+    assert any(f"{short(runs[0].params)} " in line and short(runs[0].tokens) in line for line in table)
+    rows = [line for line in table if " x " in line]
+    assert len(rows) == (len(runs) if every_run else 9) == len([line for line in table if line.strip()]) - 2
+
+
+def test_large_fractions_are_found_soon():
+    shape = scaled_shape(GROUPED, 100.0)
+    assert linear_weights(shape) / linear_weights(GROUPED) == pytest.approx(100, rel=0.05)
 
 
 def test_no_torch():
