@@ -5,8 +5,8 @@ Imports no torch; the runs are processes of their own.
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stepline.trainer.data.dataset import Meta, check_held_out, load_sources
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid
 from stepline.trainer.plan.resolve import config_law
+from stepline.trainer.plan.screen import screen
 from stepline.trainer.plan.sweep import SweepRun, lay_out
 from stepline.trainer.plan.sweep_cost import find_gpus, find_rate, sweep_cost
 from stepline.trainer.plan.sweep_show import show
@@ -54,23 +55,69 @@ class Request:
 
 def run_sweep(ask: Request, as_json: bool) -> int:
     """Lays out or continues a sweep; returns the exit code. Raises UserError."""
-    console = Console(stderr=as_json, soft_wrap=True)
+    try:
+        return _run_sweep(ask, as_json)
+    except BrokenPipeError:  # of the output, not of the folder
+        raise
+    except OSError as error:
+        where = error.filename or ask.output
+        raise UserError(f"--output {ask.output}: cannot use {where}: {error.strerror or error}") from None
+
+
+def check_modes(ask: Request) -> None:
+    """Raises UserError for options that ask for two different things at once."""
+    given = {
+        "--only": ask.only is not None,
+        "--collect": ask.collect,
+        "--slurm": ask.slurm,
+        "--print": ask.print_only,
+        "--sbatch": bool(ask.sbatch_options),
+        "--dry-run": ask.dry_run,
+    }
+    pairs = (
+        ("--only", "--collect"),
+        ("--only", "--slurm"),
+        ("--collect", "--slurm"),
+        ("--collect", "--dry-run"),
+    )
+    for one, other in pairs:
+        if given[one] and given[other]:
+            raise UserError(f"{one} and {other} do not go together; leave one of them out")
+    for option in ("--print", "--sbatch"):
+        if given[option] and not ask.slurm:
+            raise UserError(f"{option} needs --slurm")
+    if ask.print_only and ask.dry_run:
+        raise UserError(
+            "--print and --dry-run do not go together: --print writes the script and submits nothing"
+        )
+
+
+def _run_sweep(ask: Request, as_json: bool) -> int:
+    console = screen(stderr=as_json)
+    check_modes(ask)
     if ask.jobs is not None and ask.jobs < 1:
         raise UserError(f"--jobs is {ask.jobs}; it must be at least 1")
     if ask.slurm and not (ask.print_only or ask.dry_run):
         find_sbatch()
     sweep, config, new = _open(ask)
-    if ask.only is not None:
-        if new is not None:
-            _write_layout(sweep, config, new)
-        return _one(sweep, config, ask.only, console)
+    if ask.only is not None and not 0 <= ask.only < len(sweep.runs):
+        raise UserError(f"--only is {ask.only}; the sweep has runs 0 to {len(sweep.runs) - 1}")
     if ask.collect:
         if new is not None:
             raise UserError(f"{ask.output} holds no sweep to collect")
         return _summary(sweep, Report(), console, as_json)
+    gpus = {} if config.run.device == "cpu" else find_gpus()
+    # Not where the runs would be elsewhere: a SLURM array's GPUs are not those of the login node.
+    if config.run.device == "cuda" and not (gpus or ask.slurm or ask.dry_run):
+        raise UserError("run.device is cuda, but no GPU is found on this machine; set run.device=cpu or auto")
+    if ask.only is not None:
+        if not ask.dry_run:
+            if new is not None:
+                _write_layout(sweep, config, new)
+            return _one(sweep, ask.only, gpus, console, as_json)
+        sweep = replace(sweep, runs=(sweep.runs[ask.only],))
 
     runs, jobs = sweep.missing(), ask.jobs or 1
-    gpus = {} if config.run.device == "cpu" else find_gpus()
     threads = threads_of_a_rank(jobs * sweep.ranks)
     rate = find_rate(ask.device, ask.peak_flops, ask.mfu, sweep.ranks, threads, list(gpus.values()))
     cost = sweep_cost(runs, rate, jobs)
@@ -84,13 +131,13 @@ def run_sweep(ask: Request, as_json: bool) -> int:
     if new is not None:
         _write_layout(sweep, config, new)
     if ask.slurm and runs:
-        return _submit(sweep, runs, ask, console)
+        return _submit(sweep, runs, ask, console, as_json)
     runner = LocalRunner(sweep, jobs=jobs, threads=threads, gpus=gpus, rate=rate, say=_line(console))
     return _summary(sweep, runner.do(runs), console, as_json)
 
 
 def _line(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, markup=False, highlight=False)
+    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def threads_of_a_rank(ranks: int) -> int:
@@ -100,31 +147,39 @@ def threads_of_a_rank(ranks: int) -> int:
     return max(1, min(cores // ranks, int(asked) if asked.isdigit() else cores))
 
 
-def _one(sweep: SweepFolder, config: Config, index: int, console: Console) -> int:
+def _one(sweep: SweepFolder, index: int, gpus: Iterable[str], console: Console, as_json: bool) -> int:
     """One run: an element of a SLURM array, or by hand."""
-    if not 0 <= index < len(sweep.runs):
-        raise UserError(f"--only is {index}; the sweep has runs 0 to {len(sweep.runs) - 1}")
-    gpus = {} if config.run.device == "cpu" else find_gpus()
     runner = LocalRunner(
         sweep, jobs=1, threads=threads_of_a_rank(sweep.ranks), gpus=gpus, rate=None, say=_line(console)
     )
-    run = sweep.runs[index]
+    run, report = sweep.runs[index], Report()
     if sweep.result(run) is not None:
         _line(console)(f"{run.name} is done")
-        return DONE
-    report = runner.do([run])
+    else:
+        report = runner.do([run])
     if report.elsewhere:
         _line(console)(f"{run.name} is being done by another process")
+    if as_json:
+        result, failed = sweep.result(run), [reason for _, reason in report.failed]
+        told = {"run": run.name, "done": result is not None, "result": result and asdict(result)}
+        told |= {"failed": failed[0] if failed else None, "stopped": report.stopped or None}
+        print(json.dumps(told | {"elsewhere": bool(report.elsewhere)}))
     return TO_BE_CONTINUED if report.stopped else FAILED if report.failed else DONE
 
 
-def _submit(sweep: SweepFolder, runs: Sequence[SweepRun], ask: Request, console: Console) -> int:
+def _submit(
+    sweep: SweepFolder, runs: Sequence[SweepRun], ask: Request, console: Console, as_json: bool
+) -> int:
     script = render(sweep, runs, ask.jobs, ask.sbatch_options)
     if ask.print_only:
-        write_script(sweep, script)
-        print(script, end="")
+        path = write_script(sweep, script)
+        told = {"script": script, "path": str(path), "elements": len(runs), "job": None}
+        print(json.dumps(told) + "\n" if as_json else script, end="")
         return DONE
     job = submit(sweep, script)
+    if as_json:
+        path = sweep.path / "sweep.sbatch"
+        print(json.dumps({"script": script, "path": str(path), "elements": len(runs), "job": job}))
     _line(console)(
         f"submitted as job {job}, {len(runs)} elements; afterwards: stepline sweep --output {sweep.path} --collect"
     )

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.expect import held_out_text
 from stepline.trainer.plan.runs import COLUMNS
@@ -34,6 +36,9 @@ class Result:
     seconds: float
     reason: str = ""
     """Why it counts as diverged."""
+
+
+RUNS = TypeAdapter(list[SweepRun])
 
 
 class RunFailed(Exception):
@@ -101,7 +106,10 @@ class SweepFolder:
     def result(self, run: SweepRun) -> Result | None:
         """The recorded result."""
         path = self.folder(run) / "result.json"
-        return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        try:
+            return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; remove it to do the run again") from None
 
     def missing(self) -> list[SweepRun]:
         """The runs without a result, in order."""
@@ -179,7 +187,8 @@ def last_line(path: Path) -> str:
 def sweep_of(path: Path, content: dict[str, Any]) -> SweepFolder:
     """The sweep in `path` with this content of sweep.json."""
     held_out = held_out_text(content["data"], content["config"]["logging"]["eval_split"])
-    return SweepFolder(path, tuple(SweepRun(**run) for run in content["runs"]), content["ranks"], held_out)
+    runs = tuple(SweepRun(**run) for run in content["runs"])
+    return SweepFolder(path, runs, content["ranks"], held_out)
 
 
 def open_sweep(path: Path) -> SweepFolder | None:
@@ -189,9 +198,13 @@ def open_sweep(path: Path) -> SweepFolder | None:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return sweep_of(path, content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error!r}); choose another --output") from None
+        sweep = sweep_of(path, content)
+        # A dataclass takes any value: what is no number would only show where it is computed with.
+        RUNS.validate_python([vars(run) for run in sweep.runs])
+        TypeAdapter(int).validate_python(sweep.ranks)
+        return sweep
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is damaged; choose another --output") from None
 
 
 def check_same(path: Path, layout: dict[str, Any]) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stepline.trainer.plan.grid import Grid
+from stepline.trainer.run.sweep import Request
+
 TINY = {
     # Widths and counts that two or four ranks cannot divide.
     "model": {
@@ -57,3 +60,31 @@ def tiny_config(tmp_path, tiny_data) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | {"data": {"path": str(tiny_data), "seq_len": 32}}))
     return path
+
+
+@pytest.fixture(scope="session")
+def tuned_data(tiny_data, tmp_path_factory) -> Path:
+    """The tiny corpus with a split to tune on."""
+    from stepline.trainer.data.prepare import prepare
+
+    texts, folder = tiny_data.parent / "texts", tmp_path_factory.mktemp("tuned") / "data"
+    prepare([texts], folder, vocab_size=330, workers=1, val_share=0.1, tune_share=0.1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def request_of(tiny_config, tuned_data, tmp_path):
+    """A request for a sweep of 2 sizes x 1 budget x 2 learning rates x 1 batch in tmp_path/sweep."""
+
+    def make(*overrides: str, grid: dict | None = None, **options) -> Request:
+        options = {"output": tmp_path / "sweep", "config": str(tiny_config)} | options
+        given = {
+            "sizes": (0.5, 1.0),
+            "tokens": (1920.0,),
+            "lr": (1e-3, 2e-3),
+            "batch_tokens": (192.0,),
+        } | (grid or {})
+        every = [f"data.path={tuned_data}", *overrides] if options["config"] else []
+        return Request(overrides=every, grid=Grid(**given) if options["config"] else Grid(), **options)
+
+    return make

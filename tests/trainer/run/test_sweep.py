@@ -9,41 +9,13 @@ import pytest
 import yaml
 
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.grid import Grid, numbers
+from stepline.trainer.plan.grid import numbers
 from stepline.trainer.run.infer import evaluate_run
 from stepline.trainer.run.launch import run_training
-from stepline.trainer.run.sweep import Request, run_sweep, threads_of_a_rank
+from stepline.trainer.run.sweep import run_sweep, threads_of_a_rank
 from stepline.trainer.run.sweep_local import LocalRunner
 from stepline.trainer.run.sweep_runs import RunFailed, locked, open_sweep, read_result
 from stepline.trainer.run.sweep_slurm import array_of, render
-
-
-@pytest.fixture(scope="session")
-def tuned_data(tiny_data, tmp_path_factory) -> Path:
-    """The tiny corpus with a split to tune on."""
-    from stepline.trainer.data.prepare import prepare
-
-    texts, folder = tiny_data.parent / "texts", tmp_path_factory.mktemp("tuned") / "data"
-    prepare([texts], folder, vocab_size=330, workers=1, val_share=0.1, tune_share=0.1, progress=False)
-    return folder
-
-
-@pytest.fixture
-def request_of(tiny_config, tuned_data, tmp_path):
-    """A request for a sweep of 2 sizes x 1 budget x 2 learning rates x 1 batch in tmp_path/sweep."""
-
-    def make(*overrides: str, grid: dict | None = None, **options) -> Request:
-        options = {"output": tmp_path / "sweep", "config": str(tiny_config)} | options
-        given = {
-            "sizes": (0.5, 1.0),
-            "tokens": (1920.0,),
-            "lr": (1e-3, 2e-3),
-            "batch_tokens": (192.0,),
-        } | (grid or {})
-        every = [f"data.path={tuned_data}", *overrides] if options["config"] else []
-        return Request(overrides=every, grid=Grid(**given) if options["config"] else Grid(), **options)
-
-    return make
 
 
 def outcome(folder: Path, first_loss: float = 6.0, **values) -> Path:
@@ -240,7 +212,7 @@ def test_array_of_the_missing_runs(runner):
             "optimizer.lr is 20.0; it must be 'auto' or a number above 0 and at most 10",
         ),
         ({"grid": {"tokens": (100.0,)}}, "a budget of 100 tokens is below one batch of 192"),
-        ({"grid": {"ranks": 0}}, "--ranks is 0; it must be at least 1"),
+        ({"grid": {"ranks": 0}}, "--ranks is 0; it must be between 1 and 1e+06"),
         ({"grid": {"tokens_per_param": (1.0,)}}, "give --tokens or --tokens-per-param, not both"),
         ({"device": "Z9"}, "the peak of device 'Z9' is not known"),
     ],
