@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
 from stepline.trainer.plan.check import check_law, on_grid, on_parabola
+from stepline.trainer.plan.law_file import find_law
 from stepline.trainer.plan.laws import STEP_LAW
 from stepline.trainer.plan.runs import Cell, Run, RunTable, read_runs
 
@@ -104,6 +105,10 @@ def test_the_command(tmp_path):
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
 
 
+def test_the_help_has_an_example():
+    assert "Example: stepline laws fit" in laws("--help").stdout
+
+
 def test_extrapolated_cells_are_in_no_mean(tmp_path):
     runs = write(tmp_path / "runs.csv", sweep(NINE[:8], points=3) + sweep(NINE[8:], points=3, shift=2))
     told = json.loads(laws("check", "step-law", runs, "--json").stdout)
@@ -120,7 +125,9 @@ def test_mistakes(tmp_path):
     for arguments, sentence in (
         (("check", "nowhere.json", runs), "no law file 'nowhere.json'"),
         (("check", "step-law", tmp_path / "no.csv"), "cannot read"),
-        (("check", runs, runs), "is no law of `stepline laws fit`"),
+        (("check", runs, runs), "is no law of `stepline laws fit`: Invalid JSON"),
+        (("check", runs, find_law("quickstart")), "the law comes first, stepline laws check"),
+        (("check", "nope", runs), "no law file 'nope' (shipped: quickstart, step-law)"),
     ):
         done = laws(*arguments, code=2)
         assert done.stderr.startswith("error: ")
