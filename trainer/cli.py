@@ -52,7 +52,9 @@ def plan(
     micro_batch: Annotated[
         int | None, typer.Option(help="Windows of one forward-backward on one rank.")
     ] = None,
-    law: Annotated[str | None, typer.Option(help="law.json of `stepline laws fit`.")] = None,
+    law: Annotated[
+        str | None, typer.Option(help="law.json of `stepline laws fit`, or a shipped law.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="GPU whose peak gives time and GPU-hours, e.g. H200.")
     ] = None,
@@ -151,12 +153,12 @@ def sweep(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
     sizes: Annotated[
-        str | None, typer.Option(help="Fractions of the config's N. [default: 0.25,0.5,1]")
+        str | None, typer.Option(help="Fractions of the config's N. \\[default: 0.25,0.5,1]")
     ] = None,
     widths: Annotated[str | None, typer.Option(help="Hidden sizes instead, at the config's depth.")] = None,
     tokens: Annotated[str | None, typer.Option(help="D of every size, e.g. 3e5,6e5,1.2e6.")] = None,
     tokens_per_param: Annotated[
-        str | None, typer.Option(help="D/N of every size instead. [default: the config's own x 0.5,1,2]")
+        str | None, typer.Option(help="D/N of every size instead. \\[default: the config's own x 0.5,1,2]")
     ] = None,
     lr: Annotated[str | None, typer.Option(help="Learning rates, instead of --lr-points.")] = None,
     lr_points: Annotated[int, typer.Option(help="Learning rates in factors of 2 around the law's.")] = 5,
@@ -166,7 +168,7 @@ def sweep(
     batch_points: Annotated[int, typer.Option(help="Batches in factors of 2 around the law's.")] = 3,
     seeds: Annotated[int, typer.Option(help="Runs of each point, with seeds from run.seed on.")] = 1,
     jobs: Annotated[
-        int | None, typer.Option(help="Runs at the same time. [default: 1; no limit with --slurm]")
+        int | None, typer.Option(help="Runs at the same time. \\[default: 1; no limit with --slurm]")
     ] = None,
     ranks: Annotated[int, typer.Option(help="Ranks of each run (torchrun on this machine).")] = 1,
     dry_run: Annotated[bool, typer.Option(help="Print every run and the cost, then stop.")] = False,
@@ -192,17 +194,10 @@ def sweep(
     from stepline.trainer.run.sweep import Request, run_sweep
 
     grid = Grid(
-        numbers(sizes, "--sizes"),
-        numbers(widths, "--widths", whole=True),
-        numbers(tokens, "--tokens"),
-        numbers(tokens_per_param, "--tokens-per-param"),
-        numbers(lr, "--lr"),
-        lr_points,
-        numbers(batch_tokens, "--batch-tokens"),
-        batch_points,
-        seeds,
-        ranks,
-    )
+        numbers(sizes, "--sizes"), numbers(widths, "--widths", whole=True), numbers(tokens, "--tokens"),
+        numbers(tokens_per_param, "--tokens-per-param"), numbers(lr, "--lr"), lr_points,
+        numbers(batch_tokens, "--batch-tokens"), batch_points, seeds, ranks,
+    )  # fmt: skip
     ask = Request(
         config, overrides or [], output, grid, jobs, dry_run, only, collect, slurm, sbatch, print_only, device,
         peak_flops, mfu,
@@ -257,7 +252,9 @@ def generate(
 
 
 laws_app = typer.Typer(
-    no_args_is_help=True, help="Fit scaling laws to your own runs, and check laws on runs."
+    no_args_is_help=True,
+    help="Fit scaling laws to your own runs, and check laws on runs.",
+    epilog="Example: stepline laws fit sweeps/mine/runs.csv -o law.json",
 )
 app.add_typer(laws_app, name="laws")
 
