@@ -134,17 +134,17 @@ def show_checks(checks: list[CellCheck], console: Console) -> None:
     """One row a cell, losses in nats per token; * marks an extrapolated loss, - one that the runs cannot tell."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("N", "D", "runs", "best lr", "batch", "loss", "law's lr", "batch", "loss", "regret, %"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for c in checks:
         mark = "*" if c.extrapolated else ""
         table.add_row(
             short(c.params),
             short(c.tokens),
             str(c.runs),
-            f"{c.best_lr:.3g}",
+            short(c.best_lr),
             short(c.best_batch_tokens),
             f"{c.best_loss:.3f}",
-            f"{c.lr:.3g}",
+            short(c.lr),
             short(c.batch_tokens),
             "-" if c.loss is None else f"{c.loss:.3f}",
             "-" if c.regret_percent is None else f"{c.regret_percent:.3f}{mark}",

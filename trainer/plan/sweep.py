@@ -20,6 +20,8 @@ DEFAULT_SIZES = (0.25, 0.5, 1.0)
 DEFAULT_BUDGETS = (0.5, 1.0, 2.0)
 """Multiples of the config's own tokens per parameter."""
 LARGEST_CHANGE_OF_BUDGET, LARGEST_MISS_OF_SIZE = 0.02, 0.2
+MOST_RUNS = 10_000
+"""More are a slip of the keyboard, and every one is checked before the first begins."""
 SHAPE_KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size")
 
 
@@ -92,6 +94,8 @@ def lay_out(
                 raise UserError(f"two budgets are both {tokens:,} tokens in whole batches; take one out")
             cells.add(tokens)
             rates = grid.lr or [float(f"{lr:.4g}") for lr in log2_grid(centre(n, asked), grid.lr_points)]
+            if len(runs) + len(rates) * len(batches) * grid.seeds > MOST_RUNS:
+                raise UserError(f"the grid has more than {MOST_RUNS:,} runs; take fewer values or --seeds")
             runs += [
                 _run(config, law, shape, tokens, lr, batch, config.run.seed + i, flops, eval_tokens)
                 for lr in rates

@@ -55,8 +55,8 @@ def show(
     if cost.runs < len(runs):
         console.print(f"{len(runs) - cost.runs} of {len(runs)} runs are done.")
     console.print(
-        f"{cost.runs} runs to do: {cost.tokens:,} training tokens, {cost.flops:.3g} FLOPs, "
-        f"about {_duration(cost.seconds)} with {jobs} at a time ({cost.assumption}).",
+        f"{cost.runs} {'run' if cost.runs == 1 else 'runs'} to do: {cost.tokens:,} training tokens, "
+        f"{cost.flops:.3g} FLOPs, about {_duration(cost.seconds)} with {jobs} at a time ({cost.assumption}).",
         highlight=False,
         soft_wrap=True,
     )

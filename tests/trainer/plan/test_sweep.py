@@ -250,6 +250,7 @@ def test_notes():
         ),
         ({"lr_points": 0}, {}, "--lr-points is 0; it must be between 1 and 25"),
         ({"seeds": -1}, {}, "--seeds is -1"),
+        ({"lr_points": 25, "seeds": 1000}, {}, "the grid has more than 10,000 runs"),
         ({"lr_points": 26}, {}, "--lr-points is 26; it must be between 1 and 25"),
         ({"batch_points": 10**9}, {}, r"--batch-points is 1e\+09; it must be between 1 and 25"),
         ({"sizes": (1e34,)}, {}, r"--sizes is 1e\+34; it must be between 1e-06 and 100"),

@@ -34,7 +34,7 @@ def folder(request_of, tmp_path, capsys) -> Path:
 def test_a_dry_run_of_one_run_starts_and_writes_nothing(request_of, tmp_path, capsys, started, as_json):
     assert run_sweep(request_of(only=1, dry_run=True, peak_flops=1e12), as_json) == 0
     out = capsys.readouterr().out
-    assert (len(json.loads(out)["runs"]) == 1) if as_json else ("1 runs to do" in out)
+    assert (len(json.loads(out)["runs"]) == 1) if as_json else ("1 run to do" in out)
     assert not (tmp_path / "sweep").exists()
     assert started == []
 
