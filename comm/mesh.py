@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class World:
@@ -20,14 +22,36 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Reads torchrun's variables; one process when there are none."""
-        size = int(os.environ.get("WORLD_SIZE", 1))
-        return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            size=size,
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        """Reads torchrun's variables; one process when there are none. Raises ValueError for what is no rank."""
+        size = _number("WORLD_SIZE", 1, 1)
+        local_size = _number("LOCAL_WORLD_SIZE", size, 1)
+        rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+        for name, value, total in (("RANK", rank, size), ("LOCAL_RANK", local_rank, local_size)):
+            if value >= total:
+                raise ValueError(
+                    f"the environment's {name} is {value} but there are {total} ranks; start them by torchrun"
+                )
+        return cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise ValueError(
+            f"the environment's {name} is {text!r}; it must be a whole number of at least {least}, or unset"
         )
+    return int(text)
+
+
+def check_rendezvous(world: World) -> None:
+    """Raises ValueError where the environment does not say at which address and port the ranks meet."""
+    missing = [name for name in RENDEZVOUS if name not in os.environ]
+    if missing and world.size > 1:
+        raise ValueError(
+            f"there are {world.size} ranks but the environment has no {missing[0]}; start them by torchrun"
+        )
+    if not missing and _number("MASTER_PORT", 0) > 65535:
+        raise ValueError(f"the environment's MASTER_PORT is {os.environ['MASTER_PORT']}; ports end at 65535")
 
 
 def start_process_group(world: World, device: torch.device, timeout_s: float) -> None:
@@ -41,10 +65,10 @@ def start_process_group(world: World, device: torch.device, timeout_s: float) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
         options["device_id"] = device
-    if world.size == 1 and "MASTER_ADDR" not in os.environ:
+    if world.size == 1 and not all(name in os.environ for name in RENDEZVOUS):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
     else:
-        dist.init_process_group(backend, **options)
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
 
 
 def build_mesh(device: torch.device, world_size: int, shard: int) -> DeviceMesh:

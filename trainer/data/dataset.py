@@ -22,6 +22,10 @@ class SplitMeta:
     shards: tuple[dict, ...]
     """{file, tokens, documents, crc32}"""
 
+    def num_windows(self, seq_len: int) -> int:
+        """Windows of seq_len + 1 tokens, seq_len apart, that lie within a shard."""
+        return sum(max(shard["tokens"] - 1, 0) // seq_len for shard in self.shards)
+
 
 @dataclass(frozen=True)
 class Meta:
@@ -103,6 +107,16 @@ def check_held_out(paths: Sequence[Path], metas: Sequence[Meta], split: str) -> 
         if split not in meta.splits or meta.splits[split].tokens < 2:
             raise UserError(
                 f"{path} has no tokens in '{split}' to evaluate; prepare it with a held-out share"
+            )
+
+
+def check_windows(paths: Sequence[Path], metas: Sequence[Meta], seq_len: int, split: str = "train") -> None:
+    """Raises UserError for a source that does not fill one training window."""
+    for path, meta in zip(paths, metas):
+        if not meta.splits[split].num_windows(seq_len):
+            raise UserError(
+                f"{path} has {meta.splits[split].tokens} tokens in '{split}', fewer than seq_len {seq_len} + 1; "
+                "prepare more text or lower data.seq_len"
             )
 
 

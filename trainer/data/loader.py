@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepline.trainer.data.dataset import TokenSplit
+from stepline.trainer.data.dataset import TokenSplit, check_windows
 from stepline.trainer.data.order import OrderBlock, SampleOrder
 from stepline.trainer.errors import UserError
 
@@ -80,11 +80,7 @@ class TrainLoader:
         for (path, weight), tokens in zip(sources, self.splits):
             if not weight > 0:
                 raise UserError(f"{path} has mixture weight {weight}; give a weight above 0 or leave it out")
-            if not tokens.num_windows(seq_len):
-                raise UserError(
-                    f"{path} has {tokens.num_tokens} tokens in '{split}', fewer than seq_len {seq_len} + 1; "
-                    "prepare more text or lower the sequence length"
-                )
+            check_windows([path], [tokens.meta], seq_len, split)
             if tokens.eod_id != self.splits[0].eod_id or tokens.meta.tokenizer_sha256 != (
                 self.splits[0].meta.tokenizer_sha256
             ):

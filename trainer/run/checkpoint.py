@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from stepline.trainer.errors import UserError
 
@@ -40,16 +41,36 @@ def run_of(checkpoint: Path) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds beside tensors: step, tokens, data cursor, fingerprints."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(checkpoint) from error
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Reads the named tensors in place; DTensors of any layout get their part (resharding included)."""
+    """Reads the named tensors in place; DTensors of any layout get their part (resharding included).
+
+    Raises UserError where the checkpoint is damaged or holds other names or shapes.
+    """
     alone = not dist.is_initialized()
     with warnings.catch_warnings():
         if alone:  # that a single process loads is what is asked for
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=alone)
+        try:
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=alone)
+        except CheckpointException as error:
+            for reason, _ in error.failures.values():
+                if isinstance(reason, torch.OutOfMemoryError | KeyboardInterrupt):
+                    raise
+                if str(reason).startswith(("Size mismatch", "Missing key")):
+                    raise UserError(f"the weights in {checkpoint} do not fit this model: {reason}") from error
+            raise _damaged(checkpoint) from error
+
+
+def _damaged(checkpoint: Path) -> UserError:
+    earlier = [p.name for p in complete_checkpoints(run_of(checkpoint)) if p.name < checkpoint.name]
+    instead = f"use an earlier one ({', '.join(earlier)})" if earlier else "its run has no earlier one"
+    return UserError(f"the checkpoint {checkpoint} is damaged; {instead}")
 
 
 class Checkpointer:

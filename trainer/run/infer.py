@@ -1,5 +1,6 @@
 """A trained model in one process: loaded from a run, evaluated, sampled from."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,8 +97,18 @@ def sample(
         yield token
 
 
+def _check_sampling(*, temperature: float = 0, top_p: float = 1, seed: int = 0, **_: float) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"--temperature is {temperature:g}; it must be a finite number of at least 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p:g}; it must be above 0 and at most 1")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; it must be a whole number of at least 0 and below 2**63")
+
+
 def generate_text(path: Path, prompt: str, **options: float) -> Iterator[str]:
-    """Yields the prompt, then its continuation as text, piece by piece."""
+    """Yields the prompt, then its continuation as text, piece by piece; options: those of `sample`."""
+    _check_sampling(**options)
     model, config, _ = load_run(path)
     tokenizer = run_tokenizer(config)
     # A text begins where another ends: end-of-document is what the model saw before every document.

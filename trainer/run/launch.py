@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stepline.comm.mesh import World, start_process_group
+from stepline.comm.mesh import World, check_rendezvous, start_process_group
 from stepline.trainer.errors import TrainingStopped, UserError
 from stepline.trainer.run.checkpoint import complete_checkpoints
 from stepline.trainer.run.device_memory import device_memory
-from stepline.trainer.run.start import Job, start_job
+from stepline.trainer.run.start import Job, make_folder, start_job
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -23,7 +23,11 @@ log = logging.getLogger("stepline")
 
 def run_training(config: str, overrides: list[str], resume: str) -> int:
     """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node."""
-    world = World.from_environment()
+    try:
+        world = World.from_environment()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
     try:
         job = start_job(config, overrides, resume, world)
     except UserError as error:
@@ -36,6 +40,13 @@ def run_training(config: str, overrides: list[str], resume: str) -> int:
             if world.rank == 0:
                 print(f"{job.folder} is finished; choose another run.folder for a new run", file=sys.stderr)
             return DONE
+    try:
+        check_rendezvous(world)
+        make_folder(job.folder)
+    except (UserError, ValueError) as error:
+        if world.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
     try:
         start_process_group(world, job.device, job.config.parallel.timeout_s)
     except dist.DistNetworkError as error:
@@ -69,7 +80,7 @@ def _run(job: Job) -> int:
     except (UserError, TrainingStopped) as error:
         code = USER_ERROR if isinstance(error, UserError) else FAILED
         outcome |= {"status": "stopped", "exit_code": code, "message": str(error)}
-        log.error("%s", error)
+        log.error("error: %s", error)
     except BaseException as error:
         outcome |= {"status": "failed", "exit_code": FAILED, "message": f"{type(error).__name__}: {error}"}
         log.error("%s", traceback.format_exc())
@@ -126,7 +137,10 @@ def dry_run(config: str, overrides: list[str], resume: str) -> int:
     from stepline.trainer.config_io import format_config
     from stepline.trainer.plan.memory import Layout, estimate, memory_table
 
-    world = World.from_environment()
+    try:
+        world = World.from_environment()
+    except ValueError as error:
+        raise UserError(str(error)) from error
     job = start_job(config, overrides, resume, world)
     print(format_config(job.config, job.origins), end="")
     layout = Layout.of(job.config, world.size)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +12,18 @@ import torch
 from stepline.comm.mesh import World
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
-from stepline.trainer.data.dataset import Meta, check_held_out, load_sources
+from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_expectation
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
-from stepline.trainer.run.checkpoint import complete_checkpoints, read_state
+from stepline.trainer.run.checkpoint import complete_checkpoints, find_checkpoint, read_state
 from stepline.trainer.run.device_memory import device_memory
+
+RUN_MARKS = ("config.yaml", "logs", "checkpoints", "metrics.jsonl", "run_id")
+"""One of them makes a folder a run's."""
+LAUNCHER_FILES = (".log", ".out", ".err")
+"""What a shell or a scheduler may put into a run's folder before the run begins."""
 
 
 @dataclass
@@ -74,6 +80,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     that is not empty, anything else is the checkpoint to continue from. Raises UserError.
     """
     config, origins = load_config(name, overrides)
+    check_folder(config.run.folder)
     resume_from = _checkpoint_to_resume(config.run.folder, resume)
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
@@ -84,6 +91,9 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     sources = [source.path for source in config.data.folders()]
     metas = load_sources(sources, config.model.vocab_size)
     check_held_out(sources, metas, config.logging.eval_split)
+    check_windows(sources, metas, config.data.seq_len)
+    if resume_from is None and config.run.init_from is not None:
+        find_checkpoint(config.run.init_from)  # raises UserError
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
@@ -109,6 +119,39 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
                 f"(fingerprints {held} and {job.fingerprints}); give the old folder or start a new run"
             )
     return job
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where a run cannot keep its files in `folder`; makes nothing."""
+    try:
+        if folder.exists():
+            names = [path.name for path in folder.iterdir()]  # raises NotADirectoryError
+            foreign = [n for n in names if not n.startswith(".") and not n.endswith(LAUNCHER_FILES)]
+            if foreign and not any(name in RUN_MARKS for name in names):
+                raise UserError(
+                    f"{folder} holds other things than a run ({min(foreign)}); choose a new or empty run.folder"
+                )
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise _unusable(folder, f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise _unusable(folder, f"{there} is not writable")
+    except OSError as error:
+        raise _unusable(folder, error.strerror) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the run's folder and tries whether files can be written there; raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, prefix="."):  # hidden from the check_folder of another rank
+            pass
+    except OSError as error:
+        raise _unusable(folder, error.strerror) from error
+
+
+def _unusable(folder: Path, reason: str) -> UserError:
+    return UserError(f"run.folder {folder} cannot be used ({reason}); choose another run.folder")
 
 
 def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:

@@ -1,6 +1,7 @@
 """A user's mistake ends before the first step with exit code 2 and one sentence; nothing is left behind."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -8,8 +9,9 @@ import yaml
 
 from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
-from stepline.trainer.run.launch import run_training
-from stepline.trainer.run.start import pick_device, start_job
+from stepline.trainer.run.infer import evaluate_run, generate_text
+from stepline.trainer.run.launch import dry_run, run_training
+from stepline.trainer.run.start import check_folder, pick_device, start_job
 
 ONE = World(0, 1, 0, 1)
 
@@ -25,6 +27,11 @@ ONE = World(0, 1, 0, 1)
         (["budget.batch_tokens=100"], "no multiple of data.seq_len 32; the nearest is 96"),
         (["budget.batch_tokens=auto"], "budget.steps needs budget.batch_tokens"),
         (["data.seq_len=1000000"], "seq_len"),
+        (
+            ["data.seq_len=900000", "budget.batch_tokens=900000"],
+            "fewer than seq_len 900000 + 1; prepare more text",
+        ),
+        (["run.init_from={tmp}/nothing"], "nothing is neither a run with a complete checkpoint"),
     ],
 )
 def test_mistakes_in_a_config(tiny_config, tmp_path, capsys, overrides, sentence):
@@ -36,6 +43,115 @@ def test_mistakes_in_a_config(tiny_config, tmp_path, capsys, overrides, sentence
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        dry_run(str(tiny_config), [f"run.folder={tmp_path / 'run'}", *filled], "auto")
+
+
+def test_folders_that_can_hold_no_run(tiny_config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "main.py").write_text("text")
+    cases = {
+        "/proc/x": "run.folder /proc/x cannot be used",
+        tmp_path / "file": "cannot be used (Not a directory)",
+        tmp_path / "file" / "run": "file is a file",
+        tmp_path / "source": "holds other things than a run (main.py); choose a new or empty run.folder",
+    }
+    for folder, sentence in cases.items():
+        for rank, lines in (("0", 1), ("1", 0)):
+            with monkeypatch.context() as patch:
+                for name, value in {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": "2",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": "1",
+                }.items():
+                    patch.setenv(name, value)
+                assert run_training(str(tiny_config), [f"run.folder={folder}"], "auto") == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == lines
+            assert sentence in error or rank == "1"
+
+
+def test_folders_that_may_hold_a_run(tmp_path):
+    for name in ("config.yaml", "metrics.jsonl", "run_id"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+        (tmp_path / name / "outcome.json").write_text("")
+        check_folder(tmp_path / name)
+    for name in ("logs", "checkpoints"):
+        (tmp_path / "killed" / name).mkdir(parents=True)
+        (tmp_path / "killed" / "environment.json").write_text("")
+        check_folder(tmp_path / "killed")
+    (tmp_path / "queued").mkdir()
+    check_folder(tmp_path / "queued")
+    for name in (".lock", "output.log", "slurm-1.out"):  # what a sweep and a scheduler put there first
+        (tmp_path / "queued" / name).write_text("")
+    check_folder(tmp_path / "queued")
+    check_folder(tmp_path / "absent" / "run")
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; it must be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 but there are 2 ranks"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "ports end at 65535"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            "2 ranks but the environment has no MASTER_PORT",
+        ),
+    ],
+)
+def test_mistakes_in_the_environment(tiny_config, tmp_path, capsys, monkeypatch, variables, sentence):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_training(str(tiny_config), [f"run.folder={tmp_path / 'run'}"], "auto") == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.0}, {"top_p": 1.5}, {"seed": 10**22}, {"seed": -1}, {"temperature": float("inf")}],
+)
+def test_options_of_generate(tmp_path, options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is .*; it must be"):
+        next(generate_text(tmp_path, "a", **options))
+
+
+def test_a_damaged_checkpoint(tiny_config, tiny_data, tmp_path, capsys):
+    first = tmp_path / "first"
+    options = ["budget.steps=4", "checkpoint.every=2"]
+    assert run_training(str(tiny_config), [f"run.folder={first}", *options], "never") == 0
+    newest = first / "checkpoints" / "step-000004"
+    sentence = "step-000004 is damaged; use an earlier one (step-000002)"
+    for shard in newest.glob("*.distcp"):
+        content = shard.read_bytes()
+        shard.write_bytes(content[:200] + bytes(len(content) - 200))
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        evaluate_run(first, tiny_data)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        next(generate_text(newest, "alice"))
+    capsys.readouterr()
+    again = [f"run.folder={tmp_path / 'again'}", f"run.init_from={first}", *options]
+    assert run_training(str(tiny_config), again, "never") == 2
+    error = capsys.readouterr().err
+    assert f"error: the checkpoint {first}" in error
+    assert sentence in error
+    assert "Traceback" not in error
+    (newest / "state.json").write_text("{")
+    longer = [f"run.folder={first}", "budget.steps=4", "checkpoint.every=2"]
+    assert run_training(str(tiny_config), longer, str(newest)) == 2
+    assert sentence in capsys.readouterr().err
+    assert evaluate_run(first / "checkpoints" / "step-000002", tiny_data)["val_loss"] > 0
 
 
 def test_more_shards_than_ranks_and_no_divisor(tiny_config):
@@ -109,6 +225,7 @@ def test_weights_that_do_not_fit(tiny_config, tmp_path, capsys):
     assert "do not fit this model" in capsys.readouterr().err
     nothing = [f"run.folder={tmp_path / 'no'}", f"run.init_from={tmp_path / 'nothing'}"]
     assert run_training(str(tiny_config), nothing, "never") == 2
+    assert not (tmp_path / "no").exists()
 
 
 def test_saved_config_is_complete(tiny_config, tmp_path):
