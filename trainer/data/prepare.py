@@ -16,7 +16,7 @@ from stepline.trainer.data.parts import SHARD_TOKENS, SPLITS, ShardWriter, token
 from stepline.trainer.data.pool import WorkerLost, run_pool
 from stepline.trainer.data.sources import ReadOptions
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from stepline.trainer.data.units import InputFile, Plan, discover, plan_units, sample_texts
+from stepline.trainer.data.units import InputFile, Plan, discover, has_words, plan_units, sample_texts
 from stepline.trainer.errors import UserError
 
 FORMAT = 1
@@ -78,6 +78,10 @@ def prepare(
         with _lock(partial):
             _start_or_resume(partial, request)
             plan = plan_units(files, options)
+            if not has_words(plan, options):
+                raise UserError(
+                    f"{_names(inputs)} has no text (nothing but white space); give files with text"
+                )
             used = _tokenizer(partial, given, plan, options, vocab_size)
             writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size), shard_tokens)
             _encode(plan, writer, workers, partial, options, progress)

@@ -211,9 +211,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
     import sentencepiece as spm
 
     model = io.BytesIO()
+    raised: list[Exception] = []
+
+    def noted() -> Iterator[str]:
+        """The sentences; sentencepiece would turn what reading them raises into an error of its own."""
+        try:
+            yield from sentences(texts)
+        except Exception as error:
+            raised.append(error)
+            raise
+
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=sentences(texts),
+            sentence_iterator=noted(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -231,7 +241,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
             num_threads=4,  # a constant, because the model records it
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except Exception as error:
+        if raised:
+            raise raised[0] from None
+        if not isinstance(error, RuntimeError):
+            raise
         raise UserError(vocabulary_error(str(error), vocab_size)) from error
     return SentencePieceTokenizer(model.getvalue(), "the new tokenizer")
 

@@ -243,6 +243,12 @@ def plan_units(files: Sequence[InputFile], options: ReadOptions) -> Plan:
     return Plan(units, weights, rule)
 
 
+def has_words(plan: Plan, options: ReadOptions) -> bool:
+    """Whether any document holds more than white space; reads no further than the first one that does."""
+    spans = (span for unit in plan.units for span in unit)
+    return any(piece.text.strip() for span in spans for piece in read_pieces(span, options))
+
+
 def sample_texts(plan: Plan, options: ReadOptions, budget: int = SAMPLE_BYTES) -> Iterator[str]:
     """Up to about `budget` bytes of training text from the beginnings of units, in a hashed order.
 

@@ -48,6 +48,8 @@ def refused(tmp_path: Path, tokenizer: Path | None, name: str, content: bytes, *
         ("x.jsonl", b"\n\n", "x.jsonl has no text"),
         ("x.jsonl.gz", gzip.compress(b""), "x.jsonl.gz has no text"),
         ("x.jsonl", b'{"text": ""}\n', "x.jsonl has no text"),
+        ("x.jsonl", b'{"text": " \\n\\t"}\n' * 9, "x.jsonl has no text (nothing but white space)"),
+        ("x.txt", b" \n\n\t" * 99, "x.txt has no text (nothing but white space)"),
         ("x.png", b"png", "x.png is a binary file"),
         ("x.jsonl", b'{"text": "only one"}\n', "no document of"),
     ],
@@ -63,6 +65,20 @@ def test_damaged_input_is_one_sentence_that_names_the_file(
 )
 def test_nothing_to_train_a_tokenizer_on(tmp_path, name: str, content: bytes) -> None:
     assert "no text" in refused(tmp_path, None, name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.jsonl", GOOD + b'{"text": \n', "x.jsonl:20001 is not JSON"),
+        ("x.jsonl.gz", gzip.compress(GOOD)[:-2000], "x.jsonl.gz is truncated"),
+        ("x.txt", b" \n\n\t" * 99, "x.txt has no text (nothing but white space)"),
+    ],
+)
+def test_what_a_new_tokenizer_cannot_read(tmp_path, name: str, content: bytes, words: str) -> None:
+    sentence = refused(tmp_path, None, name, content, vocab_size=330)
+    assert words in sentence
+    assert "sentencepiece" not in sentence
 
 
 def test_vocabulary_too_large_for_the_text(tmp_path) -> None:
