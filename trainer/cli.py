@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Pre-train transformer language models from two numbers, N (parameters) and D (tokens).",
+    epilog="Example: stepline prepare corpus/ --output data/mine; stepline train quickstart data.path=data/mine",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output, nothing else.")]
@@ -34,8 +35,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-) -> None:
-    pass
+) -> None: ...
 
 
 @app.command()
@@ -91,9 +91,7 @@ def prepare(
     exclude: Annotated[
         list[str], typer.Option(help="Glob of paths to leave out, e.g. '*/tests/*'; repeatable.")
     ] = [],  # noqa: B006
-    text_key: Annotated[
-        str, typer.Option(help="Field of .jsonl and .parquet rows that holds the text.")
-    ] = "text",
+    text_key: Annotated[str, typer.Option(help="Field of .jsonl and .parquet rows with the text.")] = "text",
     val_share: Annotated[
         float, typer.Option(help="Share of the documents held out for validation.", min=0, max=0.5)
     ] = 0.01,
@@ -141,8 +139,7 @@ def train(
     from stepline.trainer.run.launch import dry_run as show
     from stepline.trainer.run.launch import run_training
 
-    action = show if dry_run else run_training
-    raise typer.Exit(action(config, overrides or [], resume))
+    raise typer.Exit((show if dry_run else run_training)(config, overrides or [], resume))
 
 
 @app.command()
@@ -232,11 +229,9 @@ def generate(
     run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0)] = 0.8,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens up to this mass.", min=0, max=1)
-    ] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens up to this mass.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the draws, 0 or more.")] = 0,
 ) -> None:
     """Continue a text with a trained model.
 

@@ -113,7 +113,7 @@ def generate_text(path: Path, prompt: str, **options: float) -> Iterator[str]:
     tokenizer = run_tokenizer(config)
     # A text begins where another ends: end-of-document is what the model saw before every document.
     ids = [tokenizer.eod_id, *tokenizer.encode(prompt)]
-    said, new = prompt, []
+    said, new = "", []
     yield prompt
     stream = sample(
         model,
@@ -125,8 +125,9 @@ def generate_text(path: Path, prompt: str, **options: float) -> Iterator[str]:
     )
     for token in stream:
         new.append(token)
-        text = prompt + tokenizer.decode(new)
-        # A character may need several byte tokens; wait until it is whole.
+        text = tokenizer.decode(new)
+        # A character may need several byte tokens: wait until it is whole, and leave out bytes that become none.
         if not text.endswith("\ufffd"):
+            text = text.replace("\ufffd", "")
             yield text[len(said) :]
             said = text
