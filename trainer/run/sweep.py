@@ -14,7 +14,7 @@ from rich.console import Console
 
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, dump, load_config, read_run_config, write_config
-from stepline.trainer.data.dataset import Meta, check_held_out, load_sources
+from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid
 from stepline.trainer.plan.resolve import config_law
@@ -251,7 +251,9 @@ def _settle(config: Config, origins: Origins, metas: list[Meta]) -> None:
     for (section, key), value in values.items():
         setattr(getattr(config, section), key, value)
         origins[f"{section}.{key}"] = "sweep"
-    check_held_out([source.path for source in config.data.folders()], metas, config.logging.eval_split)
+    sources = [source.path for source in config.data.folders()]
+    check_held_out(sources, metas, config.logging.eval_split)
+    check_windows(sources, metas, config.data.seq_len)
     config.run.folder = None
 
 

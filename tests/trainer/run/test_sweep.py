@@ -245,6 +245,7 @@ def test_mistakes_in_data(request_of, tmp_path):
         ("run.folder=mine", "run.folder has no place in a sweep"),
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'"),
         ("model.vocab_size=300", "set it to at least 330"),
+        ("data.seq_len=100000", "fewer than seq_len 100000"),
     ):
         with pytest.raises(UserError, match=sentence):
             run_sweep(request_of(override), as_json=False)
