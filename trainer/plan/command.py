@@ -7,7 +7,7 @@ from stepline.models.flops import flops_per_token
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.cost import Hardware, checked_mfu, hardware, iso_loss, run_cost
+from stepline.trainer.plan.cost import asked_hardware, iso_loss, run_cost
 from stepline.trainer.plan.explain import plan_json, show
 from stepline.trainer.plan.law_file import named_law
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
@@ -50,7 +50,7 @@ def run_plan(ask: Request, as_json: bool) -> None:
         flops = 6 * (ask.active_params or ask.params)
     else:
         inputs, law, flops, config = from_config(ask, law)
-    machine = ask_hardware(ask, inputs)
+    machine = asked_hardware(ask.device, ask.peak_flops, ask.mfu, inputs.world_size)
     plan = make_plan(inputs, law)
     cost = None
     if machine is not None:
@@ -118,18 +118,3 @@ def corpus_tokens(config: Config) -> int | None:
     from stepline.trainer.data.dataset import load_meta
 
     return sum(load_meta(s.path).splits["train"].tokens for s in config.data.folders()) or None
-
-
-def ask_hardware(ask: Request, inputs: Inputs) -> Hardware | None:
-    """The machine that time is computed for; None when no device is named."""
-    if ask.device is not None and ask.peak_flops is not None:
-        raise UserError("give --device or --peak-flops, not both")
-    if ask.peak_flops is not None:
-        if not 1e9 <= ask.peak_flops <= 1e18:
-            raise UserError(f"--peak-flops is {ask.peak_flops:g}; it must be between 1e9 and 1e18 FLOP/s")
-        return Hardware("the given device", ask.peak_flops, *checked_mfu(ask.mfu), inputs.world_size)
-    if ask.device is None:
-        if ask.mfu is not None:
-            raise UserError("--mfu needs --device or --peak-flops")
-        return None
-    return hardware(ask.device, ask.mfu, inputs.world_size)

@@ -61,6 +61,23 @@ def hardware(device: str, mfu: float | None, gpus: int | None) -> Hardware:
     return Hardware(device, peak, *checked_mfu(mfu), gpus)
 
 
+def asked_hardware(
+    device: str | None, peak: float | None, mfu: float | None, gpus: int | None
+) -> Hardware | None:
+    """What --device or --peak-flops and --mfu name; None when they name nothing. Raises UserError."""
+    if device is not None and peak is not None:
+        raise UserError("give --device or --peak-flops, not both")
+    if peak is not None:
+        if not 1e9 <= peak <= 1e18:
+            raise UserError(f"--peak-flops is {peak:g}; it must be between 1e9 and 1e18 FLOP/s")
+        return Hardware("the given device", peak, *checked_mfu(mfu), gpus)
+    if device is not None:
+        return hardware(device, mfu, gpus)
+    if mfu is not None:
+        raise UserError("--mfu needs --device or --peak-flops")
+    return None
+
+
 def checked_mfu(mfu: float | None) -> tuple[float, bool]:
     """(MFU, whether it was measured)."""
     if mfu is None:

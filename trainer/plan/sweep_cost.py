@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepline.trainer.errors import UserError
-from stepline.trainer.plan.cost import Hardware, checked_mfu, hardware
+from stepline.trainer.plan.cost import asked_hardware
 from stepline.trainer.plan.sweep import SweepRun
 from stepline.trainer.watch.peaks import peak_flops
 
@@ -90,19 +89,9 @@ def find_rate(
 
     Raises UserError for an unknown device.
     """
-    if device is not None and peak is not None:
-        raise UserError("give --device or --peak-flops, not both")
-    if peak is not None and not 1e9 <= peak <= 1e18:
-        raise UserError(f"--peak-flops is {peak:g}; it must be between 1e9 and 1e18 FLOP/s")
-    machine = None
-    if peak is not None:
-        machine = Hardware("the given device", peak, *checked_mfu(mfu))
-    elif device is not None:
-        machine = hardware(device, mfu, None)
-    elif gpus and peak_flops(gpus[0]) is not None:
-        machine = hardware(gpus[0], mfu, None)
-    elif mfu is not None:
-        raise UserError("--mfu needs --device or --peak-flops")
+    if device is None and peak is None and gpus and peak_flops(gpus[0]) is not None:
+        device = gpus[0]
+    machine = asked_hardware(device, peak, mfu, None)
     if machine is not None:
         told = f"{machine.peak:.3g} FLOP/s of {machine.device} at MFU {machine.mfu:g}"
         return Rate(
