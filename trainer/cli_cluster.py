@@ -1,0 +1,49 @@
+"""The commands of clusters and machines: `stepline submit` and `stepline doctor`."""
+
+from typing import Annotated
+
+import typer
+
+from stepline.trainer.cli_options import Json
+
+
+def submit(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.", min=1)] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs, and ranks, of each node; 0: CPUs. \\[default: 8]", min=0)
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="Ranks of each node where there are no GPUs.", min=1)
+    ] = None,
+    time: Annotated[str, typer.Option(help="Time limit of one attempt, as sbatch takes it.")] = "24:00:00",
+    sbatch: Annotated[
+        str, typer.Option(help="More options for sbatch, e.g. '--partition=gpu --account=mine'.")
+    ] = "",
+    print_only: Annotated[bool, typer.Option("--print", help="Print the script, submit nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train as a SLURM job that saves and requeues itself at its time limit or a preemption.
+
+    Example: stepline submit dense-1b data.path=data/mine --nodes 4 --gpus-per-node 8 --time 12:00:00
+    """
+    from stepline.trainer.run.submit import Request, run_submit
+
+    run_submit(
+        Request(config, overrides or [], nodes, gpus_per_node, ranks_per_node, time, sbatch, print_only),
+        as_json,
+    )
+
+
+def doctor(
+    folder: Annotated[str, typer.Option(help="Where runs are kept: its free disk is looked at.")] = "runs",
+    as_json: Json = False,
+) -> None:
+    """What this machine can do and what is missing; under torchrun also an all-reduce between the ranks.
+
+    Example: torchrun --nproc-per-node 8 -m stepline.trainer doctor
+    """
+    from stepline.trainer.run.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(folder, as_json))
