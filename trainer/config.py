@@ -54,6 +54,9 @@ class DataConfig(Section):
     """Attend only within the same document of a packed window."""
     prefetch: int = Field(2, ge=1, le=64)
     """Batches read ahead by a background thread."""
+    verify: Annotated[Literal["auto", "start", "background", "off"], BeforeValidator(_off)] = "auto"
+    """Compare the shards that the run reads with their checksums: at the start; in the background of the training;
+    off; auto: at the start where a rank has at most 8 GB to read, else in the background."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "DataConfig":
@@ -233,6 +236,7 @@ MAY_CHANGE_ON_RESUME = (
     "parallel.timeout_s",
     "data.path",
     "data.prefetch",
+    "data.verify",
     "checkpoint.*",
     "logging.*",
     "run.folder",
