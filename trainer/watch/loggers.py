@@ -19,7 +19,10 @@ class Logger(Protocol):
     def log(self, row: dict[str, Any]) -> None:
         """One row, with at least `step`."""
 
-    def finish(self, exit_code: int = 0) -> None:
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Something that a person should know at once; level: info, warn or error."""
+
+    def finish(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
         """The run has ended."""
 
 
@@ -34,10 +37,15 @@ class Loggers:
         for logger in self.loggers:
             logger.log(row)
 
-    def finish(self, exit_code: int = 0) -> None:
-        """The run has ended."""
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Something that a person should know at once; level: info, warn or error."""
         for logger in self.loggers:
-            logger.finish(exit_code)
+            logger.alert(title, text, level)
+
+    def finish(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
+        """The run has ended; `summary` holds its last values."""
+        for logger in self.loggers:
+            logger.finish(exit_code, summary)
 
 
 class ProgressLogger:
@@ -73,7 +81,10 @@ class ProgressLogger:
         else:
             self._progress.update(self._task, completed=row["step"], description=text)
 
-    def finish(self, exit_code: int = 0) -> None:
+    def alert(self, title: str, text: str, level: str) -> None:
+        """Nothing: the log has it."""
+
+    def finish(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
         """Leaves the last state of the bar on the screen."""
         if self._progress is not None:
             self._progress.stop()
@@ -186,12 +197,22 @@ class WandbLogger:
         except Exception as error:
             self._off(_reason(error))
 
-    def finish(self, exit_code: int = 0) -> None:
+    def alert(self, title: str, text: str, level: str) -> None:
+        """A wandb alert, which reaches a person by mail or Slack."""
+        if self._run is None:
+            return
+        try:
+            self._run.alert(title, text, level=level.upper())
+        except Exception as error:
+            self._off(_reason(error))
+
+    def finish(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
         """Ends the wandb run with the exit code of this one."""
         run, self._run = self._run, None
         if run is None:
             return
         try:
+            run.summary.update(summary or {})
             run.finish(exit_code=exit_code)
         except Exception as error:
             self._off(_reason(error))

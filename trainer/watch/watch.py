@@ -1,36 +1,97 @@
-"""All that watches a run, behind one `log`: the metrics file, the terminal, wandb. Only rank 0 has any."""
+"""All that watches a run: the metrics file, the heartbeat, the terminal, wandb, alerts. Only rank 0 has any."""
 
 from pathlib import Path
 from typing import Any
 
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump
+from stepline.trainer.watch.alerts import Alerts
+from stepline.trainer.watch.heartbeat import Heartbeat
 from stepline.trainer.watch.loggers import Loggers, ProgressLogger, WandbLogger
 from stepline.trainer.watch.metrics import MetricsFile
 
+STATUS_OF_CODE = {0: "done", 75: "continue"}
+
 
 class Watch:
-    """Fans rows out; `start_step` is where a resumed run continues, later rows of the file are dropped."""
+    """Fans out what a run says of itself. Whatever happens to the watching, no method raises and the run goes on.
 
-    def __init__(self, folder: Path, config: Config, start_step: int, enabled: bool) -> None:
-        self.file, self.loggers = None, Loggers()
+    `start_step` is where a resumed run continues: later rows of metrics.jsonl are dropped. `plan` is what plan.json
+    holds. Where not `enabled` (every rank but 0), no method does anything.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        start_step: int,
+        enabled: bool,
+        *,
+        plan: dict[str, Any] | None = None,
+        attempt: int = 1,
+        world_size: int = 1,
+    ) -> None:
+        self.enabled, self.loggers = enabled, Loggers()
         if not enabled:
             return
+        self.batch_tokens, self.step = config.budget.batch_tokens, start_step
+        self.heartbeat = Heartbeat(
+            folder / "heartbeat.json",
+            steps=config.total_steps(),
+            start_step=start_step,
+            limit_s=config.parallel.timeout_s,
+            attempt=attempt,
+            world_size=world_size,
+        )
+        self.beat(start_step, "starting")
         self.file = MetricsFile(folder / "metrics.jsonl")
         self.file.truncate_after(start_step)
         self.loggers = Loggers(
             ProgressLogger(config.total_steps(), start_step),
             WandbLogger(folder, config.logging.project, folder.name, dump(config), config.logging.wandb),
         )
+        self.alerts = Alerts(self.loggers.alert, skipped=0, max_skipped=config.optimizer.guard.max_skipped)
 
     def log(self, row: dict[str, Any]) -> None:
         """One row of a step or of a validation; it holds `step` and `tokens`."""
-        if self.file is not None:
-            self.file.write(row)
+        if not self.enabled:
+            return
+        self.file.write(row)
         self.loggers.log(row)
+        self.heartbeat.fields |= {k: row[k] for k in ("loss", "tokens_per_second") if k in row}
+        self.alerts.row(row)
 
-    def close(self, exit_code: int = 0) -> None:
-        """The attempt has ended."""
-        if self.file is not None:
-            self.file.close()
-        self.loggers.finish(exit_code)
+    def beat(self, step: int, status: str, **fields: Any) -> None:
+        """There is progress: call it at every step, it writes heartbeat.json at most every 5 s.
+
+        status: starting, training, validating, saving; a change is written at once. fields: `tokens`,
+        `last_checkpoint`, `failed_saves`, or anything else that the file shall show; each stays until given again.
+        """
+        if not self.enabled:
+            return
+        self.step = step
+        median, count = self.heartbeat.times.median, self.heartbeat.times.count
+        fields.setdefault("tokens", step * self.batch_tokens)
+        took = self.heartbeat.beat(step, status, **fields)
+        if took is not None:
+            self.alerts.step(step, took, median, count)
+
+    def alert(self, title: str, text: str, level: str = "warn") -> None:
+        """Says something that cannot wait, in the log and as a wandb alert; level: info, warn or error.
+
+        The same title is said once in ten minutes.
+        """
+        if self.enabled:
+            self.alerts.say(title, text, level)
+
+    def close(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
+        """The attempt has ended: `done` with exit code 0, `continue` with 75 (saved, to be continued), else `failed`.
+
+        `summary` goes to wandb's summary of the run.
+        """
+        if not self.enabled:
+            return
+        status = STATUS_OF_CODE.get(exit_code, "failed")
+        self.file.close()
+        self.loggers.finish(exit_code, {"status": status, "exit_code": exit_code} | (summary or {}))
+        self.beat(self.step, status, exit_code=exit_code)

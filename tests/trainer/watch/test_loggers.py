@@ -37,6 +37,7 @@ class Terminal(io.StringIO):
 class FakeRun:
     def __init__(self, fail_at=None):
         self.rows, self.metrics, self.exit_code, self.fail_at = [], [], None, fail_at
+        self.summary = {}
 
     def define_metric(self, name, step_metric=None):
         self.metrics.append((name, step_metric))
@@ -127,7 +128,7 @@ def test_fan_out():
         def log(self, row):
             self.seen.append(row)
 
-        def finish(self, exit_code=0):
+        def finish(self, exit_code=0, summary=None):
             self.seen.append(exit_code)
 
     a, b = Recorder(), Recorder()

@@ -1,0 +1,71 @@
+"""What a person wants to be told of at once: spikes, divergence and stalls."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger("stepline")
+
+AGAIN_S = 600.0
+"""Seconds in which one title is said once."""
+STALL_FACTOR, STALL_LEAST_S, STALL_HISTORY = 10, 30.0, 5
+RISES = 3
+LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+
+
+class Alerts:
+    """Says each alert in the log and hands it to `send(title, text, level)`, the same title not more often than
+    every AGAIN_S seconds."""
+
+    def __init__(self, send: Callable[[str, str, str], None], skipped: int, max_skipped: int) -> None:
+        self._send = send
+        self._skipped, self._max_skipped = skipped, max_skipped
+        self._said: dict[str, float] = {}
+        self._kept_back: dict[str, int] = {}
+        self._validation: float | None = None
+        self._rises = 0
+
+    def say(self, title: str, text: str, level: str = "warn") -> None:
+        """level: info, warn or error."""
+        now = time.monotonic()
+        if now - self._said.get(title, -math.inf) < AGAIN_S:
+            self._kept_back[title] = self._kept_back.get(title, 0) + 1
+            return
+        self._said[title] = now
+        if count := self._kept_back.pop(title, 0):
+            text += f" ({count} more since it was said last)"
+        log.log(LEVELS[level], "%s: %s", title, text)
+        self._send(title, text, level)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Looks at a row of a step (`skipped`, `skipped_in_a_row`) or of a validation (`val_loss`)."""
+        skipped = row.get("skipped", self._skipped)
+        if row.get("skipped_in_a_row", 0) >= self._max_skipped:
+            text = f"the guard skipped {row['skipped_in_a_row']} steps in a row up to step {row['step']}"
+            self.say("Divergence", text + "; the run ends", "error")
+        elif skipped > self._skipped:
+            count = skipped - self._skipped
+            steps = "a NaN or a spike was skipped" if count == 1 else f"{count} NaNs or spikes were skipped"
+            self.say("Spike", f"{steps} up to step {row['step']}, {skipped} in the whole run")
+        self._skipped = skipped
+        if (loss := row.get("val_loss")) is not None:
+            self._validated(row["step"], loss)
+
+    def step(self, step: int, seconds: float | None, median: float | None, count: int) -> None:
+        """A step took `seconds`; the `count` steps before it took `median` seconds."""
+        if seconds is None or median is None or count < STALL_HISTORY:
+            return
+        if seconds > STALL_LEAST_S and seconds > STALL_FACTOR * median:
+            self.say("Stall", f"step {step} took {seconds:.0f} s; the steps before it took {median:.2g} s")
+
+    def _validated(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            self.say("Divergence", f"the validation loss at step {step} is {loss}", "error")
+            return
+        rose = self._validation is not None and loss > self._validation
+        self._rises = self._rises + 1 if rose else 0
+        self._validation = loss
+        if self._rises == RISES:
+            self.say("Validation loss rises", f"{RISES} times in a row, to {loss:.4f} at step {step}")
