@@ -1,7 +1,9 @@
 """The commands. Each imports what it needs when it runs, so that `--help` answers at once."""
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -137,10 +139,24 @@ def train(
 
     Example: torchrun --nproc-per-node 8 -m stepline.trainer train configs/dense-1b.yaml data.path=data/mine
     """
+    from stepline.trainer.run.signals import StopSignal
+
+    stop = None if dry_run else StopSignal.install()  # before torch, which takes seconds to import
     from stepline.trainer.run.launch import dry_run as show
     from stepline.trainer.run.launch import run_training
 
-    raise typer.Exit((show if dry_run else run_training)(config, overrides or [], resume))
+    if dry_run:
+        raise typer.Exit(show(config, overrides or [], resume))
+    try:
+        code = run_training(config, overrides or [], resume, stop)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code == 1:  # at once: the other ranks are gone, and what waits for them would wait on
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 app.command()(sweep)

@@ -165,9 +165,11 @@ class CheckpointConfig(Section):
     """What is kept on disk."""
 
     every: Auto | Annotated[Count, Field(ge=1)] = "auto"
-    """Steps between checkpoints; auto: a tenth of the run, at most 1000."""
+    """Steps between permanent checkpoints, which all stay, like the last; auto: a tenth of the run."""
+    ephemeral_minutes: float | None = Field(5.0, gt=0)
+    """Minutes between ephemeral checkpoints, for a restart; null: none but those of a run that is told to stop."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept; the last of a run is always among them."""
+    """Newest ephemeral checkpoints that are kept."""
 
 
 class LoggingConfig(Section):

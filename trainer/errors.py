@@ -16,3 +16,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 class TrainingStopped(Exception):
     """The run ended itself on all ranks (too many skipped steps): one sentence, exit code 1."""
+
+
+class ToBeContinued(Exception):
+    """The run was told to stop and has saved, on all ranks: one sentence, exit code 75."""

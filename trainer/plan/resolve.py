@@ -122,7 +122,7 @@ def resolve(
 
     steps = config.total_steps()
     settle("schedule", "warmup_steps", min(2000, max(1, steps // 10)), "10 % of the steps")
-    settle("checkpoint", "every", max(1, min(1000, steps // 10)), "a tenth of the run")
+    settle("checkpoint", "every", max(1, steps // 10), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
     # Who sets lr and weight decay by hand has no use for what is wrong with the laws.
     return plan, crowded + (list(plan.warnings) if planned else [])

@@ -1,10 +1,13 @@
-"""Checkpoints: torch.distributed.checkpoint, written in the background, valid only with COMPLETE."""
+"""Checkpoints: torch.distributed.checkpoint (DCP), written in the background, valid only with COMPLETE."""
 
 import json
-import os
+import logging
 import shutil
+import threading
+import time
 import warnings
-from concurrent.futures import Future
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,116 +15,255 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stepline.trainer.errors import UserError
+from stepline.trainer.files import write_whole
+from stepline.trainer.run.manifest import (
+    COMPLETE,
+    DAMAGED,
+    MANIFEST,
+    STATE,
+    checkpoint_path,
+    complete_checkpoints,
+    damaged,
+    damages,
+    file_entry,
+    read_manifest,
+    remove,
+    retire,
+    step_of,
+)
 
-COMPLETE = "COMPLETE"
-STATE = "state.json"
+log = logging.getLogger("stepline")
 
-
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first; one without COMPLETE is never among them."""
-    return sorted(p.parent for p in (run / "checkpoints").glob(f"step-*/{COMPLETE}"))
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest complete one of the run at `path`; raises UserError."""
-    if (path / COMPLETE).is_file():
-        return path
-    found = complete_checkpoints(path)
-    if not found:
-        raise UserError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
-    return found[-1]
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run's folder to which a checkpoint belongs."""
-    return checkpoint.resolve().parent.parent
+PERMANENT, EPHEMERAL = "permanent", "ephemeral"
+SPARE_BYTES = 16 * 2**20  # beside the tensors: metadata, and what other programs write meanwhile
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: step, tokens, data cursor, fingerprints."""
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the run goes on without it."""
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written."""
+
+    path: Path
+    content: dict[str, Any]
+    """Of state.json."""
+    kind: str
+    needed: int
+    """Bytes."""
+    thread: threading.Thread | None = None
+    error: BaseException | None = field(default=None)
+
+
+def stored_names(checkpoint: Path) -> set[str]:
+    """The names of the tensors in a checkpoint; raises UserError where it is damaged."""
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(checkpoint) from error
+        return set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+    except Exception as error:  # an unpickled file may raise anything
+        raise damaged(checkpoint, "its metadata cannot be read") from error
 
 
-def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+def load_tensors(
+    checkpoint: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None
+) -> None:
     """Reads the named tensors in place; DTensors of any layout get their part (resharding included).
 
-    Raises UserError where the checkpoint is damaged or holds other names or shapes.
+    group: of gloo, for the planning. Raises UserError where the checkpoint is damaged or holds other names or shapes.
     """
     alone = not dist.is_initialized()
     with warnings.catch_warnings():
         if alone:  # that a single process loads is what is asked for
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=alone)
+            dcp.load(tensors, checkpoint_id=checkpoint, process_group=group, no_dist=alone)
         except CheckpointException as error:
             for reason, _ in error.failures.values():
                 if isinstance(reason, torch.OutOfMemoryError | KeyboardInterrupt):
                     raise
                 if str(reason).startswith(("Size mismatch", "Missing key")):
                     raise UserError(f"the weights in {checkpoint} do not fit this model: {reason}") from error
-            raise _damaged(checkpoint) from error
+            raise damaged(checkpoint, "its tensors cannot be read") from error
 
 
-def _damaged(checkpoint: Path) -> UserError:
-    earlier = [p.name for p in complete_checkpoints(run_of(checkpoint)) if p.name < checkpoint.name]
-    instead = f"use an earlier one ({', '.join(earlier)})" if earlier else "its run has no earlier one"
-    return UserError(f"the checkpoint {checkpoint} is damaged; {instead}")
+def sound_checkpoint(
+    newest: Path, run: Path, group: dist.ProcessGroup, *, only_this: bool
+) -> tuple[Path, list[str]]:
+    """The newest checkpoint up to `newest` whose files are as they were written, the same on all ranks.
+
+    A damaged one is named in the second value and no longer counts. Raises UserError when none is left, or when
+    `only_this` one is asked for. A collective: the ranks share the reading.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    notes: list[str] = []
+    candidates = [p for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]
+    for checkpoint in reversed(candidates):
+        found: list = [None] * ranks
+        dist.all_gather_object(found, damages(checkpoint, rank, ranks), group=group)
+        problems = sorted({problem for part in found for problem in part})
+        if not problems:
+            return checkpoint, notes
+        if only_this:
+            raise damaged(checkpoint, problems[0])
+        notes.append(f"the checkpoint {checkpoint} is damaged ({problems[0]}): the one before it is used")
+        log.warning("%s", notes[-1])
+        dist.barrier(group=group)
+        if rank == 0:
+            retire(checkpoint, DAMAGED)
+    raise UserError(
+        f"every checkpoint of {run} is damaged ({problems[0]} in {checkpoint.name}); "
+        f"restore one, or remove {run / 'checkpoints'} to start again"
+    )
 
 
 class Checkpointer:
-    """Saves in the background; rank 0 completes, names and removes checkpoints.
+    """Saves in the background; rank 0 makes the folders, completes, and removes old ephemeral checkpoints.
 
-    Tensors are copied before `save` returns, so training goes on at once. The planning between ranks has a gloo
-    group of its own: it runs in a thread beside the training's collectives.
+    `save` copies the tensors to host memory before it returns, so training goes on at once; all else, the ranks'
+    agreement included, happens in a thread with a gloo group of its own. A checkpoint that cannot be written (a full
+    disk) is reported to `on_failure`, on all ranks alike, and the run goes on.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self.folder = run / "checkpoints"
-        self.keep = keep
+    def __init__(
+        self, run: Path, keep: int, device: torch.device, on_failure: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.run, self.keep, self.on_failure = run, keep, on_failure
         self.group = dist.new_group(backend="gloo")
-        self.pending: tuple[Path, dict[str, Any], Future] | None = None
+        pinned = device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self.last: Path | None = None
+        """The newest checkpoint that this process completed."""
+        self.failed = 0
+        """Checkpoints in a row that could not be written."""
+        self.stalled_s = 0.0
+        """Seconds that the last `save` kept the training waiting."""
+        self._pending: _Pending | None = None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], kind: str) -> None:
         """Starts a checkpoint of `step`; the one before is completed first."""
+        begun = time.perf_counter()
         self.finish()
-        path = self.folder / f"step-{step:06d}"
-        if dist.get_rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)  # left by an attempt that died while writing
-            path.mkdir(parents=True)
-        dist.barrier(group=self.group)
-        future = dcp.async_save(tensors, checkpoint_id=path, process_group=self.group)
-        self.pending = (path, state, future)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
+        pending = _Pending(checkpoint_path(self.run, step), state, kind, needed)
+        staged = self.stager.stage(tensors)
+        pending.thread = threading.Thread(
+            target=self._write, args=(pending, staged), daemon=True, name="checkpoint"
+        )
+        self._pending = pending
+        pending.thread.start()
+        self.stalled_s = time.perf_counter() - begun
+
+    @property
+    def name(self) -> str | None:
+        """Of the newest checkpoint that this process completed."""
+        return None if self.last is None else self.last.name
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written by this rank."""
+        return self._pending is not None and self._pending.thread.is_alive()
 
     def poll(self) -> None:
-        """Completes the pending checkpoint if it is written. Not a collective: rank 0 alone completes."""
-        if self.pending is not None and self.pending[2].done():
+        """Takes note of a checkpoint that is written by now."""
+        if not self.busy:
             self.finish()
 
-    def finish(self) -> None:
-        """Waits for the pending checkpoint; raises what went wrong in the background."""
-        if self.pending is None:
-            return
-        path, state, future = self.pending
-        self.pending = None
-        future.result()
+    def finish(self) -> bool:
+        """Waits for the pending checkpoint; whether the newest one asked for is on disk.
+
+        Raises what went wrong in the background when it is no failure of the storage.
+        """
+        if self._pending is None:
+            return self.failed == 0
+        pending, self._pending = self._pending, None
+        pending.thread.join()
+        if pending.error is None:
+            self.last, self.failed = pending.path, 0
+            return True
+        if not isinstance(pending.error, SaveFailed | OSError | CheckpointException):
+            raise pending.error
+        self.failed += 1
+        sentence = f"checkpoint {pending.path.name} could not be saved ({_reason(pending.error)})"
+        log.error("%s", sentence)
+        self.on_failure(sentence)
+        return False
+
+    def _write(self, pending: _Pending, staged: dict[str, torch.Tensor]) -> None:
+        """The thread's work, on all ranks; only the last lines make the checkpoint count."""
+        path, rank = pending.path, dist.get_rank()
+        try:
+            try:
+                self._on_rank_0(lambda: self._make_room(pending))
+                writer = dcp.FileSystemWriter(path, sync_files=True)
+                dcp.save(staged, storage_writer=writer, process_group=self.group)
+                mine = {p.name: file_entry(p) for p in path.glob(f"__{rank}_*.distcp")}
+                parts: list = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, mine, group=self.group)
+                files = {name: entry for part in parts for name, entry in part.items()}
+                self._on_rank_0(lambda: self._complete(pending, files))
+            except (SaveFailed, OSError, CheckpointException):
+                if rank == 0:
+                    shutil.rmtree(path, ignore_errors=True)  # what was half-written takes room
+                raise
+        except BaseException as error:
+            pending.error = error
+
+    def _on_rank_0(self, action: Callable[[], None]) -> None:
+        """Rank 0's part; its failure is the failure of all."""
+        failure: list[str | None] = [None]
         if dist.get_rank() == 0:
-            _write(path / STATE, json.dumps(state, indent=1) + "\n")
-            _write(path / COMPLETE, "")
-            for old in complete_checkpoints(path.parent.parent)[: -self.keep]:
-                (old / COMPLETE).unlink()
-                shutil.rmtree(old)
+            try:
+                action()
+            except OSError as error:
+                failure = [_reason(error)]
+        dist.broadcast_object_list(failure, src=0, group=self.group)
+        if failure[0] is not None:
+            raise SaveFailed(failure[0])
+
+    def _make_room(self, pending: _Pending) -> None:
+        """An empty folder on a disk with enough space; old ephemeral checkpoints make way, the newest one stays."""
+        path = pending.path
+        if path.exists():
+            shutil.rmtree(path)  # left by an attempt that died while writing, or superseded
+        path.mkdir(parents=True)
+        while (free := shutil.disk_usage(path).free) < pending.needed:
+            if not self._remove_ephemeral(complete_checkpoints(self.run)[:-1], keep=0):
+                path.rmdir()
+                raise OSError(f"needs {pending.needed / 1e9:.3g} GB on a disk with {free / 1e9:.3g} GB free")
+
+    def _complete(self, pending: _Pending, files: dict[str, dict[str, int]]) -> None:
+        """Writes what beside the tensors makes a checkpoint, COMPLETE last; then removes what is no longer kept."""
+        path = pending.path
+        write_whole(path / STATE, json.dumps(pending.content, indent=1) + "\n")
+        for name in (STATE, ".metadata"):
+            files[name] = file_entry(path / name)
+        manifest = {"kind": pending.kind, "step": step_of(path), "torch": torch.__version__, "files": files}
+        write_whole(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_whole(path / COMPLETE, "")
+        self._remove_ephemeral(complete_checkpoints(self.run), keep=self.keep)
+
+    def _remove_ephemeral(self, checkpoints: list[Path], keep: int) -> int:
+        """Removes all but the newest `keep` of the ephemeral ones; returns how many."""
+        ephemeral = [p for p in checkpoints if _kind(p) == EPHEMERAL]
+        old = ephemeral[: max(len(ephemeral) - keep, 0)]
+        for checkpoint in old:
+            remove(checkpoint)
+        return len(old)
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes a file so that it is whole or absent, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _kind(checkpoint: Path) -> str:
+    try:
+        return read_manifest(checkpoint)["kind"]
+    except UserError:
+        return PERMANENT  # what cannot be read is not ours to remove
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, of any rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]

@@ -15,8 +15,8 @@ from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
-from stepline.trainer.run.checkpoint import find_checkpoint, run_of
 from stepline.trainer.run.evaluate import evaluate
+from stepline.trainer.run.manifest import find_checkpoint, run_of
 from stepline.trainer.run.state import load_weights
 
 

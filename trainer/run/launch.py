@@ -1,95 +1,151 @@
 """From a command line to a finished run: logs, process group, outcome, exit code."""
 
-import json
+import contextlib
+import faulthandler
 import logging
 import os
+import signal
+import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 
 from stepline.comm.mesh import World, check_rendezvous, start_process_group
-from stepline.trainer.errors import TrainingStopped, UserError
-from stepline.trainer.run.checkpoint import complete_checkpoints
+from stepline.trainer.errors import ToBeContinued, TrainingStopped, UserError
+from stepline.trainer.files import locked
+from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
+from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_of
+from stepline.trainer.run.outcome import (
+    DONE,
+    FAILED,
+    TO_BE_CONTINUED,
+    USER_ERROR,
+    forget_outcome,
+    stopped_by_this_launcher,
+    write_outcome,
+)
+from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, make_folder, start_job
 
-DONE, FAILED, USER_ERROR = 0, 1, 2
+LOCK = ".training.lock"
+LOCK_WAIT_S = 20.0  # the attempt before may be about to end
+SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
+TIMEOUT_SPARE_S = (
+    30.0  # so that the watchdog, which writes the stacks, comes before the process group's own limit
+)
 
 log = logging.getLogger("stepline")
 
 
-def run_training(config: str, overrides: list[str], resume: str) -> int:
-    """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node."""
-    try:
-        world = World.from_environment()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    try:
-        job = start_job(config, overrides, resume, world)
-    except UserError as error:
-        if world.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    if job.resume_from is not None and complete_checkpoints(job.folder)[-1] == job.resume_from:
-        finished = int(job.resume_from.name.removeprefix("step-")) >= job.config.total_steps()
-        if finished:
+def run_training(config: str, overrides: list[str], resume: str, stop: StopSignal | None = None) -> int:
+    """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node.
+
+    stop: takes the signals that ask the run to save and leave.
+    """
+    stop = stop or StopSignal()
+    world = World(0, 1, 0, 1)
+    with contextlib.ExitStack() as held:
+        try:
+            world = World.from_environment()
+            job = start_job(config, overrides, resume, world)
+            if _is_finished(job):
+                if world.rank == 0:
+                    print(
+                        f"{job.folder} is finished; choose another run.folder for a new run", file=sys.stderr
+                    )
+                return DONE
+            if stopped_by_this_launcher(job.folder):
+                if world.rank == 0:
+                    print(f"{job.folder} was told to stop and has saved; start it again", file=sys.stderr)
+                return TO_BE_CONTINUED
+            check_rendezvous(world)
+            make_folder(job.folder)
             if world.rank == 0:
-                print(f"{job.folder} is finished; choose another run.folder for a new run", file=sys.stderr)
-            return DONE
+                held.enter_context(_only_one(job.folder))
+            _join(job)
+            number, stacks = _start_logs(job)
+        except (UserError, ValueError) as error:
+            if world.local_rank == 0:
+                print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR
+        try:
+            code = _run(job, stop, number, stacks)
+        except BaseException:
+            if world.size == 1:  # otherwise it might wait for ranks that are gone
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+        return code
+
+
+def _is_finished(job: Job) -> bool:
+    """Whether the run to continue has made its last step and its last validation."""
+    steps = job.config.total_steps()
+    return job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path):
+    """Keeps two runs out of one folder; raises UserError where the other one does not end soon."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        with locked(folder / LOCK, wait=False) as mine:
+            if mine is not None:
+                yield
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"another process trains in {folder}; wait for its end or choose another run.folder"
+            )
+        time.sleep(0.5)
+
+
+def _join(job: Job) -> None:
+    """Starts the process group; raises UserError where that cannot be."""
     try:
-        check_rendezvous(world)
-        make_folder(job.folder)
-    except (UserError, ValueError) as error:
-        if world.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    try:
-        start_process_group(world, job.device, job.config.parallel.timeout_s)
+        start_process_group(job.world, job.device, job.config.parallel.timeout_s + TIMEOUT_SPARE_S)
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if world.rank == 0:
-            reason = (
-                "is in use"
-                if "EADDRINUSE" in str(error)
-                else f"cannot be used ({str(error).splitlines()[0]})"
-            )
-            print(
-                f"error: port {address} {reason}; choose another with --master-port or MASTER_PORT",
-                file=sys.stderr,
-            )
-        return USER_ERROR
-    try:
-        return _run(job)
-    finally:
-        dist.destroy_process_group()
+        taken = "EADDRINUSE" in str(error)
+        reason = "is in use" if taken else f"cannot be used ({str(error).splitlines()[0]})"
+        raise UserError(
+            f"port {address} {reason}; choose another with --master-port or MASTER_PORT"
+        ) from error
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"not all {job.world.size} ranks came within {job.config.parallel.timeout_s:g} s (parallel.timeout_s): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
-def _run(job: Job) -> int:
+def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
     from stepline.trainer.run.loop import train
 
-    attempt = _start_logs(job)
     started = time.time()
-    outcome = {"status": "done", "exit_code": DONE, "attempt": attempt}
+    outcome: dict = {}
+    code = FAILED
     try:
         _check_layout_alike(job)
-        outcome |= train(job)
-    except (UserError, TrainingStopped) as error:
-        code = USER_ERROR if isinstance(error, UserError) else FAILED
-        outcome |= {"status": "stopped", "exit_code": code, "message": str(error)}
-        log.error("error: %s", error)
+        outcome |= train(job, stop, number, stacks)
+        code = DONE
+    except (UserError, TrainingStopped, ToBeContinued) as error:
+        code = {UserError: USER_ERROR, TrainingStopped: FAILED, ToBeContinued: TO_BE_CONTINUED}[type(error)]
+        outcome |= {"message": str(error)}
+        log.error("%s%s", "" if code == TO_BE_CONTINUED else "error: ", error)
     except BaseException as error:
-        outcome |= {"status": "failed", "exit_code": FAILED, "message": f"{type(error).__name__}: {error}"}
+        outcome |= {"message": f"rank {job.world.rank}: {type(error).__name__}: {error}"}
         log.error("%s", traceback.format_exc())
         raise
     finally:
-        if job.world.rank == 0:
-            outcome["seconds"] = round(time.time() - started, 1)
-            _write_outcome(job.folder, outcome)
-    return outcome["exit_code"]
+        outcome["seconds"] = round(time.time() - started, 1)
+        if job.world.rank == 0 or code == FAILED:  # the rank that fails first knows why
+            write_outcome(job.folder, number, code, **outcome)
+    return code
 
 
 def _check_layout_alike(job: Job) -> None:
@@ -104,23 +160,25 @@ def _check_layout_alike(job: Job) -> None:
         )
 
 
-def _write_outcome(folder: Path, outcome: dict) -> None:
-    (folder / "outcome.json").write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+def _start_logs(job: Job) -> tuple[int, TextIO]:
+    """Opens logs/attempt-K/rank-R.log on every rank; rank 0 also speaks on standard error. Returns K and the file.
 
-
-def _start_logs(job: Job) -> int:
-    """Opens logs/attempt-K/rank-R.log on every rank; rank 0 also speaks on standard error. Returns K."""
+    A crash of the interpreter, or SIGUSR2 at any time, writes the stacks of all threads to that file. Raises
+    UserError on all ranks where one of them does not see the folder that rank 0 made.
+    """
     attempt = [0]
     if job.world.rank == 0:
+        forget_outcome(job.folder)
+        for left in incomplete_checkpoints(job.folder):
+            remove(left)
         earlier = [int(p.name.removeprefix("attempt-")) for p in (job.folder / "logs").glob("attempt-*")]
         attempt = [max(earlier, default=0) + 1]
         (job.folder / "logs" / f"attempt-{attempt[0]}").mkdir(parents=True)
     dist.broadcast_object_list(attempt, src=0)
     folder = job.folder / "logs" / f"attempt-{attempt[0]}"
-    folder.mkdir(parents=True, exist_ok=True)  # a node whose file system shows the folder late
-    handlers: list[logging.Handler] = [
-        logging.FileHandler(folder / f"rank-{job.world.rank}.log", encoding="utf-8")
-    ]
+    _check_folder_shared(job, folder)
+    in_file = logging.FileHandler(folder / f"rank-{job.world.rank}.log", encoding="utf-8")
+    handlers: list[logging.Handler] = [in_file]
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if job.world.rank == 0:
         handlers.append(logging.StreamHandler(sys.stderr))
@@ -128,7 +186,24 @@ def _start_logs(job: Job) -> int:
     log.handlers[:] = handlers
     log.setLevel(logging.INFO)
     log.propagate = False
-    return attempt[0]
+    logging.raiseExceptions = False  # a full disk must not fill the terminal
+    faulthandler.enable(in_file.stream)
+    faulthandler.register(signal.SIGUSR2, in_file.stream)
+    return attempt[0], in_file.stream
+
+
+def _check_folder_shared(job: Job, folder: Path) -> None:
+    deadline = time.monotonic() + SLOW_FOLDER_S
+    while not folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind: list = [None] * job.world.size
+    dist.all_gather_object(blind, None if folder.is_dir() else socket.gethostname())
+    hosts = sorted({host for host in blind if host is not None})
+    if hosts:
+        raise UserError(
+            f"{', '.join(hosts)} does not see {job.folder} as rank 0 does; put run.folder on a file system that all "
+            "nodes share"
+        )
 
 
 def dry_run(config: str, overrides: list[str], resume: str) -> int:

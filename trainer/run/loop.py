@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -13,27 +13,29 @@ from stepline.comm.mesh import build_mesh
 from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import write_config
-from stepline.trainer.data.loader import ValidationLoader
+from stepline.trainer.data.verify import start_verifying
 from stepline.trainer.errors import TrainingStopped
+from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import lr_multiplier
 from stepline.trainer.plan.explain import plan_json
-from stepline.trainer.run.checkpoint import Checkpointer
-from stepline.trainer.run.evaluate import evaluate
+from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due
+from stepline.trainer.run.outcome import DONE, FAILED, TO_BE_CONTINUED
 from stepline.trainer.run.profile import profiler
+from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepResult, train_step
-from stepline.trainer.watch.speed import Speedometer
-from stepline.trainer.watch.watch import Watch
+from stepline.trainer.watch.loggers import run_id
 
 log = logging.getLogger("stepline")
 
 
-def train(job: Job) -> dict[str, float]:
-    """Runs a job to its last step in an already started process group; returns the last validation's
-    values and `train_seconds`, without validation and saving.
+def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, float]:
+    """Attempt `number` of a job, to its last step, in an already started process group; returns the last
+    validation's values and `train_seconds`, without validation and saving.
 
-    Raises TrainingStopped when the guard skipped too many steps in a row.
+    stacks: file for the stacks of a rank that hangs. Raises ToBeContinued after a signal to any rank, TrainingStopped
+    when the guard skipped too many steps in a row or the last checkpoint cannot be saved, UserError for damaged data.
     """
     config, device, world = job.config, job.device, job.world
     torch.manual_seed(config.run.seed)
@@ -44,57 +46,67 @@ def train(job: Job) -> dict[str, float]:
     torch.set_float32_matmul_precision("high" if config.precision.compute == "bf16" else "highest")
 
     mesh = build_mesh(device, world.size, config.parallel.shard)
+    group = dist.new_group(backend="gloo")  # of the host's own bookkeeping
+    verifier = start_verifying(config, job.metas, world.rank, world.size)
+    refuse_damaged_data(verifier, group, since=0)
     state = TrainState.create(config, device, mesh, world.rank, job.fingerprints)
     if job.resume_from is not None:
-        state.load(job.resume_from)
-        log.info("continuing %s at step %d", job.resume_from, state.step)
+        go_on(job, state, group)
     elif config.run.init_from is not None:
         log.info("weights from %s", load_weights(state.model, config.run.init_from))
-    _describe(job, state)
+    plan = _describe(job, state, number)
 
     steps = config.total_steps()
-    checkpointer = Checkpointer(job.folder, config.checkpoint.keep)
-    watch = Watch(job.folder, config, state.step, enabled=world.rank == 0)
-    speed = Speedometer(config, device, world.size, state.step)
-    validation: dict[str, float] = {}
-    saved_step = state.step if job.resume_from is not None else -1
-    exit_code = 1
+    attempt = Attempt(job, state, stop, verifier, group, number, stacks, plan)
+    watch, consensus = attempt.watch, attempt.consensus
+    validation: dict[str, float] | None = {}
+    exit_code = FAILED
     try:
-        with profiler(config, job.folder, world.rank, device) as profile:
-            while state.step < steps:
+        with attempt.dog, profiler(config, job.folder, world.rank, device) as profile:
+            stopping = attempt.told_to_stop()
+            if not stopping and attempt.owes_validation():
+                validation = attempt.validate(whole=state.step == steps)
+                stopping = attempt.told_to_stop()
+            while state.step < steps and not stopping:
+                consensus.begin(attempt.wishes())
                 batch = next(state.loader)
                 lr = config.optimizer.lr * learning_rate_multiplier(config, state.step)
                 result = train_step(state, batch, lr)
                 state.step += 1
                 state.tokens += config.budget.batch_tokens
                 profile.step()
+                agreed = attempt.agreed()
+                stopping = agreed.stop
 
                 last = state.step == steps
                 if state.step % config.logging.every == 0 or last or state.step == 1:
-                    row = step_row(state, result, lr) | speed.lap(state.step)
+                    row = step_row(state, result, lr) | attempt.speed.lap(state.step)
                     watch.log(row)
                     stop_after_skips(row["skipped_in_a_row"], config)
 
-                every = config.logging.eval_every
-                if last or (every and state.step % every == 0):
-                    with speed.paused():
-                        validation = validate(state, whole=last)
-                    if job.expected is not None:  # beside the loss, wherever that is shown
-                        validation["expected_final_loss"] = job.expected.loss
-                    watch.log({"step": state.step, "tokens": state.tokens} | validation)
+                if validation_due(state.step, config) and not stopping:
+                    validation = attempt.validate(whole=last)
+                    stopping = attempt.told_to_stop() if validation is None else 0
 
-                checkpointer.poll()
-                if state.step % config.checkpoint.every == 0 or last:
-                    with speed.paused():
-                        checkpointer.save(state.step, state.tensors(), state.counters())
-                    saved_step = state.step
-        checkpointer.finish()
-        exit_code = 0
+                attempt.saver.poll()
+                permanent = last or state.step % config.checkpoint.every == 0
+                if permanent or agreed.save or stopping:
+                    attempt.save(permanent)
+                watch.beat(state.step, "training", tokens=state.tokens, last_checkpoint=attempt.saver.name)
+            attempt.finish_saving()
+        exit_code = TO_BE_CONTINUED if stopping else DONE
+    except TrainingStopped as error:
+        attempt.saver.finish()
+        watch.alert("Training stopped", str(error), "error")
+        raise
     finally:
         state.loader.close()
-        watch.close(exit_code)
-    log.info("done at step %d, checkpoint of step %d", state.step, saved_step)
-    return validation | {"train_seconds": round(speed.total, 1)}
+        verifier.close()
+        watch.close(exit_code, validation)
+    if stopping:
+        raise attempt.to_be_continued(stopping)
+    log.info("done at step %d, checkpoint of step %d", state.step, attempt.saved_step)
+    return validation | {"train_seconds": round(attempt.speed.total, 1)}
 
 
 def learning_rate_multiplier(config: Config, step: int) -> float:
@@ -133,30 +145,8 @@ def stop_after_skips(in_a_row: int, config: Config) -> None:
         )
 
 
-def validate(state: TrainState, whole: bool) -> dict[str, float]:
-    """Held-out loss and bits per byte, over every source (one number each where there are several)."""
-    config = state.config
-    results = {}
-    for source in config.data.folders():
-        loader = ValidationLoader(
-            source.path,
-            config.logging.eval_split,
-            seq_len=config.data.seq_len,
-            micro_batch=config.parallel.micro_batch,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            max_windows=None if whole else config.logging.eval_windows,
-            confine_attention=config.data.confine_attention,
-        )
-        results[source.path.name] = evaluate(state.model, loader, state.device)
-    if len(results) == 1:
-        return next(iter(results.values()))
-    mean = {k: sum(r[k] for r in results.values()) / len(results) for k in ("val_loss", "val_bits_per_byte")}
-    return mean | {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()}
-
-
-def _describe(job: Job, state: TrainState) -> None:
-    """Writes what the run is (rank 0) and says it in a few lines."""
+def _describe(job: Job, state: TrainState, number: int) -> dict[str, Any]:
+    """Writes what the run is (rank 0) and says it in a few lines; returns what plan.json holds."""
     config = job.config
     counts = parameter_counts(config.model)
     log.info(
@@ -173,18 +163,18 @@ def _describe(job: Job, state: TrainState) -> None:
         log.info("expected at the end: validation loss %.3f by %s", job.expected.loss, job.expected.source)
     for note in job.notes:
         log.warning("%s", note)
+    path, plan = job.folder / "plan.json", {}
     if job.world.rank == 0:
+        state.run_id = run_id(job.folder)
         write_config(config, job.origins, job.folder / "config.yaml")
-        if job.resume_from is None:  # a resumed run keeps its plan
+        if job.resume_from is None or not path.exists():  # a resumed run keeps its plan
             plan = plan_json(job.plan) | {
                 "data": job.fingerprints,
                 "eval_split": config.logging.eval_split,
                 "expected_final_loss": None if job.expected is None else asdict(job.expected),
             }
-            (job.folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-        write_environment(job, attempt=_attempt(job.folder))
+            write_whole(path, json.dumps(plan, indent=2) + "\n")
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        write_environment(job, number)
     dist.barrier()
-
-
-def _attempt(folder: Path) -> int:
-    return max((int(p.name.removeprefix("attempt-")) for p in (folder / "logs").glob("attempt-*")), default=1)
+    return plan

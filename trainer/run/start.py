@@ -17,8 +17,16 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_expectation
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
-from stepline.trainer.run.checkpoint import complete_checkpoints, find_checkpoint, read_state
 from stepline.trainer.run.device_memory import device_memory
+from stepline.trainer.run.manifest import (
+    complete_checkpoints,
+    damaged,
+    damages,
+    find_checkpoint,
+    incomplete_checkpoints,
+    read_state,
+    step_of,
+)
 
 RUN_MARKS = ("config.yaml", "logs", "checkpoints", "metrics.jsonl", "run_id")
 """One of them makes a folder a run's."""
@@ -42,6 +50,8 @@ class Job:
     """Held-out loss at the end, where the user's own numbers tell."""
     resume_from: Path | None = None
     """Checkpoint to continue from."""
+    resume_chosen: bool = False
+    """Whether the user named it; otherwise an earlier one may take its place."""
     notes: list[str] = field(default_factory=list)
     """Warnings of the plan and what this machine cannot do, each one sentence."""
 
@@ -81,11 +91,12 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     """
     config, origins = load_config(name, overrides)
     check_folder(config.run.folder)
-    resume_from = _checkpoint_to_resume(config.run.folder, resume)
+    resume_from, damage = _checkpoint_to_resume(config.run.folder, resume)
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins)
     device, notes = pick_device(config.run.device, world)
+    notes = damage + notes
     config.run.device = device.type
 
     sources = [source.path for source in config.data.folders()]
@@ -107,7 +118,8 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
             f"the budget of {budget:,} tokens repeats the corpus of {corpus:,} {budget / corpus:.1f} times"
         )
 
-    job = Job(config, origins, world, device, metas, plan, None, resume_from, notes)
+    chosen = resume not in ("auto", "never")
+    job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, notes)
     if resume_from is None:
         job.expected = expected_final_loss(plan, job.folder, job.fingerprints, config.logging.eval_split)
     else:
@@ -154,22 +166,46 @@ def _unusable(folder: Path, reason: str) -> UserError:
     return UserError(f"run.folder {folder} cannot be used ({reason}); choose another run.folder")
 
 
-def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
+def _checkpoint_to_resume(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """Where to go on, and what was passed over. Sizes are checked here, checksums by all ranks together."""
     found = complete_checkpoints(folder)
     if resume == "never":
         if found:
             raise UserError(
                 f"{folder} holds a run already; choose another run.folder or resume it (--resume auto)"
             )
-        return None
+        return None, []
     if resume == "auto":
-        return found[-1] if found else None
+        return _newest_sound(folder, found)
     path = Path(resume)
-    if path not in found and path.resolve() not in [p.resolve() for p in found]:
+    same = [p for p in found if p.resolve() == path.resolve()]
+    if not same:
         raise UserError(
             f"{path} is no complete checkpoint of {folder}; it has {[p.name for p in found] or 'none'}"
         )
-    return path
+    problems = damages(same[0], checksums=False)
+    if problems:
+        raise damaged(same[0], problems[0])
+    return same[0], []
+
+
+def _newest_sound(folder: Path, found: list[Path]) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint with all its files; names the newer ones that are damaged or incomplete."""
+    notes = []
+    for path in reversed(found):
+        problems = damages(path, checksums=False)
+        if not problems:
+            late = [p.name for p in incomplete_checkpoints(folder) if step_of(p) > step_of(path)]
+            if late:
+                notes.append(f"{', '.join(late)} was not finished: {path.name} is used")
+            return path, notes
+        notes.append(f"the checkpoint {path} is damaged ({problems[0]}): the one before it is used")
+    if found:
+        raise UserError(
+            f"every checkpoint of {folder} is damaged ({problems[0]} in {path.name}); "
+            f"restore one, or remove {folder / 'checkpoints'} to start again"
+        )
+    return None, notes
 
 
 def write_environment(job: Job, attempt: int) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -14,7 +15,8 @@ from stepline.trainer.data.loader import TrainLoader
 from stepline.trainer.optim.build import Optimizer, build_optimizer
 from stepline.trainer.optim.guard import Guard
 from stepline.trainer.run.build import build_model
-from stepline.trainer.run.checkpoint import find_checkpoint, load_tensors, read_state
+from stepline.trainer.run.checkpoint import load_tensors, stored_names
+from stepline.trainer.run.manifest import find_checkpoint, read_state
 
 
 @dataclass
@@ -34,6 +36,8 @@ class TrainState:
     """Finished optimizer steps."""
     tokens: int = 0
     """Training tokens with loss that were consumed."""
+    run_id: str = ""
+    """Of wandb; known to rank 0."""
 
     @classmethod
     def create(
@@ -71,7 +75,16 @@ class TrainState:
             **model_tensors(self.model),
             **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
             **{f"guard.{name}": tensor for name, tensor in self.guard.state().items()},
+            **self._random_states(),
         }
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        """torch's generators of this rank; every rank's are in the checkpoint, under its own names."""
+        rank = dist.get_rank()
+        states = {f"rank{rank}.random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states[f"rank{rank}.random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
 
     def counters(self) -> dict[str, Any]:
         """The rest of a checkpoint, plain values."""
@@ -80,14 +93,31 @@ class TrainState:
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "fingerprints": self.fingerprints,
+            "run_id": self.run_id,
         }
 
-    def load(self, checkpoint: Path) -> None:
-        """Continues where `checkpoint` stands, whatever layout of ranks wrote it."""
-        load_tensors(checkpoint, self.tensors())
+    def load(self, checkpoint: Path, group: dist.ProcessGroup) -> dict[str, Any]:
+        """Continues where `checkpoint` stands, whatever layout of ranks wrote it; returns its counters.
+
+        group: of gloo, for the planning. Generators of ranks or devices that the checkpoint does not know start anew
+        from the run's seed, the rank and the step.
+        """
+        random = self._random_states()
+        tensors = {name: tensor for name, tensor in self.tensors().items() if name not in random}
+        known = stored_names(checkpoint)
+        load_tensors(checkpoint, tensors | {n: t for n, t in random.items() if n in known}, group)
         counters = read_state(checkpoint)
         self.step, self.tokens = counters["step"], counters["tokens"]
         self.loader.load_state_dict(counters["loader"])
+        if not random.keys() <= known:
+            torch.manual_seed(hash((self.config.run.seed, dist.get_rank(), self.step)))
+            return counters
+        for name, state in random.items():
+            if name.endswith("cuda"):
+                torch.cuda.set_rng_state(state, self.device)
+            else:
+                torch.set_rng_state(state)
+        return counters
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from stepline.trainer.files import locked
 from stepline.trainer.plan.sweep import SweepRun
 from stepline.trainer.plan.sweep_cost import Rate, run_seconds
-from stepline.trainer.run.sweep_runs import Result, RunFailed, SweepFolder, locked
+from stepline.trainer.run.sweep_runs import Result, RunFailed, SweepFolder
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 40

@@ -5,14 +5,11 @@ it counts; DIR/runs.csv: one row for each result.
 """
 
 import csv
-import fcntl
 import io
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from stepline.trainer.errors import UserError
+from stepline.trainer.files import locked, write_whole
 from stepline.trainer.plan.expect import held_out_text
 from stepline.trainer.plan.runs import COLUMNS
 from stepline.trainer.plan.sweep import SweepRun
@@ -43,40 +41,6 @@ RUNS = TypeAdapter(list[SweepRun])
 
 class RunFailed(Exception):
     """A run ended without a result: not data, but a fault to look into; its text is the log's last word."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is whole or absent."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[int | None]:
-    """Holds a lock file and yields its descriptor; None when another process holds it and `wait` is false.
-
-    A child that inherits the descriptor holds the lock on, beyond the death of the parent.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        except OSError as error:
-            raise UserError(
-                f"{path.parent} is on a file system that cannot lock files ({error.strerror}); "
-                "choose another --output"
-            ) from None
-        else:
-            yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""Files that are whole or absent, and locks. Imports no torch."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stepline.trainer.errors import UserError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is whole or absent, also after a power cut."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[int | None]:
+    """Holds a lock file and yields its descriptor; None when another process holds it and `wait` is false.
+
+    A child that inherits the descriptor holds the lock on, beyond the death of the parent. Raises UserError on a
+    file system without locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} is on a file system that cannot lock files ({error.strerror}); choose another folder"
+            ) from None
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)

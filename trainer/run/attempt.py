@@ -1,0 +1,229 @@
+"""What accompanies the training state while an attempt lasts: who watches it, saves it and ends it."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed as dist
+
+from stepline.comm.consensus import Consensus
+from stepline.trainer.config import Config
+from stepline.trainer.data.loader import ValidationLoader
+from stepline.trainer.data.verify import Verifier
+from stepline.trainer.errors import ToBeContinued, TrainingStopped, UserError
+from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, sound_checkpoint
+from stepline.trainer.run.evaluate import evaluate
+from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, retire, step_of
+from stepline.trainer.run.outcome import FAILED, write_outcome
+from stepline.trainer.run.signals import StopSignal
+from stepline.trainer.run.start import Job
+from stepline.trainer.run.state import TrainState
+from stepline.trainer.run.watchdog import Watchdog
+from stepline.trainer.watch.metrics import read_metrics
+from stepline.trainer.watch.speed import Speedometer
+from stepline.trainer.watch.watch import Watch
+
+log = logging.getLogger("stepline")
+
+
+class Interval:
+    """Time between ephemeral checkpoints, by a clock that never jumps."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from now on."""
+        self._since = time.monotonic()
+
+    def passed(self) -> bool:
+        """Whether it is over."""
+        return self.seconds is not None and time.monotonic() - self._since >= self.seconds
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks do alike after a step."""
+
+    stop: int
+    """The number of a signal, or 0."""
+    save: int
+    """Whether an ephemeral checkpoint is due."""
+    damaged: int
+    """Whether a rank has found damaged data."""
+
+
+class Attempt:
+    """One attempt of a job, on one rank: its methods with "all ranks" in their text are collectives."""
+
+    def __init__(
+        self, job: Job, state: TrainState, stop: StopSignal, verifier: Verifier, group: dist.ProcessGroup,
+        number: int, stacks: TextIO, plan: dict[str, Any],
+    ) -> None:  # fmt: skip
+        config = job.config
+        self.job, self.state, self.stop, self.verifier, self.group = job, state, stop, verifier, group
+        self.first_step = state.step
+        self.watch = Watch(
+            job.folder, config, state.step, enabled=job.world.rank == 0, plan=plan, attempt=number,
+            world_size=job.world.size,
+        )  # fmt: skip
+        self.saver = Checkpointer(job.folder, config.checkpoint.keep, job.device, self._save_failed)
+        self.consensus = Consensus(group, size=3)
+        self.due = Interval(config.checkpoint.ephemeral_minutes)
+        self.speed = Speedometer(config, job.device, job.world.size, state.step)
+        self.dog = Watchdog(
+            config.parallel.timeout_s,
+            stacks,
+            lambda why: write_outcome(job.folder, number, FAILED, message=f"rank {job.world.rank}: {why}"),
+        )
+        self.saved_step = state.step if job.resume_from is not None else -1
+
+    def wishes(self) -> list[int]:
+        """What this rank wants of all: the fields of Agreed."""
+        due = self.job.world.rank == 0 and not self.saver.busy and self.due.passed()
+        return [self.stop.number, int(due), int(self.verifier.problem() is not None)]
+
+    def agreed(self) -> Agreed:
+        """What all ranks do after the step at whose start the wishes were exchanged."""
+        agreed = Agreed(*self.consensus.result())
+        self.dog.tick(f"step {self.state.step}")
+        if agreed.damaged:
+            refuse_damaged_data(self.verifier, self.group, self.first_step)
+        return agreed
+
+    def told_to_stop(self) -> int:
+        """The signal that any of all ranks has received, or 0; waits for them."""
+        self.dog.tick(f"step {self.state.step} and a part of its validation")
+        return self.consensus.settle([self.stop.number, 0, 0])[0]
+
+    def owes_validation(self) -> bool:
+        """Whether all ranks must validate before the next step: a run that is told to stop in a validation has none."""
+        step, folder = self.state.step, self.job.folder
+        due = self.job.world.rank == 0 and step > 0 and validation_due(step, self.job.config)
+        return bool(self.consensus.settle([int(due and not validated(folder, step)), 0, 0])[0])
+
+    def validate(self, whole: bool) -> dict[str, float] | None:
+        """Held-out loss and bits per byte, logged; None where all ranks were told to stop meanwhile."""
+        state = self.state
+        self.watch.beat(state.step, "validating")
+        with self.speed.paused():
+            values = validate(state, whole, self.told_to_stop)
+        if values is not None:
+            if self.job.expected is not None:  # beside the loss, wherever that is shown
+                values["expected_final_loss"] = self.job.expected.loss
+            self.watch.log({"step": state.step, "tokens": state.tokens} | values)
+        return values
+
+    def save(self, permanent: bool) -> None:
+        """Starts a checkpoint of this step on all ranks."""
+        state = self.state
+        if self.saved_step == state.step:
+            return
+        self.watch.beat(state.step, "saving")
+        with self.speed.paused(), self.dog.paused():
+            kind = PERMANENT if permanent else EPHEMERAL
+            self.saver.save(state.step, state.tensors(), state.counters(), kind)
+        self.saved_step = state.step
+        self.due.restart()
+        log.info("saving %s step %d; training waited %.3f s", kind, state.step, self.saver.stalled_s)
+
+    def finish_saving(self) -> None:
+        """Waits until the last checkpoint is on disk, on all ranks; tries once more where it could not be written.
+
+        Raises TrainingStopped when that fails too.
+        """
+        with self.dog.paused():
+            if self.saver.finish():
+                return
+            self.saved_step = -1
+            self.save(permanent=self.state.step == self.job.config.total_steps())
+            if self.saver.finish():
+                return
+        last = complete_checkpoints(self.job.folder)
+        raise TrainingStopped(
+            f"the checkpoint of step {self.state.step} could not be saved; mend the disk under {self.job.folder} and "
+            f"start the same command again, which goes on from {last[-1].name if last else 'the beginning'}"
+        )
+
+    def to_be_continued(self, number: int) -> ToBeContinued:
+        """What the run says when it leaves by a signal."""
+        saved = f"step {self.state.step} is saved" if self.state.step else "no step was made"
+        return ToBeContinued(f"{signal.Signals(number).name}: {saved}; the same command continues the run")
+
+    def _save_failed(self, why: str) -> None:
+        self.watch.alert("Checkpoint failed", why, "error")
+        self.watch.beat(self.state.step, "training", failed_saves=self.saver.failed)
+
+
+def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
+    """Loads the checkpoint to continue from, or the one before it where that is damaged, on all ranks."""
+    job.resume_from, notes = sound_checkpoint(job.resume_from, job.folder, group, only_this=job.resume_chosen)
+    job.notes += notes
+    counters = state.load(job.resume_from, group)
+    if job.world.rank == 0:
+        for later in complete_checkpoints(job.folder):
+            if step_of(later) > state.step:  # of a course that the user has gone back from
+                retire(later, SUPERSEDED)
+                job.notes.append(f"{later.name} no longer counts: the run goes on from step {state.step}")
+        run_id = job.folder / "run_id"
+        if counters["run_id"] and not run_id.exists():
+            run_id.write_text(counters["run_id"] + "\n", encoding="utf-8")
+    log.info("continuing %s at step %d", job.resume_from, state.step)
+
+
+def refuse_damaged_data(verifier: Verifier, group: dist.ProcessGroup, since: int) -> None:
+    """Raises UserError on all ranks where one of them has found a damaged shard.
+
+    since: the step at which this attempt began; what it trained may have read the shard.
+    """
+    found: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, verifier.problem(), group=group)
+    problem = next((text for text in found if text is not None), None)
+    if problem is not None:
+        later = f"; then resume from step {since} or before, as later steps may have read it" if since else ""
+        raise UserError(problem + later)
+
+
+def validation_due(step: int, config: Config) -> bool:
+    """Whether a step ends with a validation."""
+    every = config.logging.eval_every
+    return step == config.total_steps() or bool(every and step % every == 0)
+
+
+def validated(folder: Path, step: int) -> bool:
+    """Whether metrics.jsonl has a validation of that step."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and any("val_loss" in row and row["step"] == step for row in read_metrics(path))
+
+
+def validate(
+    state: TrainState, whole: bool, interrupted: Callable[[], int] = lambda: 0
+) -> dict[str, float] | None:
+    """Held-out loss and bits per byte, over every source (one number each where there are several); None as soon as
+    `interrupted`, which all ranks ask after each micro-batch, says so."""
+    config = state.config
+    results = {}
+    for source in config.data.folders():
+        loader = ValidationLoader(
+            source.path,
+            config.logging.eval_split,
+            seq_len=config.data.seq_len,
+            micro_batch=config.parallel.micro_batch,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            max_windows=None if whole else config.logging.eval_windows,
+            confine_attention=config.data.confine_attention,
+        )
+        values = evaluate(state.model, loader, state.device, interrupted)
+        if values is None:
+            return None
+        results[source.path.name] = values
+    if len(results) == 1:
+        return next(iter(results.values()))
+    mean = {k: sum(r[k] for r in results.values()) / len(results) for k in ("val_loss", "val_bits_per_byte")}
+    return mean | {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()}

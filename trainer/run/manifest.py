@@ -1,0 +1,124 @@
+"""Which checkpoints a run has, and whether their files are what was written."""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+from stepline.trainer.errors import UserError
+
+COMPLETE, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
+DAMAGED, SUPERSEDED = "DAMAGED", "SUPERSEDED"
+"""What COMPLETE is renamed to when a checkpoint no longer counts."""
+BLOCK = 16 * 2**20
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the run's checkpoint of a step is."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first; one without COMPLETE is never among them."""
+    return sorted((p.parent for p in (run / "checkpoints").glob(f"step-*/{COMPLETE}")), key=step_of)
+
+
+def incomplete_checkpoints(run: Path) -> list[Path]:
+    """What attempts that died while saving have left, oldest first."""
+    marks = (COMPLETE, DAMAGED, SUPERSEDED)
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((p for p in folders if not any((p / m).exists() for m in marks)), key=step_of)
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run's folder to which a checkpoint belongs."""
+    return checkpoint.resolve().parent.parent
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest complete one of the run at `path`, its files checked.
+
+    Raises UserError where there is none or it is damaged.
+    """
+    if not (path / COMPLETE).is_file():
+        found = complete_checkpoints(path)
+        if not found:
+            raise UserError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
+        path = found[-1]
+    problems = damages(path)
+    if problems:
+        raise damaged(path, problems[0])
+    return path
+
+
+def file_entry(path: Path) -> dict[str, int]:
+    """Size in bytes and crc32 of a file, as the manifest holds them."""
+    checksum = size = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return {"size": size, "crc32": checksum}
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.json: `kind` (permanent or ephemeral), `step`, `files`; raises UserError."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return {"kind": manifest["kind"], "step": int(manifest["step"]), "files": dict(manifest["files"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(checkpoint, f"{MANIFEST} cannot be read") from error
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: step, tokens, data cursor, fingerprints; raises UserError."""
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(checkpoint, f"{STATE} cannot be read") from error
+
+
+def damages(checkpoint: Path, rank: int = 0, ranks: int = 1, *, checksums: bool = True) -> list[str]:
+    """What is wrong with a checkpoint's files, one phrase each; empty where all is well.
+
+    Every rank looks at the sizes of all files and at the checksums of its share of them.
+    """
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except UserError:
+        return [f"{MANIFEST} cannot be read"]
+    found = []
+    for i, (name, entry) in enumerate(sorted(files.items())):
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+            if size != entry["size"]:
+                found.append(f"{name} has {size} bytes instead of {entry['size']}")
+            elif checksums and i % ranks == rank and file_entry(path) != entry:
+                found.append(f"{name} has another checksum than when it was written")
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+    return found
+
+
+def damaged(checkpoint: Path, problem: str) -> UserError:
+    """The sentence for a checkpoint that was asked for and cannot be used."""
+    earlier = [p.name for p in complete_checkpoints(run_of(checkpoint)) if step_of(p) < step_of(checkpoint)]
+    instead = f"use an earlier one ({', '.join(earlier)})" if earlier else "its run has no earlier one"
+    return UserError(f"the checkpoint {checkpoint} is damaged; {instead} ({problem})")
+
+
+def remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint; should that be cut short, it is an incomplete one."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def retire(checkpoint: Path, mark: str) -> None:
+    """Takes a checkpoint out of those that count; its files stay."""
+    (checkpoint / COMPLETE).rename(checkpoint / mark)

@@ -1,0 +1,57 @@
+"""How an attempt ended: exit codes and outcome.json. Imports no torch."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from stepline.trainer.files import write_whole
+
+DONE, FAILED, USER_ERROR, TO_BE_CONTINUED = 0, 1, 2, 75
+STATUS = {DONE: "done", FAILED: "failed", USER_ERROR: "stopped", TO_BE_CONTINUED: "continue"}
+
+log = logging.getLogger("stepline")
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """The content of outcome.json; empty where there is none, as while an attempt lasts."""
+    try:
+        return dict(json.loads((folder / "outcome.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_outcome(folder: Path, attempt: int, exit_code: int, **more: Any) -> None:
+    """Says in outcome.json how an attempt ended; where ranks fail one after the other, the first one's word stays."""
+    if read_outcome(folder).get("attempt") == attempt:
+        return
+    outcome = {"status": STATUS[exit_code], "exit_code": exit_code, "attempt": attempt, **more}
+    try:
+        write_whole(folder / "outcome.json", json.dumps(outcome | {"launcher": _launcher()}, indent=2) + "\n")
+    except OSError as error:
+        log.error("outcome.json cannot be written (%s): %s", error.strerror, outcome)
+
+
+def stopped_by_this_launcher(folder: Path) -> bool:
+    """Whether this process is a restart, by torchrun, of ranks that were told to stop and have saved.
+
+    torchrun takes exit code 75 of its ranks for a failure. A new membership (a node came or left) is no restart in
+    its count, and the run goes on then.
+    """
+    outcome, now = read_outcome(folder), _launcher()
+    before = outcome.get("launcher") or {}
+    again = now and before.get("run_id") == now["run_id"] and now["restarts"] > before.get("restarts", 0)
+    return outcome.get("status") == STATUS[TO_BE_CONTINUED] and bool(again)
+
+
+def forget_outcome(folder: Path) -> None:
+    """A new attempt begins: what the one before said is not said of this one."""
+    (folder / "outcome.json").unlink(missing_ok=True)
+
+
+def _launcher() -> dict[str, Any] | None:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return {"run_id": os.environ["TORCHELASTIC_RUN_ID"], "restarts": restarts}

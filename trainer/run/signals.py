@@ -1,0 +1,71 @@
+"""Signals that ask a run to save and leave. Imports no torch: it is installed before anything slow."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""SIGHUP also tells a rank that the launcher which started it is gone."""
+LEFT_AT_ONCE = 130
+PR_SET_PDEATHSIG = 1
+
+
+class StopSignal:
+    """The first signal that this process received of those that end a run, or None.
+
+    The numbers arrive through a pipe that a thread reads, so they count even while the main thread waits in a
+    collective: a second SIGINT, or the launcher's death once the run is stopping, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._interrupts = 0
+
+    @classmethod
+    def install(cls) -> "StopSignal":
+        """Takes over the process's signals; call it once, in the main thread."""
+        stop = cls()
+        reading, writing = socket.socketpair()
+        writing.setblocking(False)
+        signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        for number in STOPPING:
+            # What nohup or a shell's background has switched off stays off.
+            if signal.getsignal(number) != signal.SIG_IGN or (launched and number == signal.SIGHUP):
+                signal.signal(number, lambda *_: None)  # the pipe has the number already
+        threading.Thread(target=stop._listen, args=(reading, writing), daemon=True, name="signals").start()
+        if launched:
+            _end_with_launcher()
+        return stop
+
+    def _listen(self, reading: socket.socket, _kept_open: socket.socket) -> None:
+        while True:
+            for number in reading.recv(64):
+                if number in STOPPING:
+                    self.note(signal.Signals(number))
+
+    @property
+    def number(self) -> int:
+        """Of the signal received, or 0."""
+        return 0 if self.received is None else int(self.received)
+
+    def note(self, number: signal.Signals) -> None:
+        """Counts a signal; may not return."""
+        self._interrupts += number == signal.SIGINT
+        orphaned = number == signal.SIGHUP and self.received is not None
+        if self._interrupts > 1 or orphaned:
+            print(f"{number.name} again: leaving without saving", file=sys.stderr, flush=True)
+            os._exit(LEFT_AT_ONCE)
+        self.received = self.received or number
+
+
+def _end_with_launcher() -> None:
+    """SIGHUP when torchrun's agent dies: its ranks are in sessions of their own and would train on without it."""
+    launcher = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)
+    if os.getppid() != launcher:  # it died before the request
+        os.kill(os.getpid(), signal.SIGHUP)
