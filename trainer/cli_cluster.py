@@ -1,5 +1,6 @@
 """The commands of clusters and machines: `stepline submit` and `stepline doctor`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -37,13 +38,19 @@ def submit(
 
 
 def doctor(
-    folder: Annotated[str, typer.Option(help="Where runs are kept: its free disk is looked at.")] = "runs",
+    folder: Annotated[str, typer.Option(help="Where runs are kept: its disk is looked at.")] = "runs",
+    thorough: Annotated[bool, typer.Option(help="Try torch.compile as well (half a minute).")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that one rank waits for another.", min=1)] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """What this machine can do and what is missing; under torchrun also an all-reduce between the ranks.
+    """What this machine can do, what will not work and why; under torchrun an all-reduce between the ranks too.
+
+    Exit code 0 when a training works here, 1 when something that it needs is broken.
 
     Example: torchrun --nproc-per-node 8 -m stepline.trainer doctor
     """
+    # What torch's C++ side would print at length comes as one sentence; torch reads this when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from stepline.trainer.run.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(folder, as_json))
+    raise typer.Exit(run_doctor(folder, as_json, thorough, timeout))

@@ -1,15 +1,14 @@
 """How much memory this rank's device has: what the planner fits the layout into."""
 
 import os
-from pathlib import Path
 
 import torch
 
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+from stepline.trainer.run.limits import memory_limit
 
 
 def device_memory(device: torch.device, local_ranks: int) -> int | None:
-    """Bytes of a GPU, or a rank's share of the machine's RAM (the container's, where that is less).
+    """Bytes of a GPU, or a rank's share of the machine's RAM (the container's or job's, where that is less).
 
     All of it and not what is free: ranks ask at different moments, and all must get the same answer. None when
     the machine does not tell.
@@ -20,7 +19,4 @@ def device_memory(device: torch.device, local_ranks: int) -> int | None:
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):  # not on every system
         return None
-    for limit in CGROUP_LIMITS:
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            ram = min(ram, int(text))
-    return ram // local_ranks
+    return min(ram, memory_limit() or ram) // local_ranks

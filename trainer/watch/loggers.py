@@ -1,6 +1,7 @@
-"""Where the rows of a run go to be watched: the terminal and wandb."""
+"""Where the rows of a run go to be watched: the terminal, and what wandb (wandb_logger.py) needs to start."""
 
-import functools
+import contextlib
+import logging
 import netrc
 import os
 import secrets
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlparse
 
-KEPT = "its files stay in the run's folder, for `wandb sync`"
+log = logging.getLogger("stepline")
 
 
 class Logger(Protocol):
@@ -27,25 +28,30 @@ class Logger(Protocol):
 
 
 class Loggers:
-    """Hands each row to several loggers in turn."""
+    """Hands each row to several loggers in turn. One that fails is said once and left out: the run goes on."""
 
     def __init__(self, *loggers: Logger) -> None:
-        self.loggers = loggers
+        self.loggers = list(loggers)
 
     def log(self, row: dict[str, Any]) -> None:
         """One row, with at least `step`."""
-        for logger in self.loggers:
-            logger.log(row)
+        self._each("log", row)
 
     def alert(self, title: str, text: str, level: str) -> None:
         """Something that a person should know at once; level: info, warn or error."""
-        for logger in self.loggers:
-            logger.alert(title, text, level)
+        self._each("alert", title, text, level)
 
     def finish(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
         """The run has ended; `summary` holds its last values."""
-        for logger in self.loggers:
-            logger.finish(exit_code, summary)
+        self._each("finish", exit_code, summary)
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for logger in list(self.loggers):
+            try:
+                getattr(logger, method)(*arguments)
+            except Exception as error:
+                self.loggers.remove(logger)
+                log.warning("%s fails and is left out: %s", type(logger).__name__, error)
 
 
 class ProgressLogger:
@@ -74,6 +80,10 @@ class ProgressLogger:
         text = describe_row(row)
         if "loss" in row and (left := self._seconds_left(row["step"])) is not None:
             text += f"  {format_seconds(left)} left"
+        with contextlib.suppress(OSError):  # the terminal is gone, or the disk behind it is full
+            self._show(row, text)
+
+    def _show(self, row: dict[str, Any], text: str) -> None:
         if self._progress is None:
             print(f"step {row['step']}/{self.total_steps}  {text}", file=self.stream, flush=True)
         elif "val_loss" in row:
@@ -128,111 +138,6 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds // 86400}d{seconds % 86400 // 3600:02}h"
 
 
-class WandbLogger:
-    """wandb, which may be missing, without a key or away: then the run goes on and this is said once.
-
-    mode `auto` is online where a key is found (WANDB_API_KEY or netrc) and offline elsewhere; WANDB_MODE
-    decides if it is set. `online` without a key becomes offline: nothing ever asks for one. The run's id is
-    kept in `folder/run_id`, so that a resumed run continues the same wandb run.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        project: str,
-        name: str,
-        config: dict[str, Any],
-        mode: str = "auto",
-        init_timeout: float = 20,
-        stream: TextIO | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.stream = sys.stderr if stream is None else stream
-        self.mode = self._choose(mode)
-        self._run = None
-        if self.mode == "off":
-            return
-        try:
-            import wandb
-        except ImportError:
-            self._off("wandb is not installed (pip install 'stepline[watch]')")
-            return
-        start = functools.partial(self._start, wandb, project, name, config, init_timeout)
-        try:
-            if self.mode != "offline":
-                try:
-                    self._run = start(self.mode)
-                    return
-                except Exception as error:
-                    self._say(f"wandb is not reachable ({_reason(error)}); {KEPT}")
-                    wandb.teardown()  # the failed attempt still holds the run's id
-            self.mode = "offline"
-            self._run = start("offline")
-        except Exception as error:
-            self._off(_reason(error))
-
-    def _start(self, wandb, project: str, name: str, config: dict[str, Any], init_timeout: float, mode: str):
-        settings = wandb.Settings(silent=True, console="off", init_timeout=init_timeout)
-        wandb.setup(settings)
-        run = wandb.init(
-            project=project,
-            name=name,
-            id=run_id(self.folder),
-            dir=str(self.folder),
-            config=config,
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            settings=settings,
-        )
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Sends one row; a failure ends the sending, not the run."""
-        if self._run is None:
-            return
-        try:
-            self._run.log(row)
-        except Exception as error:
-            self._off(_reason(error))
-
-    def alert(self, title: str, text: str, level: str) -> None:
-        """A wandb alert, which reaches a person by mail or Slack."""
-        if self._run is None:
-            return
-        try:
-            self._run.alert(title, text, level=level.upper())
-        except Exception as error:
-            self._off(_reason(error))
-
-    def finish(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
-        """Ends the wandb run with the exit code of this one."""
-        run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            run.summary.update(summary or {})
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._off(_reason(error))
-
-    def _choose(self, mode: str) -> str:
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-        if mode == "online" and not has_key():
-            self._say(f"wandb has no key (set WANDB_API_KEY or run `wandb login`); {KEPT}")
-            return "offline"
-        return {"disabled": "off", "dryrun": "offline"}.get(mode, mode)
-
-    def _off(self, reason: str) -> None:
-        self._run, self.mode = None, "off"
-        self._say(f"the run is not logged to wandb: {reason}")
-
-    def _say(self, sentence: str) -> None:
-        print(sentence, file=self.stream, flush=True)
-
-
 def run_id(folder: Path) -> str:
     """The id in `folder/run_id`, made at the first call."""
     path = Path(folder) / "run_id"
@@ -242,6 +147,13 @@ def run_id(folder: Path) -> str:
     fresh = secrets.token_hex(4)
     path.write_text(fresh + "\n")
     return fresh
+
+
+def wandb_mode(asked: str = "auto") -> str:
+    """online, offline or off: what a run with `logging.wandb=ASKED` asks of wandb."""
+    if asked == "auto":
+        asked = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    return {"disabled": "off", "dryrun": "offline"}.get(asked, asked)
 
 
 def has_key() -> bool:
@@ -258,8 +170,3 @@ def has_key() -> bool:
         if entry and entry[2]:
             return True
     return False
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, which may be long or empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
