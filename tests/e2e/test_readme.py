@@ -27,7 +27,7 @@ SMALLER = {
 """What is added to a command so that it is done in seconds."""
 
 
-VERBS = ("prepare", "plan", "sweep", "laws", "train", "eval", "generate")
+VERBS = ("doctor", "prepare", "plan", "sweep", "laws", "train", "eval", "generate")
 
 
 def commands() -> list[str]:
@@ -56,6 +56,8 @@ def test_every_command_of_the_readme(sh, corpus, tmp_path):
             )
     assert sorted({verb for verb, _, _ in ran}) == sorted(VERBS)
     said = {verb: [(out, err) for v, out, err in ran if v == verb] for verb in VERBS}
+    assert "training works here" in said["doctor"][0][0]
+    assert "GB/s on the bus" in said["doctor"][1][0]
     assert "GPU-hours" in said["plan"][0][0]
     assert json.loads(said["plan"][1][0])["steps"] > 0
     assert (
