@@ -193,7 +193,7 @@ def check_slurm() -> Check:
     """sbatch and srun, and whether this is inside a job."""
     job = os.environ.get("SLURM_JOB_ID")
     tools = {tool: shutil.which(tool) is not None for tool in ("sbatch", "srun")}
-    version = run_tool("sbatch", "--version") or run_tool("srun", "--version")
+    version = run_tool("sbatch" if tools["sbatch"] else "srun", "--version", seconds=3)  # may ask the network
     value = {**tools, "version": version, "job": job}
     inside = f", inside job {job}" if job else ", not inside a job"
     if not tools["sbatch"]:

@@ -1,29 +1,23 @@
 """What the doctor says is compared with readings of another kind; what is broken is made so."""
 
-import contextlib
 import errno
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from stepline.comm.probe import Meeting, Rates
-from stepline.trainer.errors import UserError
-from stepline.trainer.run import doctor_machine, doctor_ranks, doctor_software, limits
+from stepline.trainer.run import doctor_machine, doctor_software, limits
 from stepline.trainer.run.doctor import run_doctor
 from stepline.trainer.run.doctor_report import Check, combine, look
 
@@ -248,137 +242,6 @@ def test_the_worst_of_the_ranks_is_shown_with_its_ranks():
     joined = combine({0: [good, disk], 1: [bad], 2: [bad], 3: [good]})
     assert joined == [Check("fp8", "warning", None, "on ranks 1-2: wrong"), disk]
     assert combine({0: [bad], 1: [bad]}) == [bad]
-
-
-def doctor_job(folder: str, changes: dict) -> tuple[int, str]:
-    """One rank of a doctor; `changes` make rank 1 another machine."""
-    out, rank = io.StringIO(), int(os.environ["RANK"])
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(out))
-        if rank == 1 and "torch" in changes:
-            stack.enter_context(mock.patch.object(torch, "__version__", changes["torch"]))
-        if rank == 1 and "ahead" in changes:
-            clock = SimpleNamespace(
-                time=lambda: time.time() + changes["ahead"],
-                monotonic=time.monotonic,
-                perf_counter=time.perf_counter,
-            )
-            stack.enter_context(mock.patch("stepline.comm.probe.time", clock))
-        if rank == 1:
-            folder = changes.get("elsewhere", folder)
-            if changes.get("absent"):
-                return 0, ""
-        code = run_doctor(folder, as_json=True, timeout_s=changes.get("timeout_s", 60))
-    return code, out.getvalue()
-
-
-def test_two_ranks_alike(pool, tmp_path):
-    (code, out), (other_code, other_out) = pool.run(2, doctor_job, str(tmp_path), {}, init=False)
-    assert (code, other_code, other_out) == (0, 0, "")
-    report = json.loads(out)
-    assert [r["rank"] for r in report["ranks"]] == [0, 1]
-    assert all({"host", "device", "torch", "python", "checks"} <= set(r) for r in report["ranks"])
-    rate = named(report, "all-reduce")["value"]
-    assert (rate["backend"], rate["ranks"], rate["exact"]) == ("gloo", 2, True)
-    assert rate["bus_bytes_per_s"] == pytest.approx(rate["bytes"] / rate["seconds"])  # 2 (n - 1) / n is 1
-    assert 0 < rate["latency_s"] < rate["seconds"]
-    assert named(report, "ranks")["value"] == {
-        "size": 2,
-        "hosts": {platform.node(): [0, 1]},
-        "differ": {},
-    }
-    assert named(report, "shared folder")["status"] == "ok"
-    assert abs(named(report, "clock")["value"]["skew_s"]) < 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_differences_between_ranks_are_named(pool, tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "mine").mkdir()
-    changes = {"torch": "2.11.0", "ahead": 30, "elsewhere": str(tmp_path / "other")}
-    (code, out), _ = pool.run(2, doctor_job, str(tmp_path / "mine"), changes, init=False)
-    report = json.loads(out)
-    assert code == 1
-    ranks = named(report, "ranks")
-    assert ranks["status"] == "broken"
-    assert ranks["value"]["differ"]["torch"] == {torch.__version__: [0], "2.11.0": [1]}
-    assert f"torch is {torch.__version__} on rank 0, 2.11.0 on rank 1" in ranks["says"]
-    clock = named(report, "clock")
-    assert clock["status"] == "warning"
-    assert clock["value"]["skew_s"] == pytest.approx(30, abs=1)
-    assert "rank 1's by +30" in clock["says"]
-    shared = named(report, "shared folder")
-    assert shared["status"] == "broken"
-    assert shared["value"]["not_on"] == [1]
-    assert "rank 1 does not see" in shared["says"]
-
-
-def test_a_rank_that_does_not_come_is_named(pool, tmp_path):
-    (code, out), _ = pool.run(2, doctor_job, str(tmp_path), {"absent": True, "timeout_s": 1.0}, init=False)
-    report = json.loads(out)
-    assert code == 1
-    assert "rank 1 did not answer" in named(report, "ranks")["says"]
-    assert named(report, "disk")["status"] == "ok", "what rank 0 found alone is there"
-
-
-def test_free_disk_that_differs_is_named():
-    reading = dict.fromkeys((*doctor_ranks.MUST_AGREE, *doctor_ranks.MAY_DIFFER, "host"), "x")
-    check = doctor_ranks.check_alike([reading | {"free_bytes": n} for n in (80 * 10**9, 79 * 10**9, 10**9)])
-    assert check.status == "warning"
-    assert "1.0 GB on rank 2 and 80.0 GB on rank 0" in check.says
-    device = doctor_ranks.check_alike([reading | {"free_bytes": 1, "device": d} for d in ("H100", "A100")])
-    assert (device.status, device.says) == ("warning", "device is H100 on rank 0, A100 on rank 1")
-
-
-def test_a_port_in_use_is_one_sentence(capsys, tmp_path, monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        values = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        for name, value in values.items():
-            monkeypatch.setenv(name, value)
-        code, report = examine(capsys, tmp_path, timeout_s=2.0)
-    assert code == 1
-    assert "cannot meet the others" in named(report, "ranks")["says"]
-    assert "the port is in use" in named(report, "ranks")["says"]
-    monkeypatch.setenv("RANK", "2")
-    with pytest.raises(UserError, match="RANK is 2 but there are 2 ranks"):
-        run_doctor(str(tmp_path), as_json=True)
-
-
-def test_a_group_that_does_not_form_or_hangs_is_one_sentence(monkeypatch, tmp_path):
-    site = doctor_ranks.Site(
-        doctor_ranks.World(0, 1, 0, 1), torch.device("cpu"), tmp_path, thorough=False, timeout_s=0.2
-    )
-    meeting = Meeting(dist.HashStore(), 0, 1, 60.0)
-
-    def refused(*arguments):
-        raise RuntimeError("[/src/gloo/pair.cc:134] timed out connecting: No route to host\nmore")
-
-    monkeypatch.setattr(doctor_ranks, "all_reduce_rates", refused)
-    gloo, _, rate = doctor_ranks.measure(meeting, site)
-    assert gloo.status == "broken"
-    assert "(timed out connecting: No route to host)" in gloo.says
-    assert "GLOO_SOCKET_IFNAME" in gloo.says
-    assert rate.status == "missing"
-    monkeypatch.setattr(doctor_ranks, "all_reduce_rates", lambda *arguments: time.sleep(1))
-    gloo, *_ = doctor_ranks.measure(meeting, site)
-    assert "no answer in 0 s" in gloo.says
-    assert doctor_ranks.hangs()
-    deadline = time.monotonic() + 30
-    while doctor_ranks.hangs() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not doctor_ranks.hangs()
-
-
-def test_bandwidth_of_the_bus_and_damaged_sums():
-    rates = Rates(bytes=64_000_000, seconds=0.1, latency_s=1e-5, exact=True, ranks=4)
-    assert rates.bus_bytes_per_s == pytest.approx(1.5 * 640e6)
-    assert doctor_ranks.check_all_reduce("nccl", rates).status == "warning"
-    wrong = Rates(bytes=64_000_000, seconds=0.001, latency_s=1e-5, exact=False, ranks=4)
-    check = doctor_ranks.check_all_reduce("nccl", wrong)
-    assert (check.status, "sums over nccl are wrong" in check.says) == ("broken", True)
 
 
 def test_the_doctor_imports_nothing_heavy():
