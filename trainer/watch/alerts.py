@@ -1,4 +1,4 @@
-"""What a person wants to be told of at once: spikes, divergence and stalls."""
+"""What a person wants to be told of at once: spikes, a validation loss that rises, stalls, and what the loop says."""
 
 import logging
 import math
@@ -19,9 +19,9 @@ class Alerts:
     """Says each alert in the log and hands it to `send(title, text, level)`, the same title not more often than
     every AGAIN_S seconds."""
 
-    def __init__(self, send: Callable[[str, str, str], None], skipped: int, max_skipped: int) -> None:
-        self._send = send
-        self._skipped, self._max_skipped = skipped, max_skipped
+    def __init__(self, send: Callable[[str, str, str], None], skipped: int = 0) -> None:
+        """skipped: updates that the guard had skipped before."""
+        self._send, self._skipped = send, skipped
         self._said: dict[str, float] = {}
         self._kept_back: dict[str, int] = {}
         self._validation: float | None = None
@@ -40,12 +40,9 @@ class Alerts:
         self._send(title, text, level)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Looks at a row of a step (`skipped`, `skipped_in_a_row`) or of a validation (`val_loss`)."""
+        """Looks at a row of a step (`skipped`) or of a validation (`val_loss`)."""
         skipped = row.get("skipped", self._skipped)
-        if row.get("skipped_in_a_row", 0) >= self._max_skipped:
-            text = f"the guard skipped {row['skipped_in_a_row']} steps in a row up to step {row['step']}"
-            self.say("Divergence", text + "; the run ends", "error")
-        elif skipped > self._skipped:
+        if skipped > self._skipped:
             count = skipped - self._skipped
             steps = "a NaN or a spike was skipped" if count == 1 else f"{count} NaNs or spikes were skipped"
             self.say("Spike", f"{steps} up to step {row['step']}, {skipped} in the whole run")

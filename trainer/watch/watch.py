@@ -1,5 +1,6 @@
 """All that watches a run: the metrics file, the heartbeat, the terminal, wandb, alerts. Only rank 0 has any."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump
 from stepline.trainer.watch.alerts import Alerts
 from stepline.trainer.watch.heartbeat import Heartbeat
-from stepline.trainer.watch.loggers import Loggers, ProgressLogger, WandbLogger
+from stepline.trainer.watch.loggers import Loggers, ProgressLogger
 from stepline.trainer.watch.metrics import MetricsFile
+from stepline.trainer.watch.wandb_logger import WandbLogger
 
 STATUS_OF_CODE = {0: "done", 75: "continue"}
 
@@ -45,12 +47,18 @@ class Watch:
         )
         self.beat(start_step, "starting")
         self.file = MetricsFile(folder / "metrics.jsonl")
-        self.file.truncate_after(start_step)
-        self.loggers = Loggers(
-            ProgressLogger(config.total_steps(), start_step),
-            WandbLogger(folder, config.logging.project, folder.name, dump(config), config.logging.wandb),
+        kept = self.file.truncate_after(start_step)
+        self.last = {key: value for row in kept for key, value in row.items()}
+        wandb = WandbLogger(
+            folder,
+            config.logging.project,
+            folder.name,
+            dump(config) | {"plan": plan or _plan(folder)},
+            config.logging.wandb,
+            logged=self.file.read,
         )
-        self.alerts = Alerts(self.loggers.alert, skipped=0, max_skipped=config.optimizer.guard.max_skipped)
+        self.loggers = Loggers(ProgressLogger(config.total_steps(), start_step), wandb)
+        self.alerts = Alerts(self.loggers.alert, skipped=self.last.get("skipped", 0))
 
     def log(self, row: dict[str, Any]) -> None:
         """One row of a step or of a validation; it holds `step` and `tokens`."""
@@ -58,6 +66,7 @@ class Watch:
             return
         self.file.write(row)
         self.loggers.log(row)
+        self.last |= row
         self.heartbeat.fields |= {k: row[k] for k in ("loss", "tokens_per_second") if k in row}
         self.alerts.row(row)
 
@@ -69,6 +78,8 @@ class Watch:
         """
         if not self.enabled:
             return
+        if status == "saving" != self.heartbeat.fields["status"]:
+            self.file.sync()
         self.step = step
         median, count = self.heartbeat.times.median, self.heartbeat.times.count
         fields.setdefault("tokens", step * self.batch_tokens)
@@ -87,11 +98,21 @@ class Watch:
     def close(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
         """The attempt has ended: `done` with exit code 0, `continue` with 75 (saved, to be continued), else `failed`.
 
-        `summary` goes to wandb's summary of the run.
+        wandb's summary gets this, the run's last values and `summary`.
         """
         if not self.enabled:
             return
         status = STATUS_OF_CODE.get(exit_code, "failed")
         self.file.close()
-        self.loggers.finish(exit_code, {"status": status, "exit_code": exit_code} | (summary or {}))
         self.beat(self.step, status, exit_code=exit_code)
+        self.loggers.finish(
+            exit_code, self.last | (summary or {}) | {"status": status, "exit_code": exit_code}
+        )
+
+
+def _plan(folder: Path) -> dict[str, Any] | None:
+    """What plan.json of an earlier attempt holds."""
+    try:
+        return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

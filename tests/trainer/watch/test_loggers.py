@@ -1,10 +1,6 @@
-"""Progress lines, and wandb that never asks, never crashes and keeps one id."""
+"""Progress lines, and what wandb needs to know before it starts."""
 
 import io
-import os
-import sys
-import time
-import types
 
 import pytest
 
@@ -12,7 +8,6 @@ from stepline.trainer.watch import loggers
 from stepline.trainer.watch.loggers import (
     Loggers,
     ProgressLogger,
-    WandbLogger,
     describe_row,
     format_seconds,
     has_key,
@@ -32,55 +27,6 @@ ROW = {
 class Terminal(io.StringIO):
     def isatty(self):
         return True
-
-
-class FakeRun:
-    def __init__(self, fail_at=None):
-        self.rows, self.metrics, self.exit_code, self.fail_at = [], [], None, fail_at
-        self.summary = {}
-
-    def define_metric(self, name, step_metric=None):
-        self.metrics.append((name, step_metric))
-
-    def log(self, row):
-        if self.fail_at == len(self.rows):
-            raise ConnectionError("the service went away\nand a long story")
-        self.rows.append(row)
-
-    def finish(self, exit_code):
-        self.exit_code = exit_code
-
-
-@pytest.fixture
-def no_key(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-
-
-@pytest.fixture
-def fake(monkeypatch, no_key):
-    """A wandb module that records the calls of init and can fail online."""
-    module = types.SimpleNamespace(calls=[], broken=(), run=FakeRun(), torn_down=0)
-
-    def init(**kwargs):
-        module.calls.append(kwargs)
-        if kwargs["mode"] in module.broken:
-            raise RuntimeError("timed out")
-        return module.run
-
-    def teardown():
-        module.torn_down += 1
-
-    module.init, module.teardown = init, teardown
-    module.Settings, module.setup = dict, lambda settings: None
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return module
-
-
-def make(folder, mode="auto"):
-    said = io.StringIO()
-    return WandbLogger(folder, "project", "name", {"lr": 0.1}, mode=mode, stream=said), said
 
 
 def test_plain_lines(monkeypatch):
@@ -128,14 +74,42 @@ def test_fan_out():
         def log(self, row):
             self.seen.append(row)
 
+        def alert(self, title, text, level):
+            self.seen.append(title)
+
         def finish(self, exit_code=0, summary=None):
-            self.seen.append(exit_code)
+            self.seen.append((exit_code, summary))
 
     a, b = Recorder(), Recorder()
     both = Loggers(a, b)
     both.log(ROW)
-    both.finish(3)
-    assert a.seen == b.seen == [ROW, 3]
+    both.alert("Spike", "text", "warn")
+    both.finish(3, {"loss": 1})
+    assert a.seen == b.seen == [ROW, "Spike", (3, {"loss": 1})]
+
+
+def test_a_logger_that_fails_is_said_once_and_left_out(said):
+    class Broken:
+        def log(self, row):
+            raise RuntimeError("no idea")
+
+    out = io.StringIO()
+    both = Loggers(Broken(), ProgressLogger(30, stream=out))
+    both.log(ROW)
+    both.log(ROW)
+    both.finish()
+    assert len(out.getvalue().splitlines()) == 2
+    assert said == ["Broken fails and is left out: no idea"]
+
+
+def test_a_terminal_that_is_gone():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    progress = ProgressLogger(30, stream=Gone())
+    progress.log(ROW)
+    progress.finish()
 
 
 def test_a_key_is_found_where_wandb_would_find_it(monkeypatch, tmp_path, no_key):
@@ -150,95 +124,9 @@ def test_a_key_is_found_where_wandb_would_find_it(monkeypatch, tmp_path, no_key)
     assert has_key()
 
 
-@pytest.mark.parametrize(
-    ("mode", "env", "chosen"),
-    [
-        ("auto", {}, "offline"),
-        ("auto", {"WANDB_API_KEY": "k"}, "online"),
-        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
-        ("auto", {"WANDB_MODE": "disabled"}, "off"),
-        ("auto", {"WANDB_MODE": "online"}, "offline"),
-        ("online", {}, "offline"),
-        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
-        ("off", {"WANDB_API_KEY": "k"}, "off"),
-    ],
-)
-def test_modes(fake, monkeypatch, tmp_path, mode, env, chosen):
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    logger, said = make(tmp_path, mode)
-    assert logger.mode == chosen
-    assert [call["mode"] for call in fake.calls] == ([] if chosen == "off" else [chosen])
-    asked_for_online = "online" in (mode, env.get("WANDB_MODE")) and "WANDB_API_KEY" not in env
-    assert said.getvalue().startswith("wandb has no key") == asked_for_online
-
-
-def test_rows_config_and_id_reach_wandb(fake, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    logger, said = make(tmp_path)
-    logger.log(ROW)
-    logger.finish(75)
-    assert (fake.run.rows, fake.run.exit_code) == ([ROW], 75)
-    assert fake.run.metrics == [("step", None), ("*", "step")]
-    call = fake.calls[0]
-    assert (call["project"], call["name"], call["config"]) == ("project", "name", {"lr": 0.1})
-    assert (call["id"], call["resume"]) == ((tmp_path / "run_id").read_text().strip(), "allow")
-    make(tmp_path)
-    assert fake.calls[1]["id"] == call["id"]
-    assert said.getvalue() == ""
-
-
-def test_a_service_that_is_away_leaves_the_run_offline(fake, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    fake.broken = ("online",)
-    logger, said = make(tmp_path)
-    logger.log(ROW)
-    assert [call["mode"] for call in fake.calls] == ["online", "offline"]
-    assert (logger.mode, fake.run.rows, fake.torn_down) == ("offline", [ROW], 1)
-    assert said.getvalue().splitlines() == [
-        "wandb is not reachable (timed out); its files stay in the run's folder, for `wandb sync`"
-    ]
-
-
-def test_any_failure_is_said_once_and_ends_the_logging(fake, monkeypatch, tmp_path):
-    fake.broken = ("offline",)
-    logger, said = make(tmp_path)
-    assert (logger.mode, said.getvalue()) == ("off", "the run is not logged to wandb: timed out\n")
-    logger.log(ROW)
-    logger.finish()
-
-    fake.broken, fake.run = (), FakeRun(fail_at=1)
-    logger, said = make(tmp_path)
-    for _ in range(4):
-        logger.log(ROW)
-    logger.finish()
-    assert len(fake.run.rows) == 1
-    assert said.getvalue() == "the run is not logged to wandb: the service went away\n"
-
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    logger, said = make(tmp_path)
-    logger.log(ROW)
-    assert "wandb is not installed" in said.getvalue()
-
-
 def test_run_id_is_made_once(tmp_path):
     first = run_id(tmp_path / "run")
     assert len(first) == 8
     assert run_id(tmp_path / "run") == first
     (tmp_path / "run" / "run_id").write_text("given\n")
     assert run_id(tmp_path / "run") == "given"
-
-
-def test_the_real_wandb_offline(no_key, tmp_path):
-    pytest.importorskip("wandb")
-    logger, said = make(tmp_path)
-    logger.log(ROW)
-    logger.finish()
-    assert (logger.mode, said.getvalue()) == ("offline", "")
-    ident = (tmp_path / "run_id").read_text().strip()
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{ident}/run-{ident}.wandb"))
-    deadline = time.monotonic() + 20
-    while b"tokens_per_second" not in files[0].read_bytes() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert b"tokens_per_second" in files[0].read_bytes()
-    assert os.environ.get("WANDB_API_KEY") is None
