@@ -19,6 +19,7 @@ from stepline.trainer.errors import ToBeContinued, TrainingStopped, UserError
 from stepline.trainer.files import locked
 from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
+from stepline.trainer.run.folder import make_folder
 from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import (
     DONE,
@@ -30,7 +31,7 @@ from stepline.trainer.run.outcome import (
     write_outcome,
 )
 from stepline.trainer.run.signals import StopSignal
-from stepline.trainer.run.start import Job, make_folder, start_job
+from stepline.trainer.run.start import Job, start_job
 
 LOCK = ".training.lock"
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,20 +17,8 @@ from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_exp
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.device_memory import device_memory
-from stepline.trainer.run.manifest import (
-    complete_checkpoints,
-    damaged,
-    damages,
-    find_checkpoint,
-    incomplete_checkpoints,
-    read_state,
-    step_of,
-)
-
-RUN_MARKS = ("config.yaml", "logs", "checkpoints", "metrics.jsonl", "run_id")
-"""One of them makes a folder a run's."""
-LAUNCHER_FILES = (".log", ".out", ".err")
-"""What a shell or a scheduler may put into a run's folder before the run begins."""
+from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
+from stepline.trainer.run.manifest import find_checkpoint, read_state
 
 
 @dataclass
@@ -91,7 +78,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     """
     config, origins = load_config(name, overrides)
     check_folder(config.run.folder)
-    resume_from, damage = _checkpoint_to_resume(config.run.folder, resume)
+    resume_from, damage = checkpoint_to_resume(config.run.folder, resume)
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins)
@@ -131,81 +118,6 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
                 f"(fingerprints {held} and {job.fingerprints}); give the old folder or start a new run"
             )
     return job
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError where a run cannot keep its files in `folder`; makes nothing."""
-    try:
-        if folder.exists():
-            names = [path.name for path in folder.iterdir()]  # raises NotADirectoryError
-            foreign = [n for n in names if not n.startswith(".") and not n.endswith(LAUNCHER_FILES)]
-            if foreign and not any(name in RUN_MARKS for name in names):
-                raise UserError(
-                    f"{folder} holds other things than a run ({min(foreign)}); choose a new or empty run.folder"
-                )
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise _unusable(folder, f"{there} is a file")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise _unusable(folder, f"{there} is not writable")
-    except OSError as error:
-        raise _unusable(folder, error.strerror) from error
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the run's folder and tries whether files can be written there; raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, prefix="."):  # hidden from the check_folder of another rank
-            pass
-    except OSError as error:
-        raise _unusable(folder, error.strerror) from error
-
-
-def _unusable(folder: Path, reason: str) -> UserError:
-    return UserError(f"run.folder {folder} cannot be used ({reason}); choose another run.folder")
-
-
-def _checkpoint_to_resume(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """Where to go on, and what was passed over. Sizes are checked here, checksums by all ranks together."""
-    found = complete_checkpoints(folder)
-    if resume == "never":
-        if found:
-            raise UserError(
-                f"{folder} holds a run already; choose another run.folder or resume it (--resume auto)"
-            )
-        return None, []
-    if resume == "auto":
-        return _newest_sound(folder, found)
-    path = Path(resume)
-    same = [p for p in found if p.resolve() == path.resolve()]
-    if not same:
-        raise UserError(
-            f"{path} is no complete checkpoint of {folder}; it has {[p.name for p in found] or 'none'}"
-        )
-    problems = damages(same[0], checksums=False)
-    if problems:
-        raise damaged(same[0], problems[0])
-    return same[0], []
-
-
-def _newest_sound(folder: Path, found: list[Path]) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint with all its files; names the newer ones that are damaged or incomplete."""
-    notes = []
-    for path in reversed(found):
-        problems = damages(path, checksums=False)
-        if not problems:
-            late = [p.name for p in incomplete_checkpoints(folder) if step_of(p) > step_of(path)]
-            if late:
-                notes.append(f"{', '.join(late)} was not finished: {path.name} is used")
-            return path, notes
-        notes.append(f"the checkpoint {path} is damaged ({problems[0]}): the one before it is used")
-    if found:
-        raise UserError(
-            f"every checkpoint of {folder} is damaged ({problems[0]} in {path.name}); "
-            f"restore one, or remove {folder / 'checkpoints'} to start again"
-        )
-    return None, notes
 
 
 def write_environment(job: Job, attempt: int) -> None:
