@@ -141,8 +141,7 @@ class WandbLogger:
                 self.mode = "offline"
         if self._run is None:
             self._run = self._start(wandb)
-        resumed = self.mode == "online" and self._run.resumed
-        self._sent.start(self.mode, self._run.summary.get("step") if resumed else None)
+        self._sent.start(self.mode, self._run.summary.get("step", -1) if self.mode == "online" else None)
         was_lost, self._lost = self._lost, False  # from here on the queue takes rows again
         for row in self._logged():
             self._send(self._run, row)
@@ -199,24 +198,27 @@ class Sent:
 
     def __init__(self, path: Path) -> None:
         self.path, self.mode = path, ""
-        self._before = self._last = (-1, False)
+        self._last = (-1, False)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            known = json.loads(path.read_text())
+            self._last, self.mode = (known["step"], known["validation"]), known["mode"]
 
     def start(self, mode: str, server_step: int | None) -> None:
-        """server_step: the last step that the server holds. After an attempt that was online it knows better."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json.loads(self.path.read_text())
-            self._before = (known["step"], known["validation"])
-            if server_step is not None and known["mode"] == "online":
-                self._before = min(self._before, (server_step, True))
-        self.mode, self._last = mode, self._before
+        """server_step: the last step that the server holds, -1 for none, None offline. It knows better what came of
+        rows that were sent online."""
+        if server_step is not None and self.mode == "online":
+            self._last = min(self._last, (server_step, True))
+        elif server_step is not None and not self.mode:
+            self._last = (server_step, True)
+        self.mode = mode
 
     def lacks(self, row: dict[str, Any]) -> bool:
-        """Whether wandb does not have the row from an attempt before."""
-        return _place(row) > self._before
+        """Whether wandb does not have the row yet."""
+        return _place(row) > self._last
 
     def note(self, row: dict[str, Any]) -> None:
         """wandb has taken the row."""
-        self._last = max(self._last, _place(row))
+        self._last = _place(row)
         partial = self.path.with_name(self.path.name + ".partial")
         with contextlib.suppress(OSError):
             step, validation = self._last
