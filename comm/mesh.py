@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from stepline.comm.rendezvous import attempt_store
+
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -67,6 +69,11 @@ def start_process_group(world: World, device: torch.device, timeout_s: float) ->
         options["device_id"] = device
     if world.size == 1 and not all(name in os.environ for name in RENDEZVOUS):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = (os.environ[name] for name in RENDEZVOUS)
+        store = dist.TCPStore(address, int(port), timeout=options["timeout"], wait_for_workers=False)
+        store = attempt_store(store, world.rank, world.size, options["timeout"])
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, **options)
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
 

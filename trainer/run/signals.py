@@ -17,12 +17,11 @@ class StopSignal:
     """The first signal that this process received of those that end a run, or None.
 
     The numbers arrive through a pipe that a thread reads, so they count even while the main thread waits in a
-    collective: a second SIGINT, or the launcher's death once the run is stopping, ends the process at once.
+    collective: a second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._interrupts = 0
 
     @classmethod
     def install(cls) -> "StopSignal":
@@ -54,10 +53,10 @@ class StopSignal:
 
     def note(self, number: signal.Signals) -> None:
         """Counts a signal; may not return."""
-        self._interrupts += number == signal.SIGINT
-        orphaned = number == signal.SIGHUP and self.received is not None
-        if self._interrupts > 1 or orphaned:
-            print(f"{number.name} again: leaving without saving", file=sys.stderr, flush=True)
+        # The second interrupt of a terminal reaches torchrun alone, which dies of it.
+        again = number in (signal.SIGINT, signal.SIGHUP) and self.received == signal.SIGINT
+        if again:
+            print(f"{number.name} after SIGINT: leaving without saving", file=sys.stderr, flush=True)
             os._exit(LEFT_AT_ONCE)
         self.received = self.received or number
 

@@ -1,0 +1,248 @@
+"""Faults that strike a run for real; afterwards every number is that of an undisturbed run, bitwise."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+RESTARTING = ["--standalone", "--max-restarts=3"]
+
+
+def attempts(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "logs").iterdir())
+
+
+def test_a_rank_dies_in_a_step(start, same, tmp_path):
+    """SIGKILL to one of torchrun's ranks: it starts them again, and they go on from the last checkpoint."""
+    folder = tmp_path / "run"
+    run = start(folder, torchrun=RESTARTING).reach(25)
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    died = time.monotonic()
+    run.until(lambda: len(attempts(folder)) == 2).reach(25)
+    assert time.monotonic() - died < 60  # measured in benchmarks/soak.py
+    assert run.end() == [0], run.text()
+    same(folder)
+
+
+def test_a_rank_dies_while_it_writes_a_checkpoint(start, same, tmp_path):
+    """A half-written file without COMPLETE; the checkpoint before it is used, and the half one is named."""
+    folder = tmp_path / "run"
+    run = start(folder, torchrun=RESTARTING, faults={"kill_in_save": {"20": 1}})
+    assert run.end() == [0], run.text()
+    assert "step-000020 was not finished: step-000010 is used" in run.text()
+    assert attempts(folder) == ["attempt-1", "attempt-2"]
+    same(folder)
+
+
+def test_the_whole_job_dies(start, same, tmp_path):
+    folder = tmp_path / "run"
+    start(folder).reach(33).kill()
+    assert not (folder / "outcome.json").exists()
+    assert start(folder).end() == [0, 0]
+    same(folder)
+
+
+def test_a_rank_hangs(start, same, tmp_path):
+    """The time limit of the config ends it; the log of every rank says where each of its threads stood."""
+    folder = tmp_path / "run"
+    run = start(folder, "parallel.timeout_s=4", torchrun=RESTARTING, faults={"hang": {"25": 1}})
+    assert run.end() == [0], run.text()
+    for rank in (0, 1):
+        log = (folder / "logs" / "attempt-1" / f"rank-{rank}.log").read_text()
+        assert "no progress for 4 s (parallel.timeout_s) after step 25" in log
+        assert "most recent call first" in log
+        assert "in faulty_step" in log
+    assert "in train_step" in (folder / "logs" / "attempt-1" / "rank-0.log").read_text()
+    same(folder)
+
+
+def test_losses_that_are_nan_or_spike(start, tmp_path):
+    """On one rank only: all ranks skip the same steps, whichever rank it was, killed in between or not."""
+    faults = {"nan": {"7": 1, "41": 0}, "spike": {"45": 1}}
+    options = ["optimizer.guard.window=16"]
+    undisturbed, killed, elsewhere = (tmp_path / name for name in ("undisturbed", "killed", "elsewhere"))
+    assert start(undisturbed, *options, faults=faults).end() == [0, 0]
+    start(killed, *options, faults=faults).reach(43).kill()
+    assert start(killed, *options, faults=faults).end() == [0, 0]
+    others = {"nan": {"7": 0, "41": 1}, "spike": {"45": 1}}
+    assert start(elsewhere, *options, faults=others).end() == [0, 0]
+    read = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+            for f in (undisturbed, killed, elsewhere)]  # fmt: skip
+    steps = [[r for r in rows if "lr" in r] for rows in read]
+    assert [r["step"] for r in steps[0]] == list(range(1, 61))
+    assert [r["step"] for r in steps[0] if r["skipped_in_a_row"]] == [8, 42, 46]
+    assert steps[0][-1]["skipped"] == 3
+    for other in steps[1:]:
+        for mine, theirs in zip(steps[0], other, strict=True):
+            for key in ("step", "tokens", "loss", "grad_norm", "skipped"):
+                assert mine.get(key) == theirs.get(key), (mine["step"], key)
+    assert [r.get("val_loss") for r in read[0]] == [r.get("val_loss") for r in read[1]]
+
+
+def flip(path: Path, offset: int = -1000) -> None:
+    """Turns one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_checkpoints_with_a_short_and_a_changed_file(start, same, tmp_path):
+    """Size and checksum tell; each damaged one is named, the last sound one is used."""
+    folder = tmp_path / "run"
+    start(folder).reach(43).kill()
+    shard = folder / "checkpoints" / "step-000040" / "__1_0.distcp"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 10)
+    flip(folder / "checkpoints" / "step-000030" / "__0_0.distcp")
+    run = start(folder)
+    assert run.end() == [0, 0]
+    for said in (
+        f"step-000040 is damaged (__1_0.distcp has {size - 10} bytes instead of {size})",
+        "step-000030 is damaged (__0_0.distcp has another checksum than when it was written)",
+        "continuing " + str(folder / "checkpoints" / "step-000020"),
+    ):
+        assert said in run.text()
+    same(folder)
+
+
+def test_every_checkpoint_is_damaged(start, tmp_path):
+    folder = tmp_path / "run"
+    start(folder).reach(23).kill()
+    for shard in folder.glob("checkpoints/*/__0_0.distcp"):
+        flip(shard)
+    run = start(folder)
+    assert run.end() == [2, 2]
+    assert run.text().count("every checkpoint of") >= 1
+    assert "Traceback" not in run.text()
+
+
+def test_a_damaged_shard_of_data(start, same, data, tmp_path):
+    """Found before it is read; with the right file back the run goes on as if nothing had been."""
+    folder, copy = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(data, copy)
+    option = f"data.path={copy}"
+    run = start(folder, option).reach(15)
+    run.send(signal.SIGTERM)
+    assert run.end() == [75, 75]
+    (shard, *_) = sorted(copy.glob("train*.bin"))
+    right = shard.read_bytes()
+    flip(shard)
+    run = start(folder, option)
+    assert run.end() == [2, 2]
+    assert f"{shard} is damaged" in run.text()
+    assert run.outcome()["status"] == "stopped"
+    shard.write_bytes(right)
+    assert start(folder, option).end() == [0, 0]
+    same(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 MB in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=False)
+
+
+def fill(disk: Path) -> Path:
+    """Writes until nothing more fits."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@pytest.mark.parametrize("honest", [True, False], ids=["seen before", "seen while writing"])
+def test_a_full_disk(start, same, small_disk, honest):
+    """Saving fails, training goes on; with room again all is written, the rows in between too."""
+    folder = small_disk / "run"
+    run = start(folder, faults={} if honest else {"free_bytes": 1e12}).reach(12)
+    filler = fill(small_disk)
+    run.until(lambda: "step-000020 could not be saved" in run.text())
+    newest = sorted(p.parent.name for p in folder.glob("checkpoints/step-*/COMPLETE"))
+    assert newest == ["step-000010"]
+    filler.unlink()
+    assert run.end() == [0, 0], run.text()
+    same(folder)
+
+
+def test_a_disk_that_stays_full(start, same, small_disk):
+    """The last checkpoint cannot be saved: exit code 1 and one sentence; afterwards the same command ends the run."""
+    folder = small_disk / "run"
+    run = start(folder, faults={}).reach(12)
+    filler = fill(small_disk)
+    assert run.end() == [1, 1]
+    assert "the checkpoint of step 60 could not be saved" in run.text()
+    assert "goes on from step-000010" in run.text()
+    filler.unlink()
+    assert start(folder).end() == [0, 0]
+    same(folder)
+
+
+def test_a_folder_that_becomes_read_only(start, same, small_disk):
+    """A mount over the folder: what is opened from now on cannot be written."""
+    folder = small_disk / "run"
+    run = start(folder).reach(12)
+    for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder]):
+        subprocess.run(command, check=True)
+    run.until(lambda: "step-000020 could not be saved (Read-only file system)" in run.output.read_text())
+    subprocess.run(["umount", folder], check=True)
+    assert run.end() == [0, 0], run.text()
+    same(folder)
+
+
+def test_a_clock_that_jumps(start, same, tmp_path):
+    """A day on, a year back: nothing that the run decides is told by the wall clock."""
+    folder = tmp_path / "run"
+    run = start(
+        folder, "checkpoint.ephemeral_minutes=60", faults={"clock": {"20": 86_400, "40": -31_536_000}}
+    )
+    assert run.end() == [0, 0]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        f"step-{s:06}" for s in range(10, 61, 10)
+    ]
+    same(folder)
+
+
+def test_two_runs_in_one_folder(start, same, tmp_path):
+    folder = tmp_path / "run"
+    first = start(folder, faults={"sleep": {"first_step": 40}})
+    first.until((folder / "heartbeat.json").exists)
+    second = start(folder, ranks=1)
+    assert second.processes[0].wait(60) == 2
+    assert "another process trains in" in second.text()
+    assert first.end() == [0, 0]
+    same(folder)
+
+
+def test_ephemeral_checkpoints_come_by_time_and_go(start, same, tmp_path):
+    """Every .6 s here; the newest two stay beside the permanent ones, and a killed run goes on from the newest."""
+    folder = tmp_path / "run"
+    options = ["checkpoint.every=60", "checkpoint.ephemeral_minutes=0.01"]
+    faults = {"sleep": {"validation": 0.2}}
+    run = start(folder, *options, faults=faults).reach(45)
+    kinds = {}
+    for path in folder.glob("checkpoints/step-*/manifest.json"):
+        with contextlib.suppress(OSError):
+            kinds[path.parent.name] = json.loads(path.read_text())["kind"]
+    run.kill()
+    assert set(kinds.values()) == {"ephemeral"}
+    assert 1 <= len(kinds) <= 3, "two that are kept, and one that is being written or removed"
+    newest = max(p.parent.name for p in folder.glob("checkpoints/step-*/COMPLETE"))
+    run = start(folder, *options)
+    assert run.end() == [0, 0]
+    assert f"{newest} at step {int(newest.removeprefix('step-'))}" in run.text()
+    same(folder)
