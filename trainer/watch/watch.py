@@ -95,16 +95,16 @@ class Watch:
         if self.enabled:
             self.alerts.say(title, text, level)
 
-    def close(self, exit_code: int = 0, summary: dict[str, Any] | None = None) -> None:
+    def close(self, exit_code: int = 0, summary: dict[str, Any] | None = None, **fields: Any) -> None:
         """The attempt has ended: `done` with exit code 0, `continue` with 75 (saved, to be continued), else `failed`.
 
-        wandb's summary gets this, the run's last values and `summary`.
+        wandb's summary gets this, the run's last values and `summary`; heartbeat.json gets `fields`.
         """
         if not self.enabled:
             return
         status = STATUS_OF_CODE.get(exit_code, "failed")
         self.file.close()
-        self.beat(self.step, status, exit_code=exit_code)
+        self.beat(self.step, status, exit_code=exit_code, **fields)
         self.loggers.finish(
             exit_code, self.last | (summary or {}) | {"status": status, "exit_code": exit_code}
         )
