@@ -154,7 +154,7 @@ def test_wandb_dies_and_the_run_is_killed_and_resumed(straight, data, tmp_path):
     assert (beat(second.run)["attempt"], beat(second.run)["status"]) == (2, "done")
 
 
-def test_a_disk_that_is_full_and_then_read_only(straight, data, tmp_path):
+def test_a_disk_that_is_full_and_then_read_only(straight, data, sh, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount("-t", "tmpfs", "-o", "size=24m", "none", disk)
@@ -176,6 +176,11 @@ def test_a_disk_that_is_full_and_then_read_only(straight, data, tmp_path):
         said = launch.end()
         assert numbers(run) == numbers(straight)
         assert beat(run)["status"] == "done"
+        with WandbServer() as server:
+            for folder in sorted((run / "wandb").glob("offline-run-*")):
+                sh(sys.executable, "-m", "wandb", "sync", folder, **server.environment())
+            (stored,) = server.runs.values()
+        assert set(stored.steps) == set(range(1, STEPS + 1))
     finally:
         launch.process.kill()
         launch.process.wait()

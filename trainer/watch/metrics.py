@@ -27,6 +27,11 @@ class MetricsFile:
         self._cut_after: int | None = None
         self._broken = False
 
+    @property
+    def waits_from(self) -> dict[str, Any] | None:
+        """The first row that waits; None where all are written."""
+        return self._waiting[0] if self._waiting else None
+
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row and hands it to the system at once; raises no OSError.
 

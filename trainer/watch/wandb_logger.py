@@ -72,6 +72,11 @@ class WandbLogger:
         """Sends one row, unless wandb has it."""
         self._put(lambda run: self._send(run, row))
 
+    def begin_again(self, row: dict[str, Any]) -> None:
+        """Starts wandb anew and sends the rows from this one on: wandb stops to write when its disk is full, says
+        nothing, and never writes again."""
+        self._put(lambda run: self._restart(row))
+
     def alert(self, title: str, text: str, level: str) -> None:
         """A wandb alert, which reaches a person by mail or Slack."""
         self._put(lambda run: run.alert(title, text, level=level.upper()))
@@ -110,6 +115,8 @@ class WandbLogger:
                 self._started.set()
                 self._hand_over()
                 return
+            except _Restart:
+                continue
             except ImportError:
                 self._off("wandb is not installed (pip install 'stepline[watch]')")
             except Exception as error:
@@ -169,6 +176,10 @@ class WandbLogger:
         while self.mode != "off" and (item := self._queue.get()) is not None:
             item(self._run)
 
+    def _restart(self, row: dict[str, Any]) -> None:
+        self._sent.forget(row)
+        raise _Restart
+
     def _send(self, run: Any, row: dict[str, Any]) -> None:
         if self._sent.lacks(row):
             run.log(row)
@@ -188,6 +199,10 @@ class WandbLogger:
 
     def _say(self, sentence: str) -> None:
         log.warning("%s", sentence)
+
+
+class _Restart(Exception):
+    """wandb is to be ended and started again."""
 
 
 class Sent:
@@ -211,6 +226,11 @@ class Sent:
         elif server_step is not None and not self.mode:
             self._last = (server_step, True)
         self.mode = mode
+
+    def forget(self, row: dict[str, Any]) -> None:
+        """wandb has neither this row nor the later ones."""
+        step, validation = _place(row)
+        self._last = min(self._last, (step, False) if validation else (step - 1, True))
 
     def lacks(self, row: dict[str, Any]) -> bool:
         """Whether wandb does not have the row yet."""

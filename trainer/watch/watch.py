@@ -49,7 +49,7 @@ class Watch:
         self.file = MetricsFile(folder / "metrics.jsonl")
         kept = self.file.truncate_after(start_step)
         self.last = {key: value for row in kept for key, value in row.items()}
-        wandb = WandbLogger(
+        self.wandb = WandbLogger(
             folder,
             config.logging.project,
             folder.name,
@@ -57,15 +57,18 @@ class Watch:
             config.logging.wandb,
             logged=self.file.read,
         )
-        self.loggers = Loggers(ProgressLogger(config.total_steps(), start_step), wandb)
+        self.loggers = Loggers(ProgressLogger(config.total_steps(), start_step), self.wandb)
         self.alerts = Alerts(self.loggers.alert, skipped=self.last.get("skipped", 0))
 
     def log(self, row: dict[str, Any]) -> None:
         """One row of a step or of a validation; it holds `step` and `tokens`."""
         if not self.enabled:
             return
+        waited_from = self.file.waits_from
         self.file.write(row)
         self.loggers.log(row)
+        if waited_from is not None and self.file.waits_from is None:
+            self.wandb.begin_again(waited_from)
         self.last |= row
         self.heartbeat.fields |= {k: row[k] for k in ("loss", "tokens_per_second") if k in row}
         self.alerts.row(row)

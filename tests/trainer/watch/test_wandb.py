@@ -13,6 +13,7 @@ import pytest
 
 from stepline.trainer.watch import wandb_logger
 from stepline.trainer.watch.loggers import run_id
+from stepline.trainer.watch.metrics import MetricsFile
 from stepline.trainer.watch.wandb_logger import WandbLogger
 
 from .wandb_server import KEY, WandbServer
@@ -255,6 +256,50 @@ def test_a_dead_service_is_said_once_and_started_again(server, monkeypatch, tmp_
     assert said[0].startswith("wandb is lost (")
     assert said[1:] == ["wandb is back"]
     assert stored(server, tmp_path).steps == [r["step"] for r in rows]
+
+
+def test_after_a_full_disk_wandb_is_started_again(server, monkeypatch, tmp_path, said):
+    """wandb gives up its file for good; the run's rows come from metrics.jsonl once there is space."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("this machine does not let the test mount a disk")
+    try:
+        monkeypatch.setitem(wandb_logger.LIMITS, "x_transaction_log_flush_interval", 0.2)
+        file = MetricsFile(disk / "metrics.jsonl")
+        logger = WandbLogger(disk, "project", "name", {}, "offline", logged=file.read)
+
+        def log(steps):
+            for step in steps:
+                waited = file.waits_from
+                file.write(row(step, text="x" * 300))
+                logger.log(row(step, text="x" * 300))
+                if waited is not None and file.waits_from is None:
+                    logger.begin_again(waited)
+
+        log(range(1, 101))
+        time.sleep(1)
+        subprocess.run(
+            ["dd", "if=/dev/zero", f"of={disk / 'other'}", "bs=4096"], capture_output=True, check=False
+        )
+        log(range(101, 400))
+        time.sleep(1)
+        (disk / "other").unlink()
+        log(range(400, 410))
+        logger.finish(0)
+        folders = offline_folders(disk)
+        assert len(folders) == 2
+        for folder in folders:  # given together, wandb stops behind the first, whose last record is cut off
+            sync(server, folder)
+        steps = stored(server, disk).steps
+        assert sorted(set(steps)) == list(range(1, 410))
+        assert len(steps) < 409 + 30  # a page that was still there may have held some rows
+        assert [s for s in said if not s.startswith(str(file.path))] == []
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_service_that_hangs_does_not_hold_up_the_run(server, monkeypatch, tmp_path, said):

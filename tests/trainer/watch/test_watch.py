@@ -176,6 +176,9 @@ def test_config_plan_and_last_values_go_to_wandb(tmp_path, monkeypatch):
         def alert(self, *alert):
             self.calls.append(alert)
 
+        def begin_again(self, row):
+            self.calls.append(("again", row["step"]))
+
         def finish(self, code, summary):
             self.calls.append((code, summary))
 
