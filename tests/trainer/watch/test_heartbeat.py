@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import socket
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from stepline.trainer.watch import heartbeat
 from stepline.trainer.watch.heartbeat import Heartbeat, StepTimes
+
+DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "watching.md"
 
 
 class Clock:
@@ -66,6 +70,16 @@ def test_what_the_file_says(tmp_path):
         "failed_saves": 0,
         "exit_code": None,
     }
+
+
+def test_every_field_is_in_the_documentation(tmp_path):
+    beat = make(tmp_path)
+    beat.beat(0, "starting")
+    rows = [
+        line for line in DOCUMENTATION.read_text().split("## Alerts")[0].splitlines() if line[:3] == "| `"
+    ]
+    fields = [name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert set(fields) == set(read(beat))
 
 
 def test_one_write_in_five_seconds_and_at_once_for_a_new_status(tmp_path, clock):
