@@ -11,14 +11,20 @@ from stepline.trainer.cli_options import Json
 def submit(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
-    nodes: Annotated[int, typer.Option(help="Nodes of the job.", min=1)] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.")] = 1,
     gpus_per_node: Annotated[
-        int | None, typer.Option(help="GPUs, and ranks, of each node; 0: CPUs. \\[default: 8]", min=0)
+        int | None, typer.Option(help="GPUs, and ranks, of each node; 0: CPUs. \\[default: 8]")
     ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(help="Ranks of each node where there are no GPUs.", min=1)
+        int | None, typer.Option(help="Ranks of each node where there are no GPUs.")
+    ] = None,
+    cpus_per_rank: Annotated[
+        int | None, typer.Option(help="CPUs of each rank. \\[default: 4 with a GPU, else 1]")
     ] = None,
     time: Annotated[str, typer.Option(help="Time limit of one attempt, as sbatch takes it.")] = "24:00:00",
+    lead: Annotated[
+        int, typer.Option(help="Seconds before the time limit at which the run saves and is requeued.")
+    ] = 300,
     sbatch: Annotated[
         str, typer.Option(help="More options for sbatch, e.g. '--partition=gpu --account=mine'.")
     ] = "",
@@ -32,9 +38,12 @@ def submit(
     from stepline.trainer.run.submit import Request, run_submit
 
     run_submit(
-        Request(config, overrides or [], nodes, gpus_per_node, ranks_per_node, time, sbatch, print_only),
+        Request(
+            config, overrides or [], nodes, gpus_per_node, ranks_per_node, time, sbatch, print_only,
+            cpus_per_rank, lead,
+        ),
         as_json,
-    )
+    )  # fmt: skip
 
 
 def doctor(

@@ -133,18 +133,18 @@ class TokenSplit:
         self.num_tokens, self.num_documents, self.num_bytes = counts.tokens, counts.documents, counts.bytes
         self.vocab_size, self.eod_id = self.meta.vocab_size, self.meta.eod_id
         self._dtype = np.dtype(self.meta.dtype).newbyteorder("<")
-        files = [self.path / shard["file"] for shard in counts.shards]
-        self._shards = [np.memmap(file, self._dtype, "r") for file in files]
+        self._every_id_is_valid = self.vocab_size > np.iinfo(self._dtype).max
+        self._files = [self.path / shard["file"] for shard in counts.shards]
+        self._shards = [np.memmap(file, self._dtype, "r") for file in self._files]
         self._windows: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
         self._lengths = np.array([len(shard) for shard in self._shards], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
 
     def document_ends(self) -> np.ndarray:
         """One past the last token (its end-of-document token) of each document, uint64 [documents]."""
-        files = [self.path / shard["file"] for shard in self.meta.splits[self.split].shards]
         ends = [
             np.fromfile(file.with_suffix(".idx"), "<u8") + np.uint64(start)
-            for file, start in zip(files, self._starts)
+            for file, start in zip(self._files, self._starts)
         ]
         return np.concatenate(ends) if ends else np.zeros(0, np.uint64)
 
@@ -157,19 +157,36 @@ class TokenSplit:
         return int(self.windows_per_shard(seq_len).sum())
 
     def gather(self, window_indices: np.ndarray, seq_len: int) -> np.ndarray:
-        """Tokens [n, seq_len + 1] of windows [n]: window i of a shard covers its tokens [i*S, i*S + S]."""
+        """Tokens [n, seq_len + 1] of windows [n]: window i of a shard covers its tokens [i*S, i*S + S].
+
+        Raises UserError for a token that is not in the vocabulary.
+        """
         if seq_len not in self._windows:
             self._windows[seq_len] = self._window_views(seq_len)
         ends, views = self._windows[seq_len]
         if len(views) == 1:
-            return views[0][window_indices]
+            out = views[0][window_indices]
+            self._check_ids(out, 0)
+            return out
         indices = np.asarray(window_indices, np.int64)
         shard_of = np.searchsorted(ends, indices, side="right")
         out = np.empty((len(indices), seq_len + 1), self._dtype)
         for shard in np.unique(shard_of):
             rows = np.flatnonzero(shard_of == shard)
-            out[rows] = views[shard][indices[rows] - (ends[shard - 1] if shard else 0)]
+            out[rows] = part = views[shard][indices[rows] - (ends[shard - 1] if shard else 0)]
+            self._check_ids(part, shard)
         return out
+
+    def _check_ids(self, tokens: np.ndarray, shard: int) -> None:
+        """Raises UserError for a token that is not in the vocabulary: the shard was damaged after `prepare`."""
+        if self._every_id_is_valid or not tokens.size:
+            return
+        largest = np.maximum.reduce(tokens, axis=None)  # .max() costs more than its work in a small batch
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"{self._files[shard]} is damaged (it holds token {largest}, the vocabulary ends at "
+                f"{self.vocab_size - 1}); copy it again or run `stepline prepare` again, then resume"
+            )
 
     def _window_views(self, seq_len: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Cumulative windows per shard, and each shard as overlapping windows [n, seq_len + 1]."""
@@ -186,11 +203,14 @@ class TokenSplit:
         return np.cumsum(counts), views
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of the whole split, across shards; shorter at the end."""
+        """Tokens [start, start + length) of the whole split, across shards; shorter at the end.
+
+        Raises UserError for a token that is not in the vocabulary.
+        """
         stop = min(start + length, self.num_tokens)
-        pieces = [
-            shard[max(start - begin, 0) : stop - begin]
-            for shard, begin in zip(self._shards, self._starts)
-            if begin < stop and begin + len(shard) > start
-        ]
+        pieces = []
+        for i, (shard, begin) in enumerate(zip(self._shards, self._starts)):
+            if begin < stop and begin + len(shard) > start:
+                pieces.append(shard[max(start - begin, 0) : stop - begin])
+                self._check_ids(pieces[-1], i)
         return np.concatenate(pieces) if pieces else np.zeros(0, self._dtype)

@@ -40,7 +40,8 @@ def to_batch(
     rows, filled, seq_len = shape[0] * shape[1], len(tokens), tokens.shape[1] - 1
     inputs, targets = np.empty((2, rows, seq_len), np.int64)
     inputs[:filled], targets[:filled] = tokens[:, :-1], tokens[:, 1:]
-    inputs[filled:], targets[filled:] = 0, IGNORE
+    if filled < rows:
+        inputs[filled:], targets[filled:] = 0, IGNORE
     doc_ids = None
     if confine_attention:
         ended = (inputs == eod_id).astype(np.int32)

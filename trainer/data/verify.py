@@ -1,13 +1,159 @@
-"""Placeholder until the real one lands."""
+"""Whether the shards on the disk are the ones that `stepline prepare` wrote: by the checksums in meta.json.
+
+Only what a training reads is checked, the .bin files of its splits; the sizes of all files are checked by `load_meta`.
+"""
+
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stepline.trainer.config import Config
+from stepline.trainer.data.dataset import Meta
+
+START_BYTES = 8 * 10**9
+"""What a rank reads at most before the first step under `data.verify=auto`."""
+BLOCK_BYTES = 1 << 24
+MEND = "copy it again or run `stepline prepare` again, then resume"
+
+log = logging.getLogger("stepline")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file and what it should hold."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    crc32: int | None
+    """None in a folder that was written without checksums: then the size alone counts."""
+
+
+def shard_files(metas: Sequence[Meta], splits: Sequence[str]) -> list[ShardFile]:
+    """The .bin files of these splits of data folders, each once."""
+    files = [
+        ShardFile(
+            meta.path / shard["file"], shard["tokens"] * np.dtype(meta.dtype).itemsize, shard.get("crc32")
+        )
+        for meta in metas
+        for split in splits
+        if split in meta.splits
+        for shard in meta.splits[split].shards
+    ]
+    return list(dict.fromkeys(files))
+
+
+def shares(files: Sequence[ShardFile], world_size: int) -> list[list[ShardFile]]:
+    """Every rank's share: each file in exactly one of them, of about the same number of bytes, alike on all ranks."""
+    parts: list[list[ShardFile]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for file in sorted(files, key=lambda file: -file.size):
+        lightest = loads.index(min(loads))
+        parts[lightest].append(file)
+        loads[lightest] += file.size
+    return parts
+
+
+def check_file(file: ShardFile, stop: threading.Event | None = None, pace: bool = False) -> str | None:
+    """What is wrong with the file, in words that go on from its name; None when nothing is or `stop` was set.
+
+    pace: leave the disk and a core to others for half of the time.
+    """
+    crc = size = 0
+    block = memoryview(bytearray(BLOCK_BYTES))
+    try:
+        with open(file.path, "rb", buffering=0) as source:
+            while True:
+                start = time.monotonic()
+                read = source.readinto(block)
+                if not read:
+                    break
+                size += read
+                crc = zlib.crc32(block[:read], crc)
+                if stop is not None and stop.wait(time.monotonic() - start if pace else 0):
+                    return None
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if size != file.size:
+        return f"has {size} bytes instead of {file.size}"
+    if file.crc32 is not None and crc != file.crc32:
+        return "is damaged (its checksum differs from meta.json)"
+    return None
+
+
+def verify_shards(meta: Meta, splits: Sequence[str], rank: int, world_size: int) -> list[str]:
+    """Reads this rank's share of the shards of a data folder; what is wrong, a sentence for each file."""
+    files = shares(shard_files([meta], splits), world_size)[rank]
+    found = [(file, check_file(file)) for file in files]
+    return [f"{file.path} {wrong}; {MEND}" for file, wrong in found if wrong is not None]
 
 
 class Verifier:
-    def problem(self):
-        return None
+    """The check of one rank's files, done when made or in a thread of its own; may be asked from any thread."""
 
-    def close(self):
-        pass
+    def __init__(self, files: Sequence[ShardFile], background: bool) -> None:
+        self.background = background
+        """Whether steps are made before the check is done; alike on all ranks of `start_verifying`."""
+        self._files = list(files)
+        self._problem: str | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        if background:
+            self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
+            self._thread.start()
+        else:
+            self._run()
+
+    def problem(self) -> str | None:
+        """The first thing that is wrong, in one sentence that says what to do; None while nothing is known.
+
+        In the background the steps made so far may have read it.
+        """
+        return self._problem
+
+    @property
+    def done(self) -> bool:
+        """Whether every file was checked, up to the first that is wrong."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Ends the thread; what it has not read stays unchecked."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        for file in self._files:
+            wrong = check_file(file, self._stop, pace=self.background)
+            if self._stop.is_set():
+                return
+            if wrong is not None:
+                self._problem = f"{file.path} {wrong}; {MEND}"
+                return
+        if self._files:
+            read, seconds = sum(file.size for file in self._files) / 1e6, time.monotonic() - start
+            log.info("data: %.0f MB agree with their checksums (%.1f s)", read, seconds)
 
 
-def start_verifying(config, metas, rank, world_size):
-    return Verifier()
+def start_verifying(config: Config, metas: Sequence[Meta], rank: int, world_size: int) -> Verifier:
+    """Checks this rank's share of the shards that the run reads, as `data.verify` says.
+
+    In the mode `start` the result is there when this returns. Ranks whose disks differ must each give their place
+    among the ranks of their own machine, or copies on other machines go unchecked.
+    """
+    mode = config.data.verify
+    files = [] if mode == "off" else shard_files(metas, ("train", config.logging.eval_split))
+    parts = shares(files, world_size)
+    if mode == "auto":
+        largest = max(sum(file.size for file in part) for part in parts)
+        mode = "start" if largest <= START_BYTES else "background"
+    return Verifier(parts[rank], background=mode == "background")

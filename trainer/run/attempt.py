@@ -96,9 +96,13 @@ class Attempt:
             refuse_damaged_data(self.verifier, self.group, self.first_step)
         return agreed
 
+    def _told_to_stop_in_validation(self) -> int:
+        self.dog.tick(f"step {self.state.step} and a part of its validation")
+        self.watch.beat(self.state.step, "validating")
+        return self.told_to_stop()
+
     def told_to_stop(self) -> int:
         """The signal that any of all ranks has received, or 0; waits for them."""
-        self.dog.tick(f"step {self.state.step} and a part of its validation")
         return self.consensus.settle([self.stop.number, 0, 0])[0]
 
     def owes_validation(self) -> bool:
@@ -112,7 +116,7 @@ class Attempt:
         state = self.state
         self.watch.beat(state.step, "validating")
         with self.speed.paused():
-            values = validate(state, whole, self.told_to_stop)
+            values = validate(state, whole, self._told_to_stop_in_validation)
         if values is not None:
             if self.job.expected is not None:  # beside the loss, wherever that is shown
                 values["expected_final_loss"] = self.job.expected.loss
@@ -137,6 +141,7 @@ class Attempt:
 
         Raises TrainingStopped when that fails too.
         """
+        self.watch.beat(self.state.step, "saving")
         with self.dog.paused():
             if self.saver.finish():
                 return

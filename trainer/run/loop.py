@@ -102,7 +102,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     finally:
         state.loader.close()
         verifier.close()
-        watch.close(exit_code, validation)
+        watch.close(exit_code, validation, last_checkpoint=attempt.saver.name)
     if stopping:
         raise attempt.to_be_continued(stopping)
     log.info("done at step %d, checkpoint of step %d", state.step, attempt.saved_step)

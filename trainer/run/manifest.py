@@ -41,17 +41,18 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.resolve().parent.parent
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, *, checksums: bool = True) -> Path:
     """The checkpoint at `path`, or the newest complete one of the run at `path`, its files checked.
 
-    Raises UserError where there is none or it is damaged.
+    checksums: read the files, instead of looking at their sizes alone. Raises UserError where there is none or it
+    is damaged.
     """
     if not (path / COMPLETE).is_file():
         found = complete_checkpoints(path)
         if not found:
             raise UserError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
         path = found[-1]
-    problems = damages(path)
+    problems = damages(path, checksums=checksums)
     if problems:
         raise damaged(path, problems[0])
     return path

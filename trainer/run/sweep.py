@@ -22,9 +22,10 @@ from stepline.trainer.plan.screen import screen
 from stepline.trainer.plan.sweep import SweepRun, lay_out
 from stepline.trainer.plan.sweep_cost import find_gpus, find_rate, sweep_cost
 from stepline.trainer.plan.sweep_show import show
+from stepline.trainer.run.slurm import find_sbatch
 from stepline.trainer.run.sweep_local import LocalRunner, Report
 from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, sweep_of, write_whole
-from stepline.trainer.run.sweep_slurm import find_sbatch, render, submit, write_script
+from stepline.trainer.run.sweep_slurm import render, submit, write_script
 
 DONE, FAILED, TO_BE_CONTINUED = 0, 1, 75
 NEVER = 10**9

@@ -1,27 +1,14 @@
 """A sweep as a SLURM array: one element for each missing run. Imports no torch."""
 
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stepline.trainer.errors import UserError
+from stepline.trainer.files import write_whole
 from stepline.trainer.plan.sweep import SweepRun
-from stepline.trainer.run.sweep_runs import SweepFolder, write_whole
-
-SCRIPT = """#!/bin/bash
-#SBATCH --job-name={name}
-#SBATCH --array={array}
-#SBATCH --chdir={here}
-#SBATCH --output={logs}/%A-%a.log
-#SBATCH --ntasks=1
-# A minute before the time limit the run is ended cleanly, and counts as not done.
-#SBATCH --signal=B:TERM@60
-{options}
-exec {python} -m stepline.trainer sweep --output {output} --only "$SLURM_ARRAY_TASK_ID"
-"""
+from stepline.trainer.run.slurm import directive, fill, hand_in, log_path, option_lines, template
+from stepline.trainer.run.sweep_runs import SweepFolder
 
 
 def array_of(indices: Sequence[int], at_once: int | None) -> str:
@@ -37,44 +24,24 @@ def array_of(indices: Sequence[int], at_once: int | None) -> str:
 
 
 def render(sweep: SweepFolder, runs: Sequence[SweepRun], at_once: int | None, options: str) -> str:
-    """The batch script for these runs of the sweep; options: of sbatch, separated by blanks."""
+    """The batch script for these runs of the sweep; options: of sbatch, separated by blanks. Raises UserError."""
     indices = {run.name: i for i, run in enumerate(sweep.runs)}
     output = sweep.path.resolve()
-    try:
-        extra = shlex.split(options)
-    except ValueError as error:
-        raise UserError(f"--sbatch '{options}' cannot be read: {error}") from None
-    for option in extra:
-        if not option.startswith("--"):
-            raise UserError(f"--sbatch has '{option}'; write options as --name=value")
-    return SCRIPT.format(
-        name=f"sweep-{output.name}",
-        array=array_of([indices[run.name] for run in runs], at_once),
-        here=Path.cwd(),
-        logs=output / "slurm",
-        options="".join(f"#SBATCH {option}\n" for option in extra),
-        python=shlex.quote(sys.executable),
-        output=shlex.quote(str(output)),
-    )
-
-
-def find_sbatch() -> str:
-    """The submit command; raises UserError on a machine without it."""
-    found = shutil.which("sbatch")
-    if found is None:
-        raise UserError("there is no sbatch on this machine; run it where SLURM is, or take --print")
-    return found
+    values = {
+        "name": directive(f"sweep-{output.name}"),
+        "array": array_of([indices[run.name] for run in runs], at_once),
+        "here": directive(Path.cwd()),
+        "log": log_path(output / "slurm", "%A-%a.log"),
+        "options": option_lines(options),
+        "python": shlex.quote(sys.executable),
+        "output": shlex.quote(str(output)),
+    }
+    return fill(template("sweep.sbatch"), values)
 
 
 def submit(sweep: SweepFolder, script: str) -> str:
     """Writes DIR/sweep.sbatch and hands it to SLURM; returns the job's id. Raises UserError."""
-    sbatch = find_sbatch()
-    path = write_script(sweep, script)
-    told = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
-    if told.returncode != 0:
-        reason = (told.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"sbatch refused {path}: {reason}")
-    return told.stdout.strip().split(";")[0]
+    return hand_in(write_script(sweep, script))
 
 
 def write_script(sweep: SweepFolder, script: str) -> Path:
