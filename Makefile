@@ -1,10 +1,10 @@
-# make quickstart | test | test-e2e | lint | bench | gpu-check
+# make quickstart | test | test-e2e | test-slurm | lint | bench | gpu-check
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-e2e lint bench gpu-check clean
+.PHONY: quickstart test test-e2e test-slurm lint bench gpu-check clean
 
 # One file per set of extras says that it is installed; a changed list of packages installs again.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -24,7 +24,13 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not e2e and not gpu"
 
 test-e2e: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m e2e
+	$(BIN)/python -m pytest -q -m "e2e and not slurm"
+
+# A real SLURM, started by the tests; its packages are installed where root may do so.
+test-slurm: $(VENV)/.dev
+	command -v slurmctld > /dev/null || test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null || \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y slurm-wlm munge > /dev/null)
+	$(BIN)/python -m pytest -q -m slurm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

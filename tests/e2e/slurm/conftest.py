@@ -46,6 +46,12 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF State=UP
 """GraceTime: seconds that a preempted job has to save."""
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(item.fspath).is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.slurm)
+
+
 def skip_or_fail(reason: str) -> None:
     """Elsewhere these tests are skipped; where STEPLINE_CI is set, a skip would hide that nothing was proved."""
     (pytest.fail if os.environ.get("STEPLINE_CI") else pytest.skip)(reason)

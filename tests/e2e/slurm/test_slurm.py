@@ -96,6 +96,20 @@ def test_a_signal_saves_requeues_and_continues(submit, cluster, undisturbed, tmp
     assert "SIGUSR1" in said
 
 
+def test_a_time_limit_saves_requeues_and_continues(submit, cluster, undisturbed, tmp_path):
+    """A limit of one minute, of which SLURM's signal leaves 30 s; as many attempts as the run needs."""
+    folder = tmp_path / "run"
+    job = submit(folder, 450, "--time", "1", "--lead", "30")
+    deadline = time.monotonic() + 240
+    while (state := cluster.job(job))["JobState"] != "COMPLETED":
+        assert time.monotonic() < deadline, state
+        if state["JobState"] == "PENDING" and state["Restarts"] != "0":
+            cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        time.sleep(1)
+    assert int(state["Restarts"]) >= 1
+    assert rows(folder) == rows(undisturbed(450))
+
+
 def test_a_preemption_saves_and_continues(sh, submit, cluster, undisturbed, tmp_path):
     """A job of a higher partition takes the nodes; SLURM requeues the run, which then goes on."""
     folder = tmp_path / "run"
