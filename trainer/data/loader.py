@@ -102,9 +102,16 @@ class TrainLoader:
         }
         self._sample, self._counts = 0, [0] * len(sources)
         self._thread: threading.Thread | None = None
-        self._queue: queue.Queue = queue.Queue(max(1, prefetch))
-        self._stop = threading.Event()
         self._producer: Iterator[Batch] | None = None
+        self._new_queues()
+
+    def _new_queues(self) -> None:
+        # Two of C's queues: what is ready, and a None for each batch that may still be put there.
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._room: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(self.prefetch):
+            self._room.put(None)
+        self._stop = threading.Event()
 
     def _state(self, sample: int, counts: Sequence[int]) -> dict:
         return {**self._identity, "sample": int(sample), "counts": [int(c) for c in counts]}
@@ -161,12 +168,8 @@ class TrainLoader:
                 item = next(batches)
             except Exception as error:  # handed to the consumer, who raises it
                 item = error
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=0.05)
-                    break
-                except queue.Full:
-                    continue
+            self._room.get()
+            self._ready.put(item)
             if isinstance(item, Exception):
                 return
 
@@ -179,7 +182,11 @@ class TrainLoader:
             if self.prefetch > 0:
                 self._thread = threading.Thread(target=self._fill, args=(self._producer,), daemon=True)
                 self._thread.start()
-        item = self._queue.get() if self._thread is not None else next(self._producer)
+        if self._thread is None:
+            item = next(self._producer)
+        else:
+            item = self._ready.get()
+            self._room.put(None)
         if isinstance(item, Exception):
             self._join()
             raise item
@@ -188,11 +195,11 @@ class TrainLoader:
 
     def _join(self) -> None:
         self._stop.set()
+        self._room.put(None)  # wakes a thread that waits for room
         if self._thread is not None:
             self._thread.join()
         self._thread = self._producer = None
-        self._queue = queue.Queue(max(1, self.prefetch))
-        self._stop = threading.Event()
+        self._new_queues()
 
     def close(self) -> None:
         """Stop the prefetching thread."""
