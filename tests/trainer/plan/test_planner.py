@@ -131,7 +131,9 @@ def test_every_auto_is_filled_and_says_from_where():
     assert (run.precision.compute, run.run.compile, run.parallel.shard) == ("bf16", True, 8)
     assert [w for w in warnings if "is extrapolated" in w]
     # These two are decided anew at every start: by the keys that are there and by what a rank has to read.
-    assert "auto" not in [v for k, v in flatten(dump(run)).items() if k not in ("logging.wandb", "data.verify")]
+    assert "auto" not in [
+        v for k, v in flatten(dump(run)).items() if k not in ("logging.wandb", "data.verify")
+    ]
 
 
 def test_what_is_set_stays_and_a_clamp_is_said():
