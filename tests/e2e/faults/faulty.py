@@ -4,7 +4,7 @@
 {"spike": {"30": 1}}             ... or 1000 times as large
 {"hang": {"15": 1}}              rank 1 sleeps for ever before step 15, once
 {"kill_in_save": {"20": 1}}      rank 1 dies by SIGKILL while it writes the checkpoint of step 20, once
-{"sleep": {"first_step": 2, "validation": 0.2, "save": 1}}   seconds, added to each of them
+{"sleep": {"step": 0.1, "first_step": 2, "validation": 0.2, "save": 1}}   seconds, added to each of them
 {"clock": {"20": 86400}}         the wall clock jumps so many seconds at step 20
 {"free_bytes": 1e12}             what the system says of the disk's free space
 {"once": "FILE"}                 marks that a fault of the "once" kind has happened
@@ -42,6 +42,7 @@ def first_time() -> bool:
 
 def faulty_step(train_step, state, batch, lr):
     step = state.step
+    time.sleep(FAULTS.get("sleep", {}).get("step", 0))
     if step == 0:
         time.sleep(FAULTS.get("sleep", {}).get("first_step", 0))
     if here("hang", step) and first_time():
