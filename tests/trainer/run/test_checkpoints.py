@@ -1,0 +1,82 @@
+"""What a checkpoint holds, which ones count, and which are kept."""
+
+import json
+import random
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stepline.trainer.errors import UserError
+from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, load_tensors
+from stepline.trainer.run.manifest import (
+    SUPERSEDED,
+    complete_checkpoints,
+    damages,
+    find_checkpoint,
+    incomplete_checkpoints,
+    retire,
+)
+
+
+def saved(folder: str, kinds: str, keep: int) -> list[str]:
+    """Saves a tensor that changes while it is written, once for each letter (p or e); names of what is left."""
+    run = Path(folder)
+    saver = Checkpointer(run, keep, torch.device("cpu"))
+    weights = torch.zeros(1000)
+    for step, kind in enumerate(kinds, 1):
+        weights.fill_(step)
+        tensors = {"weights": weights, f"rank{dist.get_rank()}.own": torch.full((3,), float(dist.get_rank()))}
+        saver.save(step, tensors, {"step": step}, PERMANENT if kind == "p" else EPHEMERAL)
+        weights.fill_(-1)  # training goes on at once
+    assert saver.finish()
+    return [p.name for p in complete_checkpoints(run)]
+
+
+def test_the_newest_ephemeral_ones_and_all_permanent_ones_are_kept(pool, tmp_path):
+    left = pool.run(2, saved, str(tmp_path), "epeeepe", 2)
+    assert left[0] == ["step-000002", "step-000005", "step-000006", "step-000007"]
+    for path in complete_checkpoints(tmp_path):
+        manifest = json.loads((path / "manifest.json").read_text())
+        on_disk = {p.name for p in path.iterdir()} - {"manifest.json", "COMPLETE"}
+        assert set(manifest["files"]) == on_disk
+        for name, entry in manifest["files"].items():
+            content = (path / name).read_bytes()
+            assert entry == {"size": len(content), "crc32": zlib.crc32(content)}
+        read = {"weights": torch.empty(1000), "rank1.own": torch.empty(3)}
+        load_tensors(path, read)
+        assert torch.equal(read["weights"], torch.full((1000,), float(manifest["step"])))
+        assert read["rank1.own"].tolist() == [1.0] * 3
+
+
+def test_any_changed_byte_of_any_file_is_found(pool, tmp_path):
+    pool.run(2, saved, str(tmp_path), "pp", 2)
+    newest = tmp_path / "checkpoints" / "step-000002"
+    assert damages(newest) == []
+    draw = random.Random(0)
+    for name in json.loads((newest / "manifest.json").read_text())["files"]:
+        right = (newest / name).read_bytes()
+        wrong = bytearray(right)
+        wrong[draw.randrange(len(wrong))] ^= 1 << draw.randrange(8)
+        (newest / name).write_bytes(wrong)
+        assert damages(newest) == [f"{name} has another checksum than when it was written"]
+        shares = [damages(newest, rank, 3) for rank in range(3)]
+        assert sum(map(len, shares)) == 1, "each file is read by one rank"
+        assert damages(newest, checksums=False) == []
+        with pytest.raises(UserError, match=r"step-000002 is damaged; use an earlier one \(step-000001\)"):
+            find_checkpoint(tmp_path)
+        (newest / name).write_bytes(right)
+    (newest / "manifest.json").write_text("{")
+    assert damages(newest) == ["manifest.json cannot be read"]
+
+
+def test_what_counts(pool, tmp_path):
+    pool.run(1, saved, str(tmp_path), "ppp", 2)
+    first, second, third = complete_checkpoints(tmp_path)
+    (third / "COMPLETE").unlink()
+    retire(second, SUPERSEDED)
+    assert complete_checkpoints(tmp_path) == [first]
+    assert incomplete_checkpoints(tmp_path) == [third]
+    assert find_checkpoint(tmp_path) == first
