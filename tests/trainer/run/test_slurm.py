@@ -1,0 +1,91 @@
+"""What `stepline submit` writes, and when a job is requeued; real jobs are in tests/e2e/slurm."""
+
+import subprocess
+
+import pytest
+
+from stepline.trainer.errors import UserError
+from stepline.trainer.run.requeue import decide
+from stepline.trainer.run.slurm import directive, option_lines, seconds_of
+from stepline.trainer.run.submit import Request, check_numbers, layout_of, render
+
+DONE = {"status": "done", "exit_code": 0}
+CONTINUE = {"status": "continue", "exit_code": 75, "message": "SIGUSR1: step 9 is saved"}
+MISTAKE = {"status": "stopped", "exit_code": 2, "message": "no data"}
+FAILED = {"status": "failed", "exit_code": 1, "message": "rank 1: RuntimeError"}
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "further", "preempted", "expected"),
+    [
+        (0, DONE, True, False, (0, False)),
+        (1, CONTINUE, True, False, (75, True)),
+        (1, CONTINUE, False, True, (75, True)),
+        (1, CONTINUE, False, False, (1, False)),  # it would go on for ever
+        (1, MISTAKE, False, False, (2, False)),
+        (1, FAILED, True, False, (75, True)),
+        (1, FAILED, False, False, (1, False)),
+        (137, {}, False, True, (75, True)),
+        (137, {}, False, False, (137, False)),
+    ],
+)
+def test_what_becomes_of_a_job(code, outcome, further, preempted, expected):
+    verdict = decide(code, outcome, further, preempted)
+    assert (verdict.exit_code, verdict.requeue) == expected
+    assert verdict.why
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "0"])
+def test_time_limits_that_are_none(text):
+    with pytest.raises(UserError, match="--time is"):
+        seconds_of(text)
+
+
+def test_options_for_sbatch():
+    assert option_lines("--partition=gpu --exclusive --comment='a b'") == (
+        '#SBATCH --partition=gpu\n#SBATCH --exclusive\n#SBATCH --comment="a b"'
+    )
+    for wrong in ("-p gpu", "gpu", "--comment='a"):
+        with pytest.raises(UserError, match="--sbatch"):
+            option_lines(wrong)
+    with pytest.raises(UserError, match="line break"):
+        directive("a\nb")
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        ({"nodes": 0}, "--nodes is 0"),
+        ({"gpus_per_node": -1}, "--gpus-per-node is -1"),
+        ({"lead": 5}, "--lead is 5; it must be at least 10"),
+        ({"time": "5"}, "leaves no time"),
+    ],
+)
+def test_numbers_that_no_job_can_have(ask, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_numbers(Request("quickstart", [], **ask))
+
+
+def test_the_script(tmp_path):
+    """Valid bash, nothing left to fill in, two nodes of eight GPUs."""
+    ask = Request("dense-1b", ["data.path=my data"], nodes=2, sbatch_options="--partition=gpu")
+    script = render(ask, layout_of(ask, "auto"), tmp_path / "a run")
+    for line in ("--nodes=2", "--gpus-per-node=8", "--signal=USR1@300", "--requeue", "--partition=gpu"):
+        assert f"#SBATCH {line}\n" in script
+    assert "train dense-1b 'data.path=my data'" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
