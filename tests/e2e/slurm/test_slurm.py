@@ -100,7 +100,7 @@ def test_a_time_limit_saves_requeues_and_continues(submit, cluster, undisturbed,
     """A limit of one minute, of which SLURM's signal leaves 30 s; as many attempts as the run needs."""
     folder = tmp_path / "run"
     job = submit(folder, 450, "--time", "1", "--lead", "30")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 300
     while (state := cluster.job(job))["JobState"] != "COMPLETED":
         assert time.monotonic() < deadline, state
         if state["JobState"] == "PENDING" and state["Restarts"] != "0":
