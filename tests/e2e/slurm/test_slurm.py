@@ -97,17 +97,17 @@ def test_a_signal_saves_requeues_and_continues(submit, cluster, undisturbed, tmp
 
 
 def test_a_time_limit_saves_requeues_and_continues(submit, cluster, undisturbed, tmp_path):
-    """A limit of one minute, of which SLURM's signal leaves 30 s; as many attempts as the run needs."""
+    """A limit of two minutes, of which SLURM's signal leaves one; as many attempts as the run needs."""
     folder = tmp_path / "run"
-    job = submit(folder, 450, "--time", "1", "--lead", "30")
-    deadline = time.monotonic() + 300
+    job = submit(folder, 1500, "--time", "2", "--lead", "60")
+    deadline = time.monotonic() + 400
     while (state := cluster.job(job))["JobState"] != "COMPLETED":
         assert time.monotonic() < deadline, state
         if state["JobState"] == "PENDING" and state["Restarts"] != "0":
             cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
         time.sleep(1)
     assert int(state["Restarts"]) >= 1
-    assert rows(folder) == rows(undisturbed(450))
+    assert rows(folder) == rows(undisturbed(1500))
 
 
 def test_a_preemption_saves_and_continues(sh, submit, cluster, undisturbed, tmp_path):
