@@ -3,13 +3,27 @@
 import shutil
 import time
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from stepline.trainer.data import verify
 from stepline.trainer.data.dataset import TokenSplit, load_meta
+from stepline.trainer.data.loader import TrainLoader
 from stepline.trainer.data.prepare import prepare
-from stepline.trainer.data.verify import shard_files, shares, start_verifying, verify_shards
+from stepline.trainer.data.verify import (
+    ShardFile,
+    Verifier,
+    shard_files,
+    shares,
+    start_verifying,
+    verify_shards,
+)
 from stepline.trainer.errors import UserError
 
 
@@ -64,11 +78,55 @@ def test_missing_and_short_files(folder):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_the_shares_cover_every_file_once(folder, ranks):
-    files = shard_files([load_meta(folder)], ("train", "val"))
+def test_each_rank_finds_what_is_in_its_share_and_all_find_everything_once(folder, tmp_path, ranks):
+    """Seven training shards of unequal size and one of the other split, each of them damaged."""
+    many = tmp_path / "many"
+    prepare(
+        [folder.parent / "texts"], many, tokenizer=folder / "tokenizer.model", workers=1, val_share=0.2,
+        shard_tokens=load_meta(folder).splits["train"].tokens // 6, progress=False,
+    )  # fmt: skip
+    meta, shards = load_meta(many), sorted([*many.glob("train*.bin"), *many.glob("val*.bin")])
+    assert len(shards) > 6
+    for shard in shards:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 128
+        shard.write_bytes(content)
+    said = [verify_shards(meta, ("train", "val"), rank, ranks) for rank in range(ranks)]
+    assert sorted(text.split(" ")[0] for part in said for text in part) == [str(shard) for shard in shards]
+
+
+@given(st.lists(st.integers(0, 10**12), max_size=40), st.integers(1, 9))
+def test_shares_are_whole_disjoint_and_even(sizes, ranks):
+    files = [ShardFile(Path(f"{i}.bin"), size, 0) for i, size in enumerate(sizes)]
     parts = shares(files, ranks)
     assert len(parts) == ranks
-    assert sorted(str(f.path) for part in parts for f in part) == sorted(str(f.path) for f in files)
+    assert sorted(file.path for part in parts for file in part) == sorted(file.path for file in files)
+    loads = [sum(file.size for file in part) for part in parts]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_auto_reads_large_shares_in_the_background_on_all_ranks_alike(folder, monkeypatch):
+    metas = [load_meta(folder)]
+    sizes = sorted(file.size for file in shard_files(metas, ("train", "val")))
+    for most, background in ((sizes[-1], False), (sizes[-1] - 1, True)):
+        monkeypatch.setattr(verify, "START_BYTES", most)
+        verifiers = [start_verifying(config("auto"), metas, rank, 2) for rank in (0, 1)]
+        assert [verifier.background for verifier in verifiers] == [background] * 2
+        for verifier in verifiers:
+            verifier.close()
+
+
+def test_closing_ends_the_thread_at_once_and_reading_errors_are_problems(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "BLOCK_BYTES", 1)  # years
+    (tmp_path / "a.bin").write_bytes(bytes(1 << 22))
+    verifier = Verifier([ShardFile(tmp_path / "a.bin", 1 << 22, 0)], background=True)
+    assert not verifier.done
+    assert verifier.problem() is None
+    verifier.close()
+    assert verifier.done
+    assert verifier.problem() is None, "what was not read is no problem"
+    unreadable = Verifier([ShardFile(tmp_path, 1, 0)], background=False)
+    assert "cannot be read (Is a directory)" in unreadable.problem()
 
 
 def test_a_token_beyond_the_vocabulary_names_its_shard(folder, tmp_path):
@@ -83,3 +141,22 @@ def test_a_token_beyond_the_vocabulary_names_its_shard(folder, tmp_path):
         split.gather([0, 1], 32)
     with pytest.raises(UserError, match="is damaged"):
         split.read(0, 64)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_the_loader_hands_over_what_comes_before_the_damage(tmp_path, write_data, prefetch):
+    """Three shards, the second of them damaged: every batch is either whole or an error that names the shard."""
+    shards = [list(range(10, 91)) for _ in range(3)]
+    data = write_data(tmp_path / "data", {"train": shards}, vocab_size=100)
+    options = {"seq_len": 4, "batch_windows": 2, "micro_batch": 2}
+    sound = TrainLoader([(data, 1.0)], **options, prefetch=0)
+    expected = [next(sound).inputs for _ in range(30)]
+    damaged = np.array(shards[1], np.uint16)
+    damaged[41] = 100  # of window 10 of the second shard, the 31st of all
+    damaged.tofile(data / "train-00001.bin")
+    loader, handed = TrainLoader([(data, 1.0)], **options, prefetch=prefetch), []
+    with pytest.raises(UserError, match=r"train-00001.bin is damaged \(it holds token 100, .* ends at 99\)"):
+        handed.extend(batch.inputs for batch in loader)
+    loader.close()
+    assert len(handed) < 30
+    assert all(torch.equal(a, b) for a, b in zip(handed, expected))
