@@ -23,17 +23,8 @@ from pathlib import Path
 
 COMPARED = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "skipped")
 SHAPE = [
-    "model.hidden_size=64",
-    "model.num_layers=2",
-    "model.num_heads=4",
-    "model.ffn_size=128",
-    "data.seq_len=64",
-    "budget.batch_tokens=1024",
-    "budget.tokens=null",
-    "parallel.micro_batch=4",
     "checkpoint.every=25",
     "checkpoint.ephemeral_minutes=0.02",
-    "logging.every=1",
     "logging.eval_every=100",
     "logging.eval_windows=16",
     "logging.wandb=off",
@@ -68,7 +59,7 @@ def start(data: Path, folder: Path, steps: int) -> subprocess.Popen:
     ]
     options = [f"data.path={data}", *SHAPE, f"budget.steps={steps}", f"run.folder={folder}"]
     return subprocess.Popen(
-        [sys.executable, *launch, "-m", "stepline.trainer", "train", "quickstart", *options],
+        [sys.executable, *launch, "-m", "stepline.trainer", "train", "tiny", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from stepline.comm import slurm
 from stepline.comm.rendezvous import attempt_store
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
@@ -24,7 +25,12 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Reads torchrun's variables; one process when there are none. Raises ValueError for what is no rank."""
+        """Reads torchrun's variables, or srun's; one process when there are none.
+
+        Raises ValueError for what is no rank.
+        """
+        if slurm.is_rank():
+            os.environ.update(slurm.torchrun_variables())
         size = _number("WORLD_SIZE", 1, 1)
         local_size = _number("LOCAL_WORLD_SIZE", size, 1)
         rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,24 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def unavailable():
+    """Skips a test for want of something; where STEPLINE_CI is set it fails, as a skip would hide a lack of proof."""
+    return pytest.fail if os.environ.get("STEPLINE_CI") else pytest.skip
+
+
+@pytest.fixture(scope="session")
+def mount(unavailable):
+    """Runs `mount` with these arguments; whoever mounts also unmounts."""
+
+    def run(*arguments: object) -> None:
+        done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            unavailable(f"this machine does not let the test mount a disk: {done.stderr.strip()}")
+
+    return run
 
 
 @pytest.fixture(scope="session")

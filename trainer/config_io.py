@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from stepline.trainer.config import MAY_CHANGE_ON_RESUME, Config
 from stepline.trainer.errors import UserError, nearest
+from stepline.trainer.files import write_whole
 
 Origins = dict[str, str]
 """Dotted key to where its value came from: default, base, file, override, law, machine, saved run."""
@@ -246,9 +247,7 @@ def format_config(config: Config, origins: Origins) -> str:
 
 def write_config(config: Config, origins: Origins, path: Path) -> None:
     """Writes the resolved config whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(format_config(config, origins), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, format_config(config, origins))
 
 
 def read_run_config(run: Path) -> Config:

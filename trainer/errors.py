@@ -1,7 +1,12 @@
-"""Errors that a user can mend: one sentence, exit code 2, no traceback."""
+"""How a run ends: exit codes, and errors that a user can mend (one sentence, exit code 2, no traceback)."""
 
 import difflib
 from collections.abc import Iterable
+
+DONE, FAILED, USER_ERROR, TO_BE_CONTINUED = 0, 1, 2, 75
+"""Exit codes of a run."""
+STATUS = {DONE: "done", FAILED: "failed", USER_ERROR: "stopped", TO_BE_CONTINUED: "continue"}
+"""What outcome.json calls them."""
 
 
 class UserError(Exception):
@@ -20,3 +25,8 @@ class TrainingStopped(Exception):
 
 class ToBeContinued(Exception):
     """The run was told to stop and has saved, on all ranks: one sentence, exit code 75."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text, which may be long or empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

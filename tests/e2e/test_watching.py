@@ -80,12 +80,6 @@ class Launch:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def mount(*options) -> None:
-    done = subprocess.run(["mount", *map(str, options)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this machine does not let the test mount a disk: {done.stderr.strip()}")
-
-
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory) -> Path:
     """A run that nothing happens to, with wandb offline; what heartbeat.json said on the way lies beside it."""
@@ -154,7 +148,7 @@ def test_wandb_dies_and_the_run_is_killed_and_resumed(straight, data, tmp_path):
     assert (beat(second.run)["attempt"], beat(second.run)["status"]) == (2, "done")
 
 
-def test_a_disk_that_is_full_and_then_read_only(straight, data, sh, tmp_path):
+def test_a_disk_that_is_full_and_then_read_only(straight, data, sh, tmp_path, mount):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount("-t", "tmpfs", "-o", "size=24m", "none", disk)

@@ -14,11 +14,11 @@ from stepline.comm.consensus import Consensus
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.verify import Verifier
-from stepline.trainer.errors import ToBeContinued, TrainingStopped, UserError
+from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, sound_checkpoint
 from stepline.trainer.run.evaluate import evaluate
 from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, retire, step_of
-from stepline.trainer.run.outcome import FAILED, write_outcome
+from stepline.trainer.run.outcome import write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
 from stepline.trainer.run.state import TrainState
@@ -93,7 +93,7 @@ class Attempt:
         agreed = Agreed(*self.consensus.result())
         self.dog.tick(f"step {self.state.step}")
         if agreed.damaged:
-            refuse_damaged_data(self.verifier, self.group, self.first_step)
+            self.refuse_damaged_data()
         return agreed
 
     def _told_to_stop_in_validation(self) -> int:
@@ -160,9 +160,26 @@ class Attempt:
         saved = f"step {self.state.step} is saved" if self.state.step else "no step was made"
         return ToBeContinued(f"{signal.Signals(number).name}: {saved}; the same command continues the run")
 
+    def saved(self) -> dict[str, Any]:
+        """What the heartbeat says of checkpoints."""
+        return {"last_checkpoint": self.saver.name, "failed_saves": self.saver.failed}
+
+    def refuse_damaged_data(self) -> None:
+        """Ends all ranks where one of them has found a damaged shard while training (UserError).
+
+        What this attempt has trained may have read it: its checkpoints no longer count.
+        """
+        self.saver.finish()
+        if self.job.world.rank == 0:
+            for checkpoint in complete_checkpoints(self.job.folder):
+                if step_of(checkpoint) > self.first_step:
+                    retire(checkpoint, SUPERSEDED)
+        refuse_damaged_data(
+            self.verifier, self.group, f"; what was trained since step {self.first_step} is given up"
+        )
+
     def _save_failed(self, why: str) -> None:
         self.watch.alert("Checkpoint failed", why, "error")
-        self.watch.beat(self.state.step, "training", failed_saves=self.saver.failed)
 
 
 def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
@@ -181,17 +198,13 @@ def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
     log.info("continuing %s at step %d", job.resume_from, state.step)
 
 
-def refuse_damaged_data(verifier: Verifier, group: dist.ProcessGroup, since: int) -> None:
-    """Raises UserError on all ranks where one of them has found a damaged shard.
-
-    since: the step at which this attempt began; what it trained may have read the shard.
-    """
+def refuse_damaged_data(verifier: Verifier, group: dist.ProcessGroup, consequence: str = "") -> None:
+    """Raises UserError on all ranks where one of them has found a damaged shard."""
     found: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, verifier.problem(), group=group)
     problem = next((text for text in found if text is not None), None)
     if problem is not None:
-        later = f"; then resume from step {since} or before, as later steps may have read it" if since else ""
-        raise UserError(problem + later)
+        raise UserError(problem + consequence)
 
 
 def validation_due(step: int, config: Config) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import UserError, first_line
 from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
     COMPLETE,
@@ -29,6 +29,8 @@ from stepline.trainer.run.manifest import (
     damaged,
     damages,
     file_entry,
+    none_left,
+    passed_over,
     read_manifest,
     remove,
     retire,
@@ -108,15 +110,12 @@ def sound_checkpoint(
             return checkpoint, notes
         if only_this:
             raise damaged(checkpoint, problems[0])
-        notes.append(f"the checkpoint {checkpoint} is damaged ({problems[0]}): the one before it is used")
+        notes.append(passed_over(checkpoint, problems[0]))
         log.warning("%s", notes[-1])
         dist.barrier(group=group)
         if rank == 0:
             retire(checkpoint, DAMAGED)
-    raise UserError(
-        f"every checkpoint of {run} is damaged ({problems[0]} in {checkpoint.name}); "
-        f"restore one, or remove {run / 'checkpoints'} to start again"
-    )
+    raise none_left(checkpoint, problems[0])
 
 
 class Checkpointer:
@@ -265,5 +264,4 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong, of any rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from stepline.comm.mesh import World, check_rendezvous
-from stepline.trainer.errors import UserError
 from stepline.trainer.run import doctor_gpu as gpu
 from stepline.trainer.run import doctor_machine as machine
 from stepline.trainer.run import doctor_software as software
 from stepline.trainer.run.doctor_ranks import Site, check_alike, check_shared, facts, hangs, talk
 from stepline.trainer.run.doctor_report import NARROW, Check, combine, is_broken, look, show, to_json
-from stepline.trainer.run.start import pick_device
+from stepline.trainer.run.start import launched_world, pick_device
 
 
 def run_doctor(folder: str, as_json: bool, thorough: bool = False, timeout_s: float = 60.0) -> int:
@@ -27,11 +25,7 @@ def run_doctor(folder: str, as_json: bool, thorough: bool = False, timeout_s: fl
     folder: where runs are kept. thorough: try torch.compile too. timeout_s: how long one rank waits for another.
     Raises UserError where the environment is no launcher's.
     """
-    try:
-        world = World.from_environment()
-        check_rendezvous(world)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    world = launched_world()
     with _stdout_to_stderr():
         site = Site(world, pick_device("auto", world)[0], Path(folder), thorough, timeout_s)
         checks, ranks = examine(site)

@@ -10,6 +10,8 @@ from stepline.trainer.run.manifest import (
     damaged,
     damages,
     incomplete_checkpoints,
+    none_left,
+    passed_over,
     step_of,
 )
 
@@ -85,10 +87,7 @@ def _newest_sound(folder: Path, found: list[Path]) -> tuple[Path | None, list[st
             if late:
                 notes.append(f"{', '.join(late)} was not finished: {path.name} is used")
             return path, notes
-        notes.append(f"the checkpoint {path} is damaged ({problems[0]}): the one before it is used")
+        notes.append(passed_over(path, problems[0]))
     if found:
-        raise UserError(
-            f"every checkpoint of {folder} is damaged ({problems[0]} in {path.name}); "
-            f"restore one, or remove {folder / 'checkpoints'} to start again"
-        )
+        raise none_left(path, problems[0])
     return None, notes

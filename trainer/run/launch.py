@@ -14,24 +14,24 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from stepline.comm.mesh import World, check_rendezvous, start_process_group
-from stepline.trainer.errors import ToBeContinued, TrainingStopped, UserError
+from stepline.comm.mesh import World, start_process_group
+from stepline.trainer.errors import (
+    DONE,
+    FAILED,
+    TO_BE_CONTINUED,
+    USER_ERROR,
+    ToBeContinued,
+    TrainingStopped,
+    UserError,
+)
 from stepline.trainer.files import locked
 from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import make_folder
 from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_of
-from stepline.trainer.run.outcome import (
-    DONE,
-    FAILED,
-    TO_BE_CONTINUED,
-    USER_ERROR,
-    forget_outcome,
-    stopped_by_this_launcher,
-    write_outcome,
-)
+from stepline.trainer.run.outcome import forget_outcome, stopped_by_this_launcher, write_outcome
 from stepline.trainer.run.signals import StopSignal
-from stepline.trainer.run.start import Job, start_job
+from stepline.trainer.run.start import Job, launched_world, start_job
 
 LOCK = ".training.lock"
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
@@ -52,7 +52,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
     world = World(0, 1, 0, 1)
     with contextlib.ExitStack() as held:
         try:
-            world = World.from_environment()
+            world = launched_world()
             job = start_job(config, overrides, resume, world)
             if _is_finished(job):
                 if world.rank == 0:
@@ -64,13 +64,12 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
                 if world.rank == 0:
                     print(f"{job.folder} was told to stop and has saved; start it again", file=sys.stderr)
                 return TO_BE_CONTINUED
-            check_rendezvous(world)
             make_folder(job.folder)
             if world.rank == 0:
                 held.enter_context(_only_one(job.folder))
             _join(job)
             number, stacks = _start_logs(job)
-        except (UserError, ValueError) as error:
+        except UserError as error:
             if world.local_rank == 0:
                 print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
@@ -213,11 +212,7 @@ def dry_run(config: str, overrides: list[str], resume: str) -> int:
     from stepline.trainer.config_io import format_config
     from stepline.trainer.plan.memory import Layout, estimate, memory_table
 
-    try:
-        world = World.from_environment()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    job = start_job(config, overrides, resume, world)
+    job = start_job(config, overrides, resume, world := launched_world(rendezvous=False))
     print(format_config(job.config, job.origins), end="")
     layout = Layout.of(job.config, world.size)
     has = device_memory(job.device, world.local_size)

@@ -14,12 +14,11 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import write_config
 from stepline.trainer.data.verify import start_verifying
-from stepline.trainer.errors import TrainingStopped
+from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, TrainingStopped, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import lr_multiplier
 from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due
-from stepline.trainer.run.outcome import DONE, FAILED, TO_BE_CONTINUED
 from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
@@ -48,13 +47,13 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     mesh = build_mesh(device, world.size, config.parallel.shard)
     group = dist.new_group(backend="gloo")  # of the host's own bookkeeping
     verifier = start_verifying(config, job.metas, world.rank, world.size)
-    refuse_damaged_data(verifier, group, since=0)
+    refuse_damaged_data(verifier, group)
     state = TrainState.create(config, device, mesh, world.rank, job.fingerprints)
     if job.resume_from is not None:
         go_on(job, state, group)
     elif config.run.init_from is not None:
         log.info("weights from %s", load_weights(state.model, config.run.init_from))
-    plan = _describe(job, state, number)
+    plan = _describe(job, state, number, group)
 
     steps = config.total_steps()
     attempt = Attempt(job, state, stop, verifier, group, number, stacks, plan)
@@ -92,7 +91,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 permanent = last or state.step % config.checkpoint.every == 0
                 if permanent or agreed.save or stopping:
                     attempt.save(permanent)
-                watch.beat(state.step, "training", tokens=state.tokens, last_checkpoint=attempt.saver.name)
+                watch.beat(state.step, "training", tokens=state.tokens, **attempt.saved())
             attempt.finish_saving()
         exit_code = TO_BE_CONTINUED if stopping else DONE
     except TrainingStopped as error:
@@ -102,7 +101,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     finally:
         state.loader.close()
         verifier.close()
-        watch.close(exit_code, validation, last_checkpoint=attempt.saver.name)
+        watch.close(exit_code, validation, **attempt.saved())
     if stopping:
         raise attempt.to_be_continued(stopping)
     log.info("done at step %d, checkpoint of step %d", state.step, attempt.saved_step)
@@ -145,8 +144,11 @@ def stop_after_skips(in_a_row: int, config: Config) -> None:
         )
 
 
-def _describe(job: Job, state: TrainState, number: int) -> dict[str, Any]:
-    """Writes what the run is (rank 0) and says it in a few lines; returns what plan.json holds."""
+def _describe(job: Job, state: TrainState, number: int, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Writes what the run is (rank 0) and says it in a few lines; returns what plan.json holds.
+
+    Raises UserError on all ranks where the folder takes no files.
+    """
     config = job.config
     counts = parameter_counts(config.model)
     log.info(
@@ -163,18 +165,31 @@ def _describe(job: Job, state: TrainState, number: int) -> dict[str, Any]:
         log.info("expected at the end: validation loss %.3f by %s", job.expected.loss, job.expected.source)
     for note in job.notes:
         log.warning("%s", note)
-    path, plan = job.folder / "plan.json", {}
+    plan, problem = {}, [None]
     if job.world.rank == 0:
-        state.run_id = run_id(job.folder)
-        write_config(config, job.origins, job.folder / "config.yaml")
-        if job.resume_from is None or not path.exists():  # a resumed run keeps its plan
-            plan = plan_json(job.plan) | {
-                "data": job.fingerprints,
-                "eval_split": config.logging.eval_split,
-                "expected_final_loss": None if job.expected is None else asdict(job.expected),
-            }
-            write_whole(path, json.dumps(plan, indent=2) + "\n")
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        write_environment(job, number)
-    dist.barrier()
+        try:
+            plan = _write_description(job, state, number)
+        except OSError as error:
+            problem = [
+                f"{job.folder} cannot be written ({error.strerror}); mend that and start the same command again"
+            ]
+    dist.broadcast_object_list(problem, src=0, group=group)
+    if problem[0] is not None:
+        raise UserError(problem[0])
     return plan
+
+
+def _write_description(job: Job, state: TrainState, number: int) -> dict[str, Any]:
+    """config.yaml, environment.json and plan.json, whose content is returned; raises OSError."""
+    path = job.folder / "plan.json"
+    state.run_id = run_id(job.folder)
+    write_config(job.config, job.origins, job.folder / "config.yaml")
+    write_environment(job, number)
+    if job.resume_from is None or not path.exists():  # a resumed run keeps its plan
+        plan = plan_json(job.plan) | {
+            "data": job.fingerprints,
+            "eval_split": job.config.logging.eval_split,
+            "expected_final_loss": None if job.expected is None else asdict(job.expected),
+        }
+        write_whole(path, json.dumps(plan, indent=2) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -114,6 +114,19 @@ def damaged(checkpoint: Path, problem: str) -> UserError:
     return UserError(f"the checkpoint {checkpoint} is damaged; {instead} ({problem})")
 
 
+def passed_over(checkpoint: Path, problem: str) -> str:
+    """The sentence for a checkpoint that would have been the one to go on from."""
+    return f"the checkpoint {checkpoint} is damaged ({problem}): the one before it is used"
+
+
+def none_left(checkpoint: Path, problem: str) -> UserError:
+    """The sentence for a run whose checkpoints are all damaged; `checkpoint` is the last one looked at."""
+    return UserError(
+        f"every checkpoint of {run_of(checkpoint)} is damaged ({problem} in {checkpoint.name}); "
+        f"restore one, or remove {checkpoint.parent} to start again"
+    )
+
+
 def remove(checkpoint: Path) -> None:
     """Deletes a checkpoint; should that be cut short, it is an incomplete one."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)

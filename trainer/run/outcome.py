@@ -1,4 +1,4 @@
-"""How an attempt ended: exit codes and outcome.json. Imports no torch."""
+"""How an attempt ended: outcome.json. Imports no torch."""
 
 import json
 import logging
@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from stepline.trainer.errors import STATUS, TO_BE_CONTINUED
 from stepline.trainer.files import write_whole
-
-DONE, FAILED, USER_ERROR, TO_BE_CONTINUED = 0, 1, 2, 75
-STATUS = {DONE: "done", FAILED: "failed", USER_ERROR: "stopped", TO_BE_CONTINUED: "continue"}
 
 log = logging.getLogger("stepline")
 

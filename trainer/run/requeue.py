@@ -5,6 +5,7 @@ requeued only where that brings the run further: never twice for one attempt, ne
 """
 
 import argparse
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepline.trainer.errors import DONE, FAILED, STATUS, TO_BE_CONTINUED, USER_ERROR
 from stepline.trainer.run.manifest import COMPLETE, complete_checkpoints
-from stepline.trainer.run.outcome import DONE, FAILED, STATUS, TO_BE_CONTINUED, read_outcome
+from stepline.trainer.run.outcome import read_outcome
 
 PAUSES_S = (0, 5, 15, 30)
 """Before each try to reach SLURM's controller, which may be away for a moment."""
@@ -38,7 +40,7 @@ def decide(code: int, outcome: dict, further: bool, preempted: bool) -> Verdict:
     status, message = outcome.get("status"), outcome.get("message", "")
     if code == 0 or status == STATUS[DONE]:
         return Verdict(DONE, "done")
-    if status == "stopped":
+    if status == STATUS[USER_ERROR]:
         return Verdict(outcome["exit_code"], f"stopped: {message}")
     if status == STATUS[TO_BE_CONTINUED] and (further or preempted):
         return Verdict(TO_BE_CONTINUED, message, requeue=True)
@@ -67,6 +69,13 @@ def outcome_of(run: Path, attempt: str) -> dict:
     """The content of outcome.json where this attempt wrote it; torchrun's ranks know the attempt by its id."""
     outcome = read_outcome(run)
     return outcome if (outcome.get("launcher") or {}).get("run_id") == attempt else {}
+
+
+def mistake_in(log: Path) -> str:
+    """The sentence with which a rank has refused to start, or an empty text."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"^(?:\d+: )?error: (.+)$", text, re.MULTILINE)  # srun --label puts the task before it
+    return found[1] if found else ""
 
 
 def job_state(job: str) -> dict[str, str]:
@@ -111,7 +120,7 @@ def requeue(job: str, pauses: Sequence[float] = PAUSES_S) -> str:
 
 def say(text: str) -> None:
     """A line of the job's log."""
-    print(f"{time.strftime('%F %T')} {text}", flush=True)
+    print(f"{time.strftime('%F %T')} {' '.join(text.split())}", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -129,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
     with ask.log.open("a", encoding="utf-8") as log:
         code = subprocess.call(ask.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     job = ask.attempt.rpartition("-")[0]
-    outcome = outcome_of(ask.run, ask.attempt)
+    outcome = outcome_of(ask.run, ask.attempt) or {"message": mistake_in(ask.log)}
     verdict = decide(code, outcome, bool(saved(ask.run) - before), code != 0 and is_preempted(job))
     say(verdict.why)
     if verdict.requeue:

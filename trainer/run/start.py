@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from stepline.comm.mesh import World
+from stepline.comm.mesh import World, check_rendezvous
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
 from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
 from stepline.trainer.errors import UserError
+from stepline.trainer.files import write_whole
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_expectation
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
@@ -68,6 +69,18 @@ def pick_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
         note = f"{gpus} GPUs cannot serve {world.local_size} ranks: this run uses the CPU"
         return torch.device("cpu"), [note]
     return torch.device("cuda", world.local_rank), []
+
+
+def launched_world(*, rendezvous: bool = True) -> World:
+    """This process among the ranks; rendezvous: they are going to meet. Raises UserError where the environment is no
+    launcher's."""
+    try:
+        world = World.from_environment()
+        if rendezvous:
+            check_rendezvous(world)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return world
 
 
 def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job:
@@ -133,4 +146,4 @@ def write_environment(job: Job, attempt: int) -> None:
         "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
         "notes": job.notes,
     }
-    (job.folder / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(job.folder / "environment.json", json.dumps(content, indent=2) + "\n")

@@ -15,7 +15,7 @@ from rich.console import Console
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, dump, load_config, read_run_config, write_config
 from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, UserError
 from stepline.trainer.plan.grid import Grid
 from stepline.trainer.plan.resolve import config_law
 from stepline.trainer.plan.screen import screen
@@ -27,7 +27,6 @@ from stepline.trainer.run.sweep_local import LocalRunner, Report
 from stepline.trainer.run.sweep_runs import SweepFolder, check_same, open_sweep, sweep_of, write_whole
 from stepline.trainer.run.sweep_slurm import render, submit, write_script
 
-DONE, FAILED, TO_BE_CONTINUED = 0, 1, 75
 NEVER = 10**9
 """Steps between checkpoints of a run that keeps none but its last."""
 

@@ -25,7 +25,9 @@ GRACE_SECONDS = 40
 """torchrun gives its ranks 30 s to end."""
 HOPELESS = 3
 """Failures without a single success after which the others are not tried."""
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS",
+)  # fmt: skip
 
 
 @dataclass

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stepline.trainer.errors import TO_BE_CONTINUED, first_line
 from stepline.trainer.watch.loggers import has_key, run_id, wandb_mode
 
 log = logging.getLogger("stepline")
@@ -23,7 +24,6 @@ was told to leave."""
 MOST_WAITING = 10_000
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
 """Between wandb's death and its new start; doubles each time."""
-TO_BE_CONTINUED = 75
 LIMITS = {
     "init_timeout": 20.0,
     "finish_timeout": FINISH_S - 3,
@@ -121,7 +121,7 @@ class WandbLogger:
                 self._off("wandb is not installed (pip install 'stepline[watch]')")
             except Exception as error:
                 if not self._lost and self.mode != "off":
-                    self._say(f"wandb is lost ({_reason(error)}); the run goes on without it")
+                    self._say(f"wandb is lost ({first_line(error)}); the run goes on without it")
                 self._lost = True
             finally:
                 self._started.set()
@@ -143,7 +143,7 @@ class WandbLogger:
             except Exception as error:
                 if self.mode == "off":  # given up meanwhile
                     return
-                self._say(f"wandb is not reachable ({_reason(error)}); {KEPT}")
+                self._say(f"wandb is not reachable ({first_line(error)}); {KEPT}")
                 _end_service()  # the failed attempt still holds the run's id
                 self.mode = "offline"
         if self._run is None:
@@ -271,8 +271,3 @@ def _kill_service() -> None:
             for pid in children.read_text().split():
                 if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core":
                     os.kill(int(pid), signal.SIGKILL)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, which may be long or empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -6,13 +6,12 @@ from typing import Any
 
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump
+from stepline.trainer.errors import FAILED, STATUS
 from stepline.trainer.watch.alerts import Alerts
 from stepline.trainer.watch.heartbeat import Heartbeat
 from stepline.trainer.watch.loggers import Loggers, ProgressLogger
 from stepline.trainer.watch.metrics import MetricsFile
 from stepline.trainer.watch.wandb_logger import WandbLogger
-
-STATUS_OF_CODE = {0: "done", 75: "continue"}
 
 
 class Watch:
@@ -105,7 +104,7 @@ class Watch:
         """
         if not self.enabled:
             return
-        status = STATUS_OF_CODE.get(exit_code, "failed")
+        status = STATUS.get(exit_code, STATUS[FAILED])
         self.file.close()
         self.beat(self.step, status, exit_code=exit_code, **fields)
         self.loggers.finish(

@@ -14,18 +14,8 @@ import pytest
 
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 SMALL = [
-    "model.hidden_size=64",
-    "model.num_layers=2",
-    "model.num_heads=4",
-    "model.ffn_size=128",
-    "data.seq_len=64",
-    "budget.batch_tokens=1024",
-    "budget.tokens=null",
-    "budget.steps=60",
-    "parallel.micro_batch=4",
     "parallel.timeout_s=60",
     "checkpoint.every=10",
-    "logging.every=1",
     "logging.eval_every=20",
     "logging.eval_windows=16",
     "logging.wandb=off",
@@ -144,7 +134,7 @@ def start(data, tmp_path):
         arguments = [
             *program,
             "train",
-            "quickstart",
+            "tiny",
             f"data.path={data}",
             *SMALL,
             *options,
@@ -189,7 +179,7 @@ def straight(sh, data, tmp_path_factory) -> Path:
         "-m",
         "stepline.trainer",
         "train",
-        "quickstart",
+        "tiny",
         f"data.path={data}",
         *SMALL,
         f"run.folder={folder}",

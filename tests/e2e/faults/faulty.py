@@ -4,7 +4,7 @@
 {"spike": {"30": 1}}             ... or 1000 times as large
 {"hang": {"15": 1}}              rank 1 sleeps for ever before step 15, once
 {"kill_in_save": {"20": 1}}      rank 1 dies by SIGKILL while it writes the checkpoint of step 20, once
-{"sleep": {"step": 0.1, "first_step": 2, "validation": 0.2, "save": 1}}   seconds, added to each of them
+{"sleep": {"step": 0.1, "verify": 3, "first_step": 2, "validation": 0.2, "save": 1}}   seconds, added to each of them
 {"clock": {"20": 86400}}         the wall clock jumps so many seconds at step 20
 {"free_bytes": 1e12}             what the system says of the disk's free space
 {"once": "FILE"}                 marks that a fault of the "once" kind has happened
@@ -72,6 +72,11 @@ def slow_evaluate(evaluate, model, loader, device, interrupted):
     return evaluate(model, loader, device, slow)
 
 
+def slow_check(check_file, *arguments, **options):
+    time.sleep(FAULTS["sleep"]["verify"])
+    return check_file(*arguments, **options)
+
+
 def faulty_save(save, staged, storage_writer, **options):
     time.sleep(FAULTS.get("sleep", {}).get("save", 0))
     step = int(Path(storage_writer.path).name.removeprefix("step-"))
@@ -89,6 +94,7 @@ def faulty_save(save, staged, storage_writer, **options):
 
 
 def main() -> int:
+    from stepline.trainer.data import verify
     from stepline.trainer.run import attempt, checkpoint, loop
     from stepline.trainer.run.launch import run_training
 
@@ -96,6 +102,8 @@ def main() -> int:
     checkpoint.dcp.save = functools.partial(faulty_save, checkpoint.dcp.save)
     if "validation" in FAULTS.get("sleep", {}):
         attempt.evaluate = functools.partial(slow_evaluate, attempt.evaluate)
+    if "verify" in FAULTS.get("sleep", {}):
+        verify.check_file = functools.partial(slow_check, verify.check_file)
     if "free_bytes" in FAULTS:
         shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, int(FAULTS["free_bytes"]))
     config, *overrides = sys.argv[2:]

@@ -104,14 +104,8 @@ def test_refusals(tmp_path):
         read_metrics(path)
 
 
-def mount(*options):
-    done = subprocess.run(["mount", *map(str, options)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this machine does not let the test mount a disk: {done.stderr.strip()}")
-
-
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path, mount):
     """A disk of 64 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -170,7 +164,7 @@ def test_what_stays_lost_is_said_at_the_end(small_disk, said):
     assert said[1:] == [f"{path} lacks its last {99 - kept} rows (steps {kept + 1} to 99)"]
 
 
-def test_a_folder_that_becomes_read_only(tmp_path, said):
+def test_a_folder_that_becomes_read_only(tmp_path, said, mount):
     """An overmount of the folder, as when a disk is mounted anew without the right to write."""
     run = tmp_path / "run"
     run.mkdir()
@@ -193,7 +187,7 @@ def test_a_folder_that_becomes_read_only(tmp_path, said):
     assert said[1:] == [f"{path} is written again, with the 3 rows that waited"]
 
 
-def test_a_resume_into_a_folder_that_is_read_only_for_a_while(tmp_path, said):
+def test_a_resume_into_a_folder_that_is_read_only_for_a_while(tmp_path, said, mount):
     run = tmp_path / "run"
     run.mkdir()
     path = run / "metrics.jsonl"

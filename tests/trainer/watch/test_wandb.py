@@ -258,15 +258,11 @@ def test_a_dead_service_is_said_once_and_started_again(server, monkeypatch, tmp_
     assert stored(server, tmp_path).steps == [r["step"] for r in rows]
 
 
-def test_after_a_full_disk_wandb_is_started_again(server, monkeypatch, tmp_path, said):
+def test_after_a_full_disk_wandb_is_started_again(server, monkeypatch, tmp_path, said, mount):
     """wandb gives up its file for good; the run's rows come from metrics.jsonl once there is space."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("this machine does not let the test mount a disk")
+    mount("-t", "tmpfs", "-o", "size=4m", "none", disk)
     try:
         monkeypatch.setitem(wandb_logger.LIMITS, "x_transaction_log_flush_interval", 0.2)
         file = MetricsFile(disk / "metrics.jsonl")
