@@ -52,7 +52,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
     world = World(0, 1, 0, 1)
     with contextlib.ExitStack() as held:
         try:
-            world = launched_world()
+            world = launched_world(rendezvous=False)
             job = start_job(config, overrides, resume, world)
             if _is_finished(job):
                 if world.rank == 0:
@@ -64,6 +64,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
                 if world.rank == 0:
                     print(f"{job.folder} was told to stop and has saved; start it again", file=sys.stderr)
                 return TO_BE_CONTINUED
+            launched_world()  # raises where the ranks cannot meet
             make_folder(job.folder)
             if world.rank == 0:
                 held.enter_context(_only_one(job.folder))
