@@ -152,11 +152,11 @@ def train(
     except Exception:
         traceback.print_exc()
         code = 1
-    if code == 1:  # at once: the other ranks are gone, and what waits for them would wait on
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(code)
+    # At once: what waits for ranks that are gone would wait on, and torch's threads, on their way out with the
+    # interpreter, have aborted a run that was done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 app.command()(sweep)

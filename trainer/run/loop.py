@@ -14,7 +14,7 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import write_config
 from stepline.trainer.data.verify import start_verifying
-from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, TrainingStopped, UserError
+from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, USER_ERROR, TrainingStopped, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import lr_multiplier
 from stepline.trainer.plan.explain import plan_json
@@ -94,6 +94,9 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 watch.beat(state.step, "training", tokens=state.tokens, **attempt.saved())
             attempt.finish_saving()
         exit_code = TO_BE_CONTINUED if stopping else DONE
+    except UserError:
+        exit_code = USER_ERROR
+        raise
     except TrainingStopped as error:
         attempt.saver.finish()
         watch.alert("Training stopped", str(error), "error")

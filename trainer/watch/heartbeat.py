@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stepline.trainer.errors import STATUS
 from stepline.trainer.watch.metrics import finite_row
 
 log = logging.getLogger("stepline")
@@ -19,7 +20,7 @@ log = logging.getLogger("stepline")
 EVERY_S = 5.0
 LEAST_STALE_S = 60.0
 STALE_STEPS = 10
-ENDED = ("done", "continue", "failed")
+ENDED = tuple(STATUS.values())
 """Statuses after which the file is not written again by this attempt."""
 
 

@@ -98,7 +98,7 @@ class Watch:
             self.alerts.say(title, text, level)
 
     def close(self, exit_code: int = 0, summary: dict[str, Any] | None = None, **fields: Any) -> None:
-        """The attempt has ended: `done` with exit code 0, `continue` with 75 (saved, to be continued), else `failed`.
+        """The attempt has ended: by its exit code `done` (0), `continue` (75: saved), `stopped` (2) or `failed`.
 
         wandb's summary gets this, the run's last values and `summary`; heartbeat.json gets `fields`.
         """

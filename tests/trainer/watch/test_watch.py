@@ -134,7 +134,7 @@ def test_rows_and_heartbeat(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 5.5
 
 
-@pytest.mark.parametrize(("code", "status"), [(0, "done"), (75, "continue"), (1, "failed"), (2, "failed")])
+@pytest.mark.parametrize(("code", "status"), [(0, "done"), (75, "continue"), (1, "failed"), (2, "stopped")])
 def test_how_an_attempt_ended(tmp_path, code, status):
     Watch(tmp_path, config(), 0, enabled=True).close(code)
     assert beat_of(tmp_path)["status"] == status
