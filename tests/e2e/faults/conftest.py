@@ -145,7 +145,13 @@ def start(data, tmp_path):
             env["FAULTS"] = json.dumps({"once": str(tmp_path / "happened")} | faults)
         output = tmp_path / f"output-{len(runs)}.txt"
         log = output.open("w")
-        common = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        common = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": log,
+            "stderr": subprocess.STDOUT,
+            # A shell that started the tests in the background has switched SIGINT off for all its children.
+            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        }
         if torchrun is not None:
             launcher = ["-m", "torch.distributed.run", *torchrun, "--nproc-per-node", str(ranks)]
             processes = [subprocess.Popen([sys.executable, *launcher, *arguments], env=env, **common)]
