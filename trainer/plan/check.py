@@ -85,12 +85,12 @@ def grid_values(values: list[float]) -> list[float]:
 
 
 def brackets(values: list[float], value: float) -> list[tuple[float, float, float]]:
-    """Pairs of grid values around `value`, at most `WIDEST` apart, and the share of the way in the logarithm."""
+    """Pairs of grid values around `value`, at most `WIDEST` apart, and the share of the way in the logarithm; it is
+    a little below 0 or above 1 where `value` is at one end, but for the rounding of files."""
     found = []
     for low, high in itertools.combinations(values, 2):
         if low / SAME <= value <= high * SAME and high / low <= WIDEST:
-            share = math.log(value / low) / math.log(high / low)
-            found.append((low, high, min(max(share, 0.0), 1.0)))
+            found.append((low, high, math.log(value / low) / math.log(high / low)))
     return found
 
 
@@ -102,15 +102,17 @@ def on_grid(cell: Cell, lr: float, batch: float) -> float | None:
         near = [loss for (a, b), loss in points.items() if x <= a <= x * SAME and z <= b <= z * SAME]
         return sum(near) / len(near) if near else math.inf
 
-    best, smallest = None, math.inf
+    best, smallest = None, (math.inf, math.inf)
     rates = brackets(grid_values([at[0] for at in points]), lr)
     batches = brackets(grid_values([at[1] for at in points]), batch)
     for (low, high, s), (few, many, t) in itertools.product(rates, batches):
-        area = math.log(high / low) * math.log(many / few)
+        outside = sum(max(-share, share - 1, 0.0) for share in (s, t))
+        s, t = (min(max(share, 0.0), 1.0) for share in (s, t))
+        size = (round(math.log(high / low) * math.log(many / few), 6), outside)
         losses = [corner(low, few), corner(high, few), corner(low, many), corner(high, many)]
-        if area < smallest and all(map(math.isfinite, losses)):
+        if size < smallest and all(map(math.isfinite, losses)):
             shares = [(1 - s) * (1 - t), s * (1 - t), (1 - s) * t, s * t]
-            best, smallest = sum(w * loss for w, loss in zip(shares, losses, strict=True)), area
+            best, smallest = sum(w * loss for w, loss in zip(shares, losses, strict=True)), size
     return best
 
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
@@ -28,6 +28,7 @@ def cell_of(losses):
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 8e-3), st.floats(1e4, 4e4))
+@example(0, 0.0078125, 20001.0)  # just beyond a value of the grid
 @settings(max_examples=60, deadline=None)
 def test_inside_the_grid_it_is_bilinear_in_the_logarithms(seed, lr, batch):
     losses = 3 + np.random.default_rng(seed).random((4, 3))
