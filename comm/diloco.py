@@ -1,0 +1,163 @@
+"""DiLoCo: replicas train alone for H steps and average how far they came (arXiv 2311.08105); as fragments of the
+model that take turns, Streaming DiLoCo (arXiv 2501.18512).
+
+    p      <- H steps of the inner optimizer, on this replica's gradients
+    d      <- anchor - mean of p over the replicas
+    m      <- mu m + d
+    anchor <- anchor - outer_lr (d + mu m);  p <- anchor
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stepline.comm.codec import ChunkCodec
+from stepline.comm.exchange import all_gather
+from stepline.comm.fsdp import local
+from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
+from stepline.comm.traffic import ring_bytes
+
+INT8_CHUNK = 4096  # values with one scale
+
+
+@dataclass(frozen=True)
+class DiLoCoSettings:
+    """The defaults are those of the config."""
+
+    every: int = 32
+    """H: inner steps between two averages of a parameter."""
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.9
+    fragments: int = 1
+    """Parts of the model that are averaged in turns, H / fragments steps apart."""
+    codec: str = "fp32"
+    """How pseudo-gradients travel: fp32, bf16 or int8."""
+    total_steps: int | None = None
+    """The step after which all fragments are averaged, whatever their turn."""
+    weight_decay: float = 0.0
+
+
+class DiLoCo(Synchronizer):
+    """Wraps an inner optimizer. The model that replicas agree on is `anchor`; between two averages the parameters
+    are this replica's own."""
+
+    def __init__(
+        self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None,
+        settings: DiLoCoSettings, inner: Optimizer,
+    ) -> None:  # fmt: skip
+        super().__init__(named_parameters, group)
+        self.settings, self.inner = settings, inner
+        self.anchor = {n: p.data.clone() for n, p in self.parameters.items()}
+        self.momentum = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
+        self.steps = torch.zeros((), dtype=torch.int64)
+        self.fragments = _cut(self.parameters, settings.fragments)
+
+    @torch.no_grad()
+    def step(self, lr: float, skip: Tensor | None = None) -> StepResult:
+        """One inner update, and the outer one of the fragment whose turn it is. A skipped step takes its turn too."""
+        self.inner.step(lr, self.settings.weight_decay, skip)
+        self.steps += 1
+        num_bytes = sum(self._average(names) for names in self._due(int(self.steps)))
+        return StepResult(num_bytes, num_bytes, skip)
+
+    def _due(self, step: int) -> list[list[str]]:
+        """The fragments that are averaged after `step`."""
+        every, count = self.settings.every, len(self.fragments)
+        if step == self.settings.total_steps:
+            return self.fragments
+        return [f for i, f in enumerate(self.fragments) if (step + i * every // count) % every == 0]
+
+    def _average(self, names: list[str]) -> int:
+        """The outer step of some parameters; returns the bytes that were sent, and as many received."""
+        settings = self.settings
+        d = torch.cat([(local(self.anchor[n]) - local(self.parameters[n].data)).view(-1) for n in names])
+        mean, num_bytes = self._mean(d)
+        sizes = [local(self.anchor[n]).numel() for n in names]
+        for name, part in zip(names, mean.split(sizes), strict=True):
+            anchor, m = local(self.anchor[name]), local(self.momentum[name])
+            part = part.view_as(anchor)
+            m.mul_(settings.outer_momentum).add_(part)
+            anchor.sub_(part.add(m, alpha=settings.outer_momentum), alpha=settings.outer_lr)
+            local(self.parameters[name].data).copy_(anchor)
+        return num_bytes
+
+    def _mean(self, d: Tensor) -> tuple[Tensor, int]:
+        """(mean over the replicas of a pseudo-gradient `[n]`, bytes sent)."""
+        if self.settings.codec != "int8":
+            sent = d.bfloat16() if self.settings.codec == "bf16" else d.clone()
+            if self.replicas > 1:
+                dist.all_reduce(sent, group=self.group)
+            return sent.to(d.dtype) / self.replicas, ring_bytes(
+                sent.numel() * sent.element_size(), self.replicas
+            )
+        rows = -(-d.numel() // INT8_CHUNK)
+        padded = d.new_zeros(rows * INT8_CHUNK)
+        padded[: d.numel()] = d
+        codec = ChunkCodec(rows, INT8_CHUNK, INT8_CHUNK, "int8", d.dtype, indexed=False)
+        packet, _ = codec.encode(None, padded.view(rows, INT8_CHUNK))
+        total = torch.zeros_like(padded)
+        for other in all_gather(packet, self.group).land():
+            total += codec.decode(other)[1].view(-1)
+        return total[: d.numel()] / self.replicas, len(packet) * (self.replicas - 1)
+
+    def adopt(self) -> None:
+        """Starts from the parameters as they are."""
+        for name, parameter in self.parameters.items():
+            local(self.anchor[name]).copy_(local(parameter.data))
+
+    def shared_parameters(self) -> dict[str, Tensor]:
+        """The anchors."""
+        return dict(self.anchor)
+
+    @contextlib.contextmanager
+    def shared_model(self) -> Iterator[None]:
+        """The parameters are the anchors within."""
+        own = {n: local(p.data).clone() for n, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            local(parameter.data).copy_(local(self.anchor[name]))
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                local(parameter.data).copy_(own[name])
+
+    def describe(self) -> dict[str, str]:
+        """The inner optimizer's words."""
+        return {n: f"{words}, diloco" for n, words in self.inner.describe().items()}
+
+    def state_dict(self, replica: int) -> dict[str, Tensor]:
+        """This replica's parameters and inner state, and the outer momentum that all share."""
+        state = {f"replica{replica}.local.{n}": p.data for n, p in self.parameters.items()}
+        state |= {f"replica{replica}.optimizer.{n}": t for n, t in self.inner.state().items()}
+        state |= {f"optimizer.{n}.outer_momentum": t for n, t in self.momentum.items()}
+        return state | {"optimizer.steps": self.steps}
+
+    def to_load(self, replicas_before: int) -> dict[str, Tensor]:
+        """A replica more or less: each begins at the anchor, with the inner state of one that was there."""
+        if replicas_before == self.replicas:
+            return self.state_dict(self.replica)
+        state = self.state_dict(self.replica % replicas_before)
+        return {n: t for n, t in state.items() if ".local." not in n}
+
+    def resized(self, replicas_before: int) -> str:
+        """All replicas continue from the anchor."""
+        for name, parameter in self.parameters.items():
+            local(parameter.data).copy_(local(self.anchor[name]))
+        return (
+            f"{replicas_before} replicas became {self.replicas}: all begin at the average of the last exchange, with "
+            "the inner optimizer's state of a replica that was there"
+        )
+
+
+def _cut(parameters: Mapping[str, nn.Parameter], count: int) -> list[list[str]]:
+    """The names in their order, in `count` parts of about as many values each."""
+    total, seen = sum(p.numel() for p in parameters.values()), 0
+    fragments: list[list[str]] = [[] for _ in range(count)]
+    for name, parameter in parameters.items():
+        fragments[min(seen * count // total, count - 1)].append(name)
+        seen += parameter.numel()
+    return [fragment for fragment in fragments if fragment]

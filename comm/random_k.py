@@ -1,0 +1,112 @@
+"""Random-k: all replicas send the same random values of their waiting updates, so that no index travels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stepline.comm.fsdp import local
+from stepline.comm.residual import Residual
+from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
+from stepline.comm.traffic import ring_bytes
+
+
+@dataclass(frozen=True)
+class RandomKSettings:
+    """The defaults are those of the config."""
+
+    density: float = 1 / 32
+    beta: float = 0.999
+    bf16: bool = True
+    """Values travel as bf16; otherwise as they are."""
+    weight_decay: float = 0.0
+    beta2: float = 0.95
+    eps: float = 1e-8
+    seed: int = 0
+
+
+def random_places(numel: int, density: float, generator: torch.Generator) -> Tensor:
+    """One place (int64) at random in each run of 1 / density of `numel` values: distinct, each value equally likely."""
+    length = max(1, round(1 / density))
+    starts = torch.arange(0, numel, length)
+    places = starts + torch.randint(length, (len(starts),), generator=generator)
+    return places[places < numel]
+
+
+class RandomK(Synchronizer):
+    """Matrices and embeddings by random places of their waiting updates, whose mean over the replicas is applied;
+    vectors by their mean gradient and `dense`. What a rank receives does not grow with the replicas."""
+
+    def __init__(
+        self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None,
+        settings: RandomKSettings, *, decayed: set[str] = frozenset(), dense: Optimizer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(named_parameters, group)
+        self.settings, self.decayed, self.dense = settings, decayed, dense
+        self.vectors = [n for n, p in self.parameters.items() if p.ndim < 2]
+        matrices = {n: p for n, p in self.parameters.items() if n not in self.vectors}
+        self.residual = Residual(matrices, settings.beta, settings.beta2, settings.eps)
+
+    @torch.no_grad()
+    def step(self, lr: float, skip: Tensor | None = None) -> StepResult:
+        """One update; `skip` is read by the host."""
+        if skip is not None and bool(skip):
+            return StepResult(0, 0, skip)
+        self.residual.accumulate(self.gradient, lr)
+        generator = torch.Generator().manual_seed(hash((self.settings.seed, int(self.residual.updates))))
+        deltas = {n: local(t).view(-1) for n, t in self.residual.delta.items()}
+        places = {
+            n: random_places(d.numel(), self.settings.density, generator).to(d.device)
+            for n, d in deltas.items()
+        }
+        values = [deltas[n][places[n]] for n in deltas] + [self.gradient(n).reshape(-1) for n in self.vectors]
+        sent = torch.cat(values)
+        wide, sizes = sent.dtype, [len(v) for v in values]
+        sent = sent.bfloat16() if self.settings.bf16 else sent
+        # What was rounded off stays in delta and goes another time.
+        for name, own in zip(deltas, sent.to(wide).split(sizes)[: len(deltas)], strict=True):
+            deltas[name][places[name]] -= own
+        if self.replicas > 1:
+            dist.all_reduce(sent, group=self.group)
+        means = (sent.to(wide) / self.replicas).split(sizes)
+        for name, mean in zip(deltas, means[: len(deltas)], strict=True):
+            p = local(self.parameters[name].data)
+            if name in self.decayed:
+                p.mul_(1 - lr * self.settings.weight_decay)
+            p.view(-1)[places[name]] -= mean
+        for name, mean in zip(self.vectors, means[len(deltas) :], strict=True):
+            self.set_gradient(name, mean)
+        if self.vectors:
+            self.dense.step(lr, self.settings.weight_decay)
+        num_bytes = ring_bytes(sent.numel() * sent.element_size(), self.replicas)
+        return StepResult(num_bytes, num_bytes, skip)
+
+    def describe(self) -> dict[str, str]:
+        """`random-k` or the dense optimizer's words."""
+        kinds = {
+            n: f"random-k, {'' if n in self.decayed else 'not '}decayed" for n in self.residual.parameters
+        }
+        return kinds | (self.dense.describe() if self.vectors else {})
+
+    def state_dict(self, replica: int) -> dict[str, Tensor]:
+        """Waiting updates of this replica, and the vectors' optimizer."""
+        state = {f"replica{replica}.optimizer.{n}": t for n, t in self.residual.state_dict().items()}
+        if self.dense is not None:
+            state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}
+        return state | {"optimizer.updates": self.residual.updates}
+
+    def to_load(self, replicas_before: int) -> dict[str, Tensor]:
+        """Waiting updates belong to the replicas that were."""
+        if replicas_before == self.replicas:
+            return self.state_dict(self.replica)
+        state = self.state_dict(self.replica % replicas_before)
+        return {n: t for n, t in state.items() if not n.endswith(".delta")}
+
+    def resized(self, replicas_before: int) -> str:
+        """The sentence for the log."""
+        return (
+            f"{replicas_before} replicas became {self.replicas}: updates that waited to be sent, which each replica "
+            "has of its own, are dropped"
+        )

@@ -1,0 +1,57 @@
+"""Chunks and their transform, against sums written from the definition and scipy."""
+
+import math
+
+import pytest
+import scipy.fft
+import torch
+
+from stepline.comm.dct import Chunking, dct, dct_basis, even_length, inverse_dct, largest_divisor
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 29, 52, 64])
+def test_basis_is_orthonormal_and_that_of_scipy(size):
+    basis = dct_basis(size, torch.float64)
+    assert (basis.T @ basis - torch.eye(size, dtype=torch.float64)).abs().max() < 1e-13
+    x = torch.randn(5, size, dtype=torch.float64)
+    assert (x @ basis - torch.from_numpy(scipy.fft.dct(x.numpy(), norm="ortho"))).abs().max() < 1e-13
+
+
+def test_two_dimensional_transform_and_its_inverse():
+    x = torch.randn(6, 8, 5, dtype=torch.float64)
+    down, across = dct_basis(8, torch.float64), dct_basis(5, torch.float64)
+    y = dct(x, down, across)
+    reference = torch.from_numpy(scipy.fft.dctn(x.numpy(), axes=(1, 2), norm="ortho"))
+    assert (y - reference).abs().max() < 1e-13
+    assert (inverse_dct(y, down, across) - x).abs().max() < 1e-13
+
+
+def test_lengths_of_chunks():
+    assert [largest_divisor(n, 64) for n in (50257, 257, 128, 96, 1)] == [29, 1, 64, 48, 1]
+    assert [even_length(n, 64) for n in (50257, 257, 128, 96, 65, 64, 3, 1)] == [64, 52, 64, 48, 33, 64, 3, 1]
+    for n in range(1, 700):
+        length = even_length(n, 64)
+        assert length <= 64
+        assert math.ceil(n / length) == math.ceil(n / 64)  # no more chunks than need be
+
+
+@pytest.mark.parametrize(
+    "shape", [(64,), (257,), (1,), (129, 65), (128, 64), (1, 300), (3, 70, 65), (0, 64), (2, 0, 5), (0,)]
+)
+@pytest.mark.parametrize("divisors", [False, True])
+def test_cutting_and_joining_loses_nothing(shape, divisors):
+    chunking = Chunking.of(shape, 64, divisors=divisors)
+    x = torch.randn(shape)
+    chunks = chunking.split(x)
+    assert chunks.shape == (chunking.count, chunking.height, chunking.width)
+    assert torch.equal(chunking.join(chunks), x)
+    assert chunks.square().sum() == pytest.approx(x.square().sum().item(), rel=1e-5)  # padded by zeros
+    flat = Chunking.flat(shape, 64)
+    assert torch.equal(flat.join(flat.split(x.reshape(-1))), x.reshape(-1))
+
+
+def test_chunks_are_neighbouring_blocks():
+    x = torch.arange(48.0).view(6, 8)
+    chunks = Chunking.of((6, 8), 4).split(x)
+    assert torch.equal(chunks[1], x[:3, 4:])
+    assert torch.equal(chunks[2], x[3:, :4])
