@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stepline.models.config import ModelConfig, Section
+from stepline.trainer.config_sync import DeMoConfig, DiLoCoConfig, RandomKConfig
 
 
 def _count(value: object) -> object:
@@ -142,9 +143,19 @@ class ParallelConfig(Section):
     """PyTorch FSDP2."""
     shard: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Ranks that shard one replica (replicas = world / shard); auto: on GPUs the fewest with which a step fits
-    in their memory, else all ranks."""
-    sync: Literal["all_reduce"] = "all_reduce"
-    """How replicas agree on gradients."""
+    in their memory, else all ranks; where sync is not all_reduce, the ranks of a node, on one node 1."""
+    sync: Literal["all_reduce", "demo", "diloco", "random_k"] = "all_reduce"
+    """How replicas agree: on every gradient; or, over slow links, on a small part of what they would tell each
+    other (demo, random_k) or now and then (diloco)."""
+    demo: DeMoConfig = DeMoConfig()
+    """Of sync demo."""
+    diloco: DiLoCoConfig = DiLoCoConfig()
+    """Of sync diloco."""
+    random_k: RandomKConfig = RandomKConfig()
+    """Of sync random_k."""
+    check_replicas_every: Count = Field(100, ge=0)
+    """Steps between comparisons of the replicas bit by bit, which end the run where they differ; 0: only at the
+    start."""
     micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Windows of one forward-backward on one rank; auto: up to 16,384 tokens on a GPU, 8,192 on a CPU, fewer where
     the memory does not hold them."""
@@ -155,10 +166,12 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Numbers in compute; parameters, reductions and optimizer state are fp32 (fp64 when compute is fp64)."""
+    """Numbers in compute; parameters and optimizer state are fp32 (fp64 when compute is fp64)."""
 
     compute: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """auto: bf16 on a GPU that has it, fp32 on CPUs."""
+    reduce: Literal["auto", "bf16"] = "auto"
+    """Type in which gradients are summed over ranks; auto: that of the parameters."""
 
 
 class CheckpointConfig(Section):

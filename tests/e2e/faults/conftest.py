@@ -51,6 +51,12 @@ def no_orphan(folder: Path, within_s: float = 10) -> None:
         time.sleep(0.1)
 
 
+def _hear_signals() -> None:
+    """In a child: a shell that started the tests in the background, or nohup, has switched these off for it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Run:
     """Processes of one attempt."""
@@ -149,8 +155,7 @@ def start(data, tmp_path):
             "stdin": subprocess.DEVNULL,
             "stdout": log,
             "stderr": subprocess.STDOUT,
-            # A shell that started the tests in the background has switched SIGINT off for all its children.
-            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            "preexec_fn": _hear_signals,
         }
         if torchrun is not None:
             launcher = ["-m", "torch.distributed.run", *torchrun, "--nproc-per-node", str(ranks)]
