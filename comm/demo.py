@@ -254,11 +254,12 @@ class DeMo(Synchronizer):
     def _apply(self, updates: Iterator[dict[str, Tensor]], lr: float) -> None:
         """p <- p - lr (phi(update) + wd p) with what arrived."""
         wd, version, phi = self.settings.weight_decay, self.settings.version, self.settings.phi
+        if phi == "muon":  # whose matrices meet in other batches
+            every = {n: torch.zeros_like(local(d)) for n, d in self.delta.items() if not local(d).numel()}
+            every |= {name: update for batch in updates for name, update in batch.items()}
+            updates = iter([every | self.direction({n: every[n] for n in self.delta})])
         for batch in updates:
-            mine = {n: u for n, u in batch.items() if n in self.delta}
-            if phi == "muon" and mine:
-                mine = self.direction(mine)
-            for name, update in (batch | mine).items():
+            for name, update in batch.items():
                 if name in self.vectors:
                     self.set_gradient(name, update)
                     continue
@@ -287,8 +288,9 @@ class DeMo(Synchronizer):
                     local(self.pending[name]).copy_(update.view_as(local(self.pending[name])))
             self.flight = None
         own = {f"{n}.delta": t for n, t in self.delta.items()} | self.residual.state_dict()
-        shard = dist.get_rank() if dist.is_initialized() else 0
-        own |= {f"rank{shard}of{self.replicas}.owed.{i}": t for i, t in enumerate(self.owed) if t.numel()}
+        if self.owners:  # its shares are of this layout alone
+            layout = f"{self.replicas}x{dist.get_world_size() // self.replicas}.rank{dist.get_rank()}"
+            own |= {f"owed.{layout}.{i}": t for i, t in enumerate(self.owed) if t.numel()}
         state = {f"replica{replica}.optimizer.{n}": t for n, t in own.items()}
         if self.dense is not None:
             state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}

@@ -20,6 +20,7 @@ def shard_model(
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    replicate: bool = True,
 ) -> None:
     """`fully_shard` on each block, then on the root (embedding, final norm, head), in place.
 
@@ -27,14 +28,15 @@ def shard_model(
     tokens before backward, so that ranks with fewer tokens weigh less. FSDP's own mean would not do that;
     gloo has no pre-multiplied sum, hence `set_force_sum_reduction_for_comms` with a divide factor of 1.
 
-    A mesh of one replica becomes its shard dimension (FSDP), otherwise both dimensions are used (HSDP).
+    A mesh of one replica becomes its shard dimension (FSDP), otherwise both dimensions are used (HSDP); without
+    `replicate` the replicas are left to a synchroniser, and gradients are summed over the ranks of one alone.
 
     A small model whose parameters stay gathered anyway is one group: one collective each way, not one a block.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if not reshard_after_forward and size <= ONE_GROUP_BYTES:
         blocks = ()
-    mesh = mesh["shard"] if mesh["replicate"].size() == 1 else mesh
+    mesh = mesh if replicate and mesh["replicate"].size() > 1 else mesh["shard"]
     # Inputs are left as they are: the blocks' rotary tables stay in fp32, and the rest has the compute type already.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
@@ -47,6 +49,13 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Drops gathered parameters, which FSDP2 may keep from one forward to the next, after the shards were changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def all_reduce_on_last(model: nn.Module, last: bool) -> None:

@@ -5,6 +5,7 @@ all-to-all gives every rank whole matrices of its own (the work is split, nothin
 replica) and a second one brings the rows of the updates back.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,9 +67,9 @@ class Muon:
         ns_steps: int = 5,
     ) -> None:
         self.params = params
-        self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
+        self.momentum, self.nesterov = momentum, nesterov
         self.buffers = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
-        self._groups = [(group, _buckets(params, names, group)) for group, names in _by_group(params)]
+        self.orthogonal = Orthogonalizer(params, ns_steps)
 
     def state(self) -> dict[str, Tensor]:
         """The live momentum of each parameter, sharded as the parameter is."""
@@ -77,16 +78,11 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, skip: Tensor | None = None) -> None:
         """One update with decoupled weight decay; where `skip` (0-dim) is 1 nothing at all changes."""
-        for group, buckets in self._groups:
-            for bucket in buckets:
-                directions = [self._direction(name, skip) for name in bucket.names]
-                shapes = [tuple(self.params[name].shape) for name in bucket.names]
-                updates = orthogonalize(directions, shapes, bucket.owners, group, self.ns_steps)
-                for name, shape, update in zip(bucket.names, shapes, updates, strict=True):
-                    param = _local(self.params[name])
-                    new = param * (1 - lr * weight_decay)
-                    new.add_(update, alpha=-lr * update_scale(*shape))
-                    param.copy_(new if skip is None else torch.where(skip > 0, param, new))
+        for name, update in self.orthogonal.updates(lambda name: self._direction(name, skip)):
+            param = _local(self.params[name])
+            new = param * (1 - lr * weight_decay)
+            new.add_(update, alpha=-lr)
+            param.copy_(new if skip is None else torch.where(skip > 0, param, new))
 
     def _direction(self, name: str, skip: Tensor | None) -> Tensor:
         """This rank's rows of the momentum after this gradient (Nesterov's look-ahead if asked for)."""
@@ -97,9 +93,33 @@ class Muon:
         if skip is not None:
             grad = torch.where(skip > 0, buffer, grad)  # lerp towards itself leaves the momentum as it is
         buffer.lerp_(grad, 1 - self.momentum)
-        direction = grad.lerp(buffer, self.momentum) if self.nesterov else buffer
-        # bf16 is what the tensor cores want, and halves the exchange; CPUs emulate it slowly.
-        return direction.bfloat16() if grad.is_cuda and grad.dtype == torch.float32 else direction
+        return grad.lerp(buffer, self.momentum) if self.nesterov else buffer
+
+
+class Orthogonalizer:
+    """Makes updates of the RMS of AdamW's from the momenta of matrices of which each rank holds some rows."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter], ns_steps: int = 5) -> None:
+        self.params, self.ns_steps = params, ns_steps
+        self._groups = [(group, _buckets(params, names, group)) for group, names in _by_group(params)]
+
+    def updates(self, direction: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, this rank's rows of the update) of each matrix; direction: its rows of a matrix, by name.
+
+        A collective of the ranks that shard a matrix.
+        """
+        for group, buckets in self._groups:
+            for bucket in buckets:
+                rows = [_narrow(direction(name)) for name in bucket.names]
+                shapes = [tuple(self.params[name].shape) for name in bucket.names]
+                updates = orthogonalize(rows, shapes, bucket.owners, group, self.ns_steps)
+                for name, shape, update in zip(bucket.names, shapes, updates, strict=True):
+                    yield name, update * update_scale(*shape)
+
+
+def _narrow(direction: Tensor) -> Tensor:
+    """bf16 is what the tensor cores want, and halves the exchange; CPUs emulate it slowly."""
+    return direction.bfloat16() if direction.is_cuda and direction.dtype == torch.float32 else direction
 
 
 def orthogonalize(
@@ -169,7 +189,7 @@ def _shard_group(name: str, param: nn.Parameter) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _by_group(params: dict[str, nn.Parameter]) -> list[tuple[dist.ProcessGroup | None, list[str]]]:
+def _by_group(params: Mapping[str, nn.Parameter]) -> list[tuple[dist.ProcessGroup | None, list[str]]]:
     """Parameters by the group and the dtype that they are exchanged in, in the order of their names."""
     found: dict[tuple, tuple[dist.ProcessGroup | None, list[str]]] = {}
     for name, param in params.items():
@@ -182,7 +202,7 @@ def _by_group(params: dict[str, nn.Parameter]) -> list[tuple[dist.ProcessGroup |
 
 
 def _buckets(
-    params: dict[str, nn.Parameter], names: list[str], group: dist.ProcessGroup | None
+    params: Mapping[str, nn.Parameter], names: list[str], group: dist.ProcessGroup | None
 ) -> list[Bucket]:
     """Cuts `names` into buckets, and deals the matrices of each to the ranks so that their work is even."""
     ranks = 1 if group is None else dist.get_world_size(group)

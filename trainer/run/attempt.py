@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from stepline.comm.consensus import Consensus
+from stepline.comm.fsdp import forget_gathered
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.verify import Verifier
@@ -224,6 +225,14 @@ def validate(
 ) -> dict[str, float] | None:
     """Held-out loss and bits per byte, over every source (one number each where there are several); None as soon as
     `interrupted`, which all ranks ask after each micro-batch, says so."""
+    with state.synchronizer.shared_model():
+        forget_gathered(state.model)
+        values = _validate(state, whole, interrupted)
+    forget_gathered(state.model)
+    return values
+
+
+def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) -> dict[str, float] | None:
     config = state.config
     results = {}
     for source in config.data.folders():

@@ -1,6 +1,7 @@
 """The one place that joins models, comm and kernels, in one order:
 
-model on meta -> recompute -> compile per block -> shard -> init -> optimizer -> checkpoint load (state.py).
+model on meta -> recompute -> compile per block -> shard -> init -> optimizer -> synchroniser (synchronize.py) ->
+checkpoint load (state.py).
 """
 
 import functools
@@ -23,6 +24,11 @@ def master_dtype(config: Config) -> torch.dtype:
     return torch.float64 if config.precision.compute == "fp64" else torch.float32
 
 
+def reduce_dtype(config: Config) -> torch.dtype:
+    """Type in which gradients are summed over ranks."""
+    return torch.bfloat16 if config.precision.reduce == "bf16" else master_dtype(config)
+
+
 def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Transformer:
     """The initialised model, sharded over `mesh`; without a mesh (evaluation) it stays whole."""
     compute = COMPUTE_DTYPES[config.precision.compute]
@@ -33,13 +39,17 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         if config.run.compile is True:
             # The forward alone: FSDP's hooks, which surround it, stay outside of the compiled graph.
             block.forward = torch.compile(block.forward)
-    if mesh is not None and (mesh.size() > 1 or compute != master_dtype(config)):
+    replicate = config.parallel.sync == "all_reduce"  # otherwise the replicas are the synchroniser's
+    if mesh is not None and (
+        (mesh if replicate else mesh["shard"]).size() > 1 or compute != master_dtype(config)
+    ):
         shard_model(
             model,
             model.layers,
             mesh,
             compute_dtype=compute,
-            reduce_dtype=master_dtype(config),
+            reduce_dtype=reduce_dtype(config),
+            replicate=replicate,
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
     model.to_empty(device=device)

@@ -150,15 +150,26 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
 
 
 def _check_layout_alike(job: Job) -> None:
-    """Raises UserError where the ranks have settled on different layouts, as they may on unequal devices."""
-    parallel = job.config.parallel
+    """Raises UserError where the ranks have settled on different ways to divide the work: on unequal devices, or with
+    configs of their own."""
+    mine = {
+        key: value for key, value in job.config.parallel.model_dump().items() if not isinstance(value, dict)
+    } | {
+        f"{part}.{key}": value
+        for part in ("demo", "diloco", "random_k")
+        for key, value in getattr(job.config.parallel, part).model_dump().items()
+    }
     layouts: list = [None] * job.world.size
-    dist.all_gather_object(layouts, (parallel.shard, parallel.micro_batch))
-    if len(set(layouts)) > 1:
-        raise UserError(
-            f"the ranks' devices differ in memory and lead to different layouts (shard, micro-batch): "
-            f"{sorted(set(layouts))}; set parallel.shard and parallel.micro_batch"
-        )
+    dist.all_gather_object(layouts, mine)
+    for key in mine:
+        values = sorted({str(layout.get(key)) for layout in layouts})
+        if len(values) > 1:
+            why = (
+                "devices differ in memory and lead to" if key in ("shard", "micro_batch") else "configs have"
+            )
+            raise UserError(
+                f"the ranks' {why} different values of parallel.{key} ({', '.join(values)}); set the same for all"
+            )
 
 
 def _start_logs(job: Job) -> tuple[int, TextIO]:

@@ -23,7 +23,7 @@ from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
-from stepline.trainer.run.step import StepResult, train_step
+from stepline.trainer.run.step import StepMeasures, train_step
 from stepline.trainer.watch.loggers import run_id
 
 log = logging.getLogger("stepline")
@@ -53,6 +53,11 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         go_on(job, state, group)
     elif config.run.init_from is not None:
         log.info("weights from %s", load_weights(state.model, config.run.init_from))
+        state.synchronizer.adopt()
+    if (name := state.synchronizer.first_difference()) is not None:
+        raise UserError(
+            f"the replicas start from different weights ({name}); give all of them the same checkpoint"
+        )
     plan = _describe(job, state, number, group)
 
     steps = config.total_steps()
@@ -82,6 +87,10 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                     row = step_row(state, result, lr) | attempt.speed.lap(state.step)
                     watch.log(row)
                     stop_after_skips(row["skipped_in_a_row"], config)
+
+                every = config.parallel.check_replicas_every
+                if every and state.step % every == 0:
+                    stop_where_replicas_differ(state)
 
                 if validation_due(state.step, config) and not stopping:
                     validation = attempt.validate(whole=last)
@@ -123,7 +132,7 @@ def learning_rate_multiplier(config: Config, step: int) -> float:
     )
 
 
-def step_row(state: TrainState, result: StepResult, lr: float) -> dict[str, float]:
+def step_row(state: TrainState, result: StepMeasures, lr: float) -> dict[str, float]:
     """One row of metrics.jsonl; this is where the host waits for the device."""
     guard = state.guard
     return {
@@ -135,6 +144,7 @@ def step_row(state: TrainState, result: StepResult, lr: float) -> dict[str, floa
         "grad_norm": result.grad_norm.item(),
         "skipped": int(guard.skipped_total),
         "skipped_in_a_row": int(guard.skipped_in_a_row),
+        **state.traffic.lap(),
     }
 
 
@@ -144,6 +154,16 @@ def stop_after_skips(in_a_row: int, config: Config) -> None:
         raise TrainingStopped(
             f"{in_a_row} steps in a row had a NaN or a spike and were skipped; lower optimizer.lr, or resume from "
             "an earlier checkpoint with another data order (run.seed)"
+        )
+
+
+def stop_where_replicas_differ(state: TrainState) -> None:
+    """Ends the run, on all ranks alike, when the replicas are no longer copies of each other."""
+    name = state.synchronizer.first_difference()
+    if name is not None:
+        raise TrainingStopped(
+            f"at step {state.step} the replicas differ in {name}; the last checkpoint before that is sound where its "
+            "step was checked (parallel.check_replicas_every): resume from it, and look for a faulty device"
         )
 
 

@@ -1,6 +1,7 @@
 """What a run is at a step: everything that a checkpoint holds."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,30 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from stepline.comm.synchronizer import Synchronizer
+from stepline.comm.traffic import Traffic
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import TrainLoader
-from stepline.trainer.optim.build import Optimizer, build_optimizer
 from stepline.trainer.optim.guard import Guard
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.checkpoint import load_tensors, stored_names
 from stepline.trainer.run.manifest import find_checkpoint, read_state
+from stepline.trainer.run.synchronize import build_synchronizer
+
+log = logging.getLogger("stepline")
 
 
 @dataclass
 class TrainState:
-    """Model, optimizer, guard, data cursor and counters of one rank."""
+    """Model, synchroniser with the optimizer, guard, data cursor and counters of one rank."""
 
     config: Config
     device: torch.device
     mesh: DeviceMesh
     model: Transformer
     parameters: list[nn.Parameter]
-    optimizer: Optimizer
+    synchronizer: Synchronizer
     guard: Guard
     loader: TrainLoader
     fingerprints: list[str]
@@ -38,6 +43,7 @@ class TrainState:
     """Training tokens with loss that were consumed."""
     run_id: str = ""
     """Of wandb; known to rank 0."""
+    traffic: Traffic = field(default_factory=Traffic)
 
     @classmethod
     def create(
@@ -46,14 +52,7 @@ class TrainState:
         """The state before the first step."""
         model = build_model(config, device, mesh)
         named = dict(model.named_parameters())
-        optimizer = build_optimizer(
-            named,
-            name=config.optimizer.name,
-            beta1=config.optimizer.beta1,
-            beta2=config.optimizer.beta2,
-            eps=config.optimizer.eps,
-            momentum=config.optimizer.momentum,
-        )
+        synchronizer = build_synchronizer(config, named, mesh)
         window = config.optimizer.guard.window
         guard = Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device)
         loader = TrainLoader(
@@ -67,16 +66,22 @@ class TrainState:
             confine_attention=config.data.confine_attention,
             prefetch=config.data.prefetch,
         )
-        return cls(config, device, mesh, model, list(named.values()), optimizer, guard, loader, fingerprints)
+        return cls(
+            config, device, mesh, model, list(named.values()), synchronizer, guard, loader, fingerprints
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live tensors of a checkpoint by name; loading writes into them."""
         return {
-            **model_tensors(self.model),
-            **{f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()},
-            **{f"guard.{name}": tensor for name, tensor in self.guard.state().items()},
+            **self._shared_tensors(),
+            **self.synchronizer.state_dict(self.synchronizer.replica),
             **self._random_states(),
         }
+
+    def _shared_tensors(self) -> dict[str, torch.Tensor]:
+        """Alike on all replicas, whatever the synchroniser."""
+        model = {f"model.{name}": p for name, p in self.synchronizer.shared_parameters().items()}
+        return model | {f"guard.{name}": tensor for name, tensor in self.guard.state().items()}
 
     def _random_states(self) -> dict[str, torch.Tensor]:
         """torch's generators of this rank; every rank's are in the checkpoint, under its own names."""
@@ -90,6 +95,7 @@ class TrainState:
         """The rest of a checkpoint, plain values."""
         return {
             "step": self.step,
+            "replicas": self.synchronizer.replicas,
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "fingerprints": self.fingerprints,
@@ -102,11 +108,17 @@ class TrainState:
         group: of gloo, for the planning. Generators of ranks or devices that the checkpoint does not know start anew
         from the run's seed, the rank and the step.
         """
-        random = self._random_states()
-        tensors = {name: tensor for name, tensor in self.tensors().items() if name not in random}
-        known = stored_names(checkpoint)
-        load_tensors(checkpoint, tensors | {n: t for n, t in random.items() if n in known}, group)
         counters = read_state(checkpoint)
+        known, sync, random = stored_names(checkpoint), self.synchronizer, self._random_states()
+        replicas = counters.get("replicas", sync.replicas)
+        tensors = self._shared_tensors() | sync.to_load(replicas)
+        # What belongs to one replica or rank may be missing after the layout has changed.
+        own = {n: t for n, t in (tensors | random).items() if n.startswith(("replica", "rank"))}
+        load_tensors(
+            checkpoint, {n: t for n, t in (tensors | random).items() if n not in own or n in known}, group
+        )
+        if replicas != sync.replicas and (sentence := sync.resized(replicas)):
+            log.warning("%s", sentence)
         self.step, self.tokens = counters["step"], counters["tokens"]
         self.loader.load_state_dict(counters["loader"])
         if not random.keys() <= known:
@@ -126,7 +138,10 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> Path:
-    """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError."""
+    """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError.
+
+    A synchroniser over the model must be told (`adopt`).
+    """
     checkpoint = find_checkpoint(path)
     load_tensors(checkpoint, model_tensors(model))
     return checkpoint

@@ -12,13 +12,13 @@ from stepline.trainer.data.loader import Batch
 
 
 @dataclass(frozen=True)
-class StepResult:
+class StepMeasures:
     """What one step measured; 0-dim tensors on the device, alike on all ranks, read only when logged."""
 
     loss: torch.Tensor
     """Mean negative log likelihood per valid token of the global batch, in nats."""
     grad_norm: torch.Tensor
-    """Global L2 norm before clipping."""
+    """Global L2 norm before clipping; the largest of the replicas' where each has its own."""
     skipped: torch.Tensor
     """1.0 where the guard left parameters and optimizer untouched."""
 
@@ -35,11 +35,14 @@ def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
-def accumulate(model: nn.Module, batch: Batch, device: torch.device, z_weight: float) -> torch.Tensor:
+def accumulate(
+    model: nn.Module, batch: Batch, device: torch.device, z_weight: float, replicas: int = 1
+) -> torch.Tensor:
     """Forward and backward of a global batch; returns its loss (0-dim, global mean over valid tokens).
 
     Every micro-batch's loss is a SUM divided by the number of valid tokens of the whole global batch, and
     gradients are summed over micro-batches and ranks: no token weighs more than another, wherever it stands.
+    replicas: into as many parts the sum over the global batch is left, one in each replica, whose mean is its gradient.
     batch.inputs, batch.targets: `[accumulation, micro_batch, seq]`; targets of -100 carry no loss.
     """
     targets = to_device(batch.targets, device)
@@ -52,7 +55,7 @@ def accumulate(model: nn.Module, batch: Batch, device: torch.device, z_weight: f
         loss = sums.nll / valid
         if z_weight:
             loss = loss + z_weight * sums.z / valid
-        loss.backward()
+        (loss * replicas).backward()
         total += sums.nll.detach()
     return all_sum(total) / valid
 
@@ -67,12 +70,14 @@ def clip(parameters: list[nn.Parameter], mesh: DeviceMesh | None, max_norm: floa
     return norm
 
 
-def train_step(state, batch: Batch, lr: float) -> StepResult:
+def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     """One step of the run: afterwards the parameters are updated, or untouched where the guard said skip."""
-    config = state.config
-    loss = accumulate(state.model, batch, state.device, config.model.z_loss)
-    norm = clip(state.parameters, state.mesh, config.optimizer.grad_clip)
+    config, synchronizer = state.config, state.synchronizer
+    replicas = synchronizer.replicas if synchronizer.averages_replicas else 1
+    loss = accumulate(state.model, batch, state.device, config.model.z_loss, replicas)
+    norm = synchronizer.largest(clip(state.parameters, state.mesh, config.optimizer.grad_clip))
     skip = state.guard.check(loss, norm)
-    state.optimizer.step(lr, config.optimizer.weight_decay, skip)
-    state.optimizer.zero_grad()
-    return StepResult(loss, norm, skip)
+    result = synchronizer.step(lr, skip)
+    synchronizer.zero_grad()
+    state.traffic.add(result.bytes_sent, result.bytes_received)
+    return StepMeasures(loss, norm, skip)

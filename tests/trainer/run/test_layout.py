@@ -29,24 +29,33 @@ def test_ram_is_divided_among_the_ranks_of_a_machine():
     assert device_memory(torch.device("cpu"), 4) == whole // 4
 
 
-def other_layouts(unequal: bool) -> str:
+def other_layouts(micro_batches: list[int], codecs: list[str]) -> str:
     import torch.distributed as dist
 
     model = {"vocab_size": 8, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4}
-    config = Config(model=model, parallel={"shard": 1, "micro_batch": 4 - unequal * dist.get_rank()})
+    rank = dist.get_rank()
+    parallel = {"shard": 1, "micro_batch": micro_batches[rank], "demo": {"codec": codecs[rank]}}
     try:
         _check_layout_alike(
-            SimpleNamespace(config=config, world=World(dist.get_rank(), 2, dist.get_rank(), 2))
+            SimpleNamespace(config=Config(model=model, parallel=parallel), world=World(rank, 2, rank, 2))
         )
     except UserError as error:
         return str(error)
     return "alike"
 
 
-@pytest.mark.parametrize("unequal", [False, True])
-def test_ranks_with_unequal_devices_are_refused(pool, unequal):
-    for said in pool.run(2, other_layouts, unequal):
-        if unequal:
-            assert "[(1, 3), (1, 4)]; set parallel.shard and parallel.micro_batch" in said
-        else:
-            assert said == "alike"
+@pytest.mark.parametrize(
+    ("micro_batches", "codecs", "expected"),
+    [
+        ([4, 4], ["int8", "int8"], "alike"),
+        (
+            [4, 3],
+            ["int8", "int8"],
+            "devices differ in memory and lead to different values of parallel.micro_batch (3, 4)",
+        ),
+        ([4, 4], ["int8", "sign"], "configs have different values of parallel.demo.codec (int8, sign)"),
+    ],
+)
+def test_ranks_that_divide_the_work_differently_are_refused(pool, micro_batches, codecs, expected):
+    for said in pool.run(2, other_layouts, micro_batches, codecs):
+        assert expected in said

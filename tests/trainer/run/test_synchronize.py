@@ -1,0 +1,167 @@
+"""Runs whose replicas are kept together by DeMo, DiLoCo or random-k, through the whole trainer."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.watch.metrics import read_metrics
+
+SYNCS = {
+    "demo": ["parallel.sync=demo", "parallel.demo.chunk=8"],
+    "delayed": ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.delay=1"],
+    "owners": ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.owner_reduce_above=1"],
+    "muon": [
+        "parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.version=2", "parallel.demo.phi=muon",
+        "parallel.demo.beta=0.9",
+    ],
+    "faithful": ["parallel.sync=demo", "parallel.demo.faithful=true", "parallel.demo.chunk=8", "parallel.demo.kept=2"],
+    "diloco": ["parallel.sync=diloco", "parallel.diloco.every=3", "parallel.diloco.fragments=2"],
+    "random_k": ["parallel.sync=random_k"],
+}  # fmt: skip
+
+
+def run(config: str, overrides: list[str], resume: str = "never") -> int:
+    sys.argv = ["stepline"]
+    return run_training(config, overrides, resume)
+
+
+def train(pool, world: int, config: Path, folder: Path, *overrides: str, resume: str = "never") -> list[dict]:
+    codes = pool.run(
+        world, run, str(config), [f"run.folder={folder}", *overrides], resume, init=False, timeout=300
+    )
+    assert codes == [0] * world
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def losses(rows: list[dict]) -> torch.Tensor:
+    return torch.tensor([r["loss"] for r in rows if "loss" in r], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sync", ["demo", "muon", "faithful", "diloco", "random_k"])
+def test_the_layout_of_a_replica_does_not_matter_and_training_learns(pool, tiny_config, tmp_path, sync):
+    """Two replicas of one rank, which hold whole parameters, against two of two ranks, which hold shards.
+
+    Chunks are cut from shards, so that DeMo's differ: it learns alike; what is cut nowhere is the same to the digit.
+    """
+    options = [*SYNCS[sync], "precision.compute=fp64", "budget.steps=40", "parallel.check_replicas_every=7"]
+    whole = train(pool, 2, tiny_config, tmp_path / "whole", "parallel.shard=1", *options)
+    shards = train(pool, 4, tiny_config, tmp_path / "shards", "parallel.shard=2", *options)
+    assert losses(whole)[0] == pytest.approx(float(losses(shards)[0]), rel=1e-12)
+    if sync == "diloco":
+        assert (losses(shards) / losses(whole) - 1).abs().max() < 1e-12
+    for rows in (whole, shards):
+        assert losses(rows)[-5:].mean() < losses(rows)[0] - 0.7, losses(rows)
+    logged = [row for row in whole if "bytes_sent" in row]
+    assert sum(row["bytes_sent"] for row in logged) > 0
+    if sync != "owners":  # whose packets go twice
+        assert logged[-1]["bytes_sent"] == logged[-1]["bytes_received"]
+
+
+@pytest.mark.parametrize("sync", ["demo", "delayed", "owners", "diloco", "random_k"])
+def test_resume_is_bitwise_at_the_same_world_size(pool, tiny_config, tmp_path, sync):
+    options = [
+        *SYNCS[sync],
+        "parallel.shard=2",
+        "budget.steps=16",
+        "checkpoint.every=5",
+        "logging.eval_every=4",
+    ]
+    straight = train(pool, 4, tiny_config, tmp_path / "straight", *options)
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
+        shutil.rmtree(checkpoint)
+    again = train(pool, 4, tiny_config, tmp_path / "again", *options, resume="auto")
+    keys = ("step", "loss", "grad_norm", "val_loss")
+    assert [[r.get(k) for k in keys] for r in again] == [[r.get(k) for k in keys] for r in straight]
+
+
+@pytest.mark.parametrize(
+    ("sync", "world", "shard"),
+    [
+        ("demo", 2, 2), ("demo", 4, 1), ("demo", 2, 1), ("delayed", 4, 1), ("owners", 2, 1), ("muon", 2, 1),
+        ("diloco", 4, 1), ("diloco", 2, 1), ("random_k", 4, 1),
+    ],
+)  # fmt: skip
+def test_resume_with_other_replicas_or_shards_goes_on(pool, tiny_config, tmp_path, sync, world, shard):
+    """From two replicas of two shards. At the same number of replicas nothing is lost, up to where chunks are cut."""
+    options = [*SYNCS[sync], "precision.compute=fp64", "budget.steps=30", "checkpoint.every=20"]
+    straight = train(pool, 4, tiny_config, tmp_path / "run", "parallel.shard=2", *options)
+    shutil.rmtree(complete_checkpoints(tmp_path / "run")[-1])
+    resized = train(
+        pool, world, tiny_config, tmp_path / "run", f"parallel.shard={shard}", *options, resume="auto"
+    )
+    assert [row["step"] for row in resized] == [row["step"] for row in straight]
+    replicas = world // shard
+    log = (tmp_path / "run/logs/attempt-2/rank-0.log").read_text()
+    assert ("2 replicas became" in log) == (replicas != 2)
+    before, after = losses(resized)[15:20].mean(), losses(resized)[-5:].mean()
+    assert after < before + 0.02
+    if sync == "diloco" and replicas == 2:
+        assert (losses(resized) / losses(straight) - 1).abs().max() < 1e-12
+
+
+def test_one_replica_needs_no_network(pool, tiny_config, tmp_path):
+    for sync, options in SYNCS.items():
+        rows = train(pool, 1, tiny_config, tmp_path / sync, *options)
+        assert losses(rows)[-1] < losses(rows)[0]
+        assert all(row["bytes_sent"] == row["bytes_received"] == 0 for row in rows if "loss" in row)
+
+
+def test_validation_and_checkpoint_hold_the_model_that_replicas_agree_on(pool, tiny_config, tmp_path):
+    """DiLoCo before its first average: the agreed model is still the initial one."""
+    options = [
+        "parallel.sync=diloco",
+        "parallel.shard=1",
+        "parallel.diloco.every=100",
+        "logging.eval_every=3",
+    ]
+    rows = train(pool, 2, tiny_config, tmp_path / "run", *options, "budget.steps=7", "checkpoint.every=6")
+    values = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert values[0] == values[1] > values[2]  # the last step averages
+    other = train(
+        pool, 1, tiny_config, tmp_path / "other", "budget.steps=1", "optimizer.lr=1e-9", "schedule.warmup_steps=0",
+        f"run.init_from={complete_checkpoints(tmp_path / 'run')[0]}",
+    )  # fmt: skip
+    assert other[-1]["val_loss"] == pytest.approx(values[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["parallel.sync=demo", "parallel.demo.density=0"], "parallel.demo.density"),
+        (["parallel.sync=demo", "parallel.demo.density=1.5"], "parallel.demo.density"),
+        (["parallel.sync=random_k", "parallel.random_k.density=2"], "parallel.random_k.density"),
+        (["parallel.sync=demo", "parallel.demo.chunk=1000000"], "parallel.demo.chunk"),
+        (
+            ["parallel.sync=demo", "parallel.demo.faithful=true", "parallel.demo.codec=sign"],
+            "published algorithm",
+        ),
+        (["parallel.sync=diloco", "parallel.diloco.fragments=40"], "cannot take turns"),
+        (["parallel.sync=demmo"], "parallel.sync"),
+    ],
+)
+def test_mistakes_are_said_in_one_sentence(tiny_config, tmp_path, capsys, options, said):
+    assert run(str(tiny_config), [f"run.folder={tmp_path / 'run'}", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_state_in_a_checkpoint_is_that_of_each_replica(pool, tiny_config, tmp_path):
+    from stepline.trainer.run.checkpoint import stored_names
+
+    train(pool, 2, tiny_config, tmp_path / "run", *SYNCS["demo"], "parallel.shard=1")
+    (checkpoint,) = complete_checkpoints(tmp_path / "run")
+    names = stored_names(checkpoint)
+    for replica in (0, 1):
+        assert f"replica{replica}.optimizer.layers.0.attn.wq.weight.delta" in names or any(
+            n.startswith(f"replica{replica}.optimizer.layers.0.") and n.endswith(".delta") for n in names
+        )
+    assert json.loads((checkpoint / "state.json").read_text())["replicas"] == 2

@@ -1,0 +1,71 @@
+"""The synchroniser that a config asks for, over a built model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from stepline.comm.demo import DeMo, DeMoSettings
+from stepline.comm.diloco import DiLoCo, DiLoCoSettings
+from stepline.comm.random_k import RandomK, RandomKSettings
+from stepline.comm.synchronizer import AllReduce, Synchronizer
+from stepline.trainer.config import Config
+from stepline.trainer.optim.build import Optimizer, build_optimizer, decay_groups
+from stepline.trainer.optim.muon import Orthogonalizer
+from stepline.trainer.run.build import reduce_dtype
+
+PUBLISHED_KEPT = 32
+
+
+def build_synchronizer(config: Config, named: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> Synchronizer:
+    """`parallel.sync` over the distinct trainable parameters of `named`, between the replicas of `mesh`."""
+    parallel, weight_decay = config.parallel, config.optimizer.weight_decay
+    group = mesh["replicate"].get_group() if mesh["replicate"].size() > 1 else None
+    parameters, decayed = decay_groups(dict(named))
+    common = {"weight_decay": weight_decay}
+    moments = {"beta2": config.optimizer.beta2, "eps": config.optimizer.eps}
+    if parallel.sync == "all_reduce":
+        optimizer = inner_optimizer(config, parameters)
+        return AllReduce(parameters, group, optimizer, weight_decay, reduce_dtype(config))
+    if parallel.sync == "diloco":
+        settings = DiLoCoSettings(total_steps=config.total_steps(), **common, **parallel.diloco.model_dump())
+        return DiLoCo(parameters, group, settings, inner_optimizer(config, parameters))
+    vectors = {n: p for n, p in parameters.items() if p.ndim < 2}
+    if parallel.sync == "random_k":
+        random_k = parallel.random_k
+        settings = RandomKSettings(
+            density=random_k.density, beta=random_k.beta, bf16=random_k.codec == "bf16", seed=config.run.seed,
+            **common, **moments,
+        )  # fmt: skip
+        return RandomK(parameters, group, settings, decayed=decayed, dense=_adamw(config, vectors))
+    demo = parallel.demo.model_dump()
+    if demo["faithful"]:
+        demo |= {"codec": "fp32", "owner_reduce_above": mesh.size(), "kept": demo["kept"] or PUBLISHED_KEPT}
+    ends = {n for n, p in parameters.items() if p.ndim > 1 and n.split(".")[0] in ("embed", "head")}
+    direction = None
+    if demo["phi"] == "muon":
+        matrices = {n: p for n, p in parameters.items() if n not in vectors and n not in ends}
+        orthogonal = Orthogonalizer(matrices)
+
+        def direction(momenta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return dict(orthogonal.updates(momenta.__getitem__))
+
+    return DeMo(
+        parameters, group, DeMoSettings(**demo, **common, **moments), decayed=decayed, untransformed=ends,
+        dense=None if demo["faithful"] else _adamw(config, vectors), direction=direction,
+    )  # fmt: skip
+
+
+def inner_optimizer(config: Config, parameters: dict[str, nn.Parameter]) -> Optimizer:
+    """The optimizer of the config over `parameters`."""
+    optimizer = config.optimizer
+    return build_optimizer(
+        parameters, name=optimizer.name, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps,
+        momentum=optimizer.momentum,
+    )  # fmt: skip
+
+
+def _adamw(config: Config, parameters: dict[str, nn.Parameter]) -> Optimizer:
+    optimizer = config.optimizer
+    return build_optimizer(parameters, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
