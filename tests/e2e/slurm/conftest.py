@@ -108,9 +108,9 @@ class Cluster:
         since: list[float] = []
 
         def over(job: dict[str, str]) -> bool:
-            """For some seconds: SLURM shows FAILED for a moment before it requeues."""
+            """For some seconds: SLURM shows FAILED for a while before a job that it requeues waits again."""
             since[:] = (since or [time.monotonic()]) if job["JobState"] in OVER else []
-            return bool(since) and time.monotonic() - since[0] > 4
+            return bool(since) and time.monotonic() - since[0] > (30 if job["Restarts"] != "0" and job["JobState"] == "FAILED" else 4)
 
         job = self.wait(number, over, seconds=400)
         return job["JobState"], int(job["Restarts"])

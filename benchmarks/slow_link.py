@@ -1,0 +1,288 @@
+"""Replicas across a slow link: what a step costs and what loss it buys, for every way in which they can agree.
+
+Two "nodes" are two network namespaces on a bridge, with `tc tbf` at both ends of the link (bandwidth is shaped; latency
+and loss are not, and nothing is claimed about them). Bytes are those of the interfaces' counters.
+
+    python benchmarks/slow_link.py time DATA [--output DIR]     # needs root, iproute2
+    python benchmarks/slow_link.py loss DATA [--output DIR]     # the learning rates' grid, then three seeds
+    python benchmarks/slow_link.py show [--output DIR]          # tables and plots of what is in DIR
+
+DATA: a folder written by `stepline prepare` with a `tune` split and at most 2048 tokens in its vocabulary.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+TIMED = {"hidden_size": 192, "num_layers": 6, "num_heads": 6, "ffn_size": 512}
+"""3.4M parameters with embeddings."""
+TRAINED = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "ffn_size": 384}
+"""1.4M parameters with embeddings."""
+SHAPE = [
+    "model.tied_embeddings=false", "data.seq_len=256", "data.verify=off", "budget.law=null", "budget.tokens=null",
+    "budget.batch_tokens=4096", "optimizer.name=adamw", "parallel.shard=1", "parallel.micro_batch=8",
+    "logging.eval_every=0", "logging.wandb=off", "checkpoint.ephemeral_minutes=null", "checkpoint.every=1000000",
+]  # fmt: skip
+"""2,048 tokens for each of two replicas in a step."""
+METHODS = {
+    "no network": ["parallel.sync=diloco", "parallel.diloco.every=1000000"],
+    "all-reduce fp32": [],
+    "all-reduce bf16": ["precision.reduce=bf16"],
+    "DeMo 1/32": ["parallel.sync=demo", "parallel.demo.density=0.03125"],
+    "DeMo 1/128": ["parallel.sync=demo"],
+    "DeMo 1/512": ["parallel.sync=demo", "parallel.demo.density=0.001953125"],
+    "DeMo 1/128, a step late": ["parallel.sync=demo", "parallel.demo.delay=1"],
+    "DiLoCo int8, H = 50": ["parallel.sync=diloco", "parallel.diloco.every=50", "parallel.diloco.codec=int8"],
+    "random-k 1/100": ["parallel.sync=random_k", "parallel.random_k.density=0.01"],
+}
+"""DiLoCo and random-k send about as many bytes a step as DeMo at 1/128."""
+RATES_MBIT = (10, 100, 1000, 10000)
+NODES = ("node0", "node1")
+
+
+def run(data: Path, folder: Path, options: list[str], shape: dict, node_of=None) -> list[dict]:
+    """Trains with two ranks; the rows of metrics.jsonl. node_of: (namespace, interface, address) of each rank."""
+    shutil.rmtree(folder, ignore_errors=True)
+    program = [sys.executable, "-m", "stepline.trainer", "train", "quickstart", f"data.path={data}", *SHAPE]
+    program += [f"model.{key}={value}" for key, value in shape.items()] + options + [f"run.folder={folder}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        namespace, interface, _ = node_of[rank] if node_of else (None, "lo", None)
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": node_of[0][2] if node_of else "127.0.0.1", "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": interface,
+        }  # fmt: skip
+        enter = ["ip", "netns", "exec", namespace] if namespace else []
+        ranks.append(
+            subprocess.Popen([*enter, *program], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        )
+    errors = [rank.communicate()[1].decode() for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        sys.exit("\n".join(errors))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Link:
+    """Two namespaces joined by a bridge; a context manager that leaves nothing behind."""
+
+    def __enter__(self) -> "Link":
+        if os.geteuid() != 0:
+            sys.exit("slow_link.py time makes network namespaces, which needs root: run it as root")
+        self.__exit__()
+        self._ip("link add steplink type bridge", "link set steplink up")
+        self.nodes = []
+        for i, node in enumerate(NODES):
+            inside, outside, address = f"veth-{node}", f"br-{node}", f"10.77.0.{i + 1}"
+            self._ip(
+                f"netns add {node}", f"link add {inside} type veth peer name {outside}",
+                f"link set {inside} netns {node}", f"link set {outside} master steplink", f"link set {outside} up",
+                f"-n {node} addr add {address}/24 dev {inside}", f"-n {node} link set {inside} up",
+                f"-n {node} link set lo up",
+            )  # fmt: skip
+            self.nodes.append((node, inside, address))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for command in (*(f"netns del {node}" for node in NODES), "link del steplink"):
+            subprocess.run(["ip", *command.split()], stderr=subprocess.DEVNULL, check=False)
+
+    @staticmethod
+    def _ip(*commands: str) -> None:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+
+    def shape(self, mbit: int | None) -> None:
+        """Limits both directions; None: no limit."""
+        for node, interface, _ in self.nodes:
+            enter = ["ip", "netns", "exec", node, "tc", "qdisc"]
+            subprocess.run([*enter, "del", "dev", interface, "root"], stderr=subprocess.DEVNULL, check=False)
+            if mbit is not None:
+                burst = "128kb" if mbit <= 1000 else "1280kb"
+                limit = f"add dev {interface} root tbf rate {mbit}mbit burst {burst} latency 200ms"
+                subprocess.run([*enter, *limit.split()], check=True)
+
+    def counters(self) -> dict[str, int]:
+        """Bytes that the first node's interface has sent and received, and those on its loopback."""
+        node, interface, _ = self.nodes[0]
+        found = {}
+        for name in (interface, "lo"):
+            for way in ("tx", "rx"):
+                file = f"/sys/class/net/{name}/statistics/{way}_bytes"
+                out = subprocess.run(
+                    ["ip", "netns", "exec", node, "cat", file], capture_output=True, check=True
+                )
+                found["lo" if name == "lo" else way] = int(out.stdout)
+        return found
+
+
+def step_seconds(rows: list[dict]) -> float:
+    """Median of the steps after the first two."""
+    steps = [row for row in rows if "loss" in row][2:]
+    return statistics.median(4096 / row["tokens_per_second"] for row in steps)
+
+
+def time_steps(data: Path, output: Path) -> None:
+    """times.json: seconds of a step by method and rate; bytes of a step by the counters and by the ledger."""
+    found: dict = {"rates_mbit": list(RATES_MBIT), "methods": {}}
+    folder = output / "timed"
+    with Link() as link:
+        for method, options in METHODS.items():
+            link.shape(None)
+            lengths, counted, late = (52, 102) if "DiLoCo" in method else (6, 26), [], {}
+            for steps in lengths:
+                before = link.counters()
+                rows = run(
+                    data, folder, [*options, f"budget.steps={steps}", "logging.every=1"], TIMED, link.nodes
+                )
+                counted.append({k: v - before[k] for k, v in link.counters().items()})
+                late[steps] = [row["bytes_sent"] for row in rows if "loss" in row]
+            span = lengths[1] - lengths[0]
+            entry = {
+                "sent_by_counter": (counted[1]["tx"] - counted[0]["tx"]) / span,
+                "received_by_counter": (counted[1]["rx"] - counted[0]["rx"]) / span,
+                "sent_by_ledger": (sum(late[lengths[1]]) - sum(late[lengths[0]])) / span,
+                "loopback": counted[1]["lo"],
+                "seconds": {"unshaped": step_seconds(rows)},
+            }
+            for rate in RATES_MBIT:
+                link.shape(rate)
+                slow = "all-reduce" in method and rate == 10
+                steps = 7 if slow else 52 if "DiLoCo" in method else 27
+                rows = run(
+                    data, folder, [*options, f"budget.steps={steps}", "logging.every=1"], TIMED, link.nodes
+                )
+                seconds = [4096 / row["tokens_per_second"] for row in rows if "loss" in row][2:]
+                # DiLoCo's exchanges are few and long: their mean counts.
+                entry["seconds"][str(rate)] = (
+                    statistics.mean(seconds[-50:]) if "DiLoCo" in method else statistics.median(seconds)
+                )
+            found["methods"][method] = entry
+            print(method, json.dumps(entry), flush=True)
+            (output / "times.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = (0, 1, 2)
+TRAINED_STEPS = 400
+LOSS_METHODS = (
+    "all-reduce fp32",
+    "DeMo 1/32",
+    "DeMo 1/128",
+    "DeMo 1/512",
+    "DiLoCo int8, H = 50",
+    "random-k 1/100",
+)
+
+
+def train_all(data: Path, output: Path) -> None:
+    """losses.json: the curve of every method at every learning rate on one seed, and on all seeds at its best.
+
+    The learning rate is chosen by the `tune` split, what is reported stands on `val`. Bandwidth changes the time, not
+    the loss: these runs are unshaped. Runs that are in losses.json already are not repeated.
+    """
+    path = output / "losses.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+
+    def curve(method: str, lr: float, seed: int, split: str) -> dict:
+        key = {"method": method, "lr": lr, "seed": seed, "split": split, "steps": TRAINED_STEPS}
+        for known in found:
+            if {k: known[k] for k in key} == key:
+                return known
+        options = [
+            *METHODS[method], f"optimizer.lr={lr}", f"run.seed={seed}", f"logging.eval_split={split}",
+            "optimizer.weight_decay=0.1", f"budget.steps={TRAINED_STEPS}", "logging.every=10",
+            f"logging.eval_every={TRAINED_STEPS // 8}", "logging.eval_windows=64",
+        ]  # fmt: skip
+        rows = run(data, output / "trained", options, TRAINED)
+        values = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        known = key | {"val": values[-1][1], "curve": values, "bytes": rows[-2].get("bytes_sent", 0)}
+        found.append(known)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{method}, lr {lr:g}, seed {seed}, {split}: {known['val']:.4f}", flush=True)
+        return known
+
+    for method in LOSS_METHODS:
+        best = min(LEARNING_RATES, key=lambda lr: curve(method, lr, SEEDS[0], "tune")["val"])
+        for seed in SEEDS:
+            curve(method, best, seed, "val")
+
+
+def show(output: Path) -> None:
+    """Tables on standard output, and slow_link.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    times = json.loads((output / "times.json").read_text())
+    losses = json.loads((output / "losses.json").read_text())
+    rates = [str(rate) for rate in times["rates_mbit"]]
+    free = times["methods"]["no network"]["seconds"]["unshaped"]
+    print(f"Seconds of a step; without network {free:.3f}\n")
+    print(f"| method | bytes sent | counter / ledger | unshaped | {' | '.join(rates)} Mbit/s |")
+    print("|---" * (4 + len(rates)) + "|")
+    for method, entry in times["methods"].items():
+        ledger = entry["sent_by_ledger"]
+        ratio = f"{entry['sent_by_counter'] / ledger:.3f}" if ledger else "-"
+        seconds = " | ".join(f"{entry['seconds'][k]:.3f}" for k in ("unshaped", *rates))
+        print(f"| {method} | {ledger:,.0f} | {ratio} | {seconds} |")
+    print(
+        "\n| method | best lr | loss on val, three seeds | mean | against all-reduce |\n|---|---|---|---|---|"
+    )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    reference = None
+    for method in LOSS_METHODS:
+        final = [run for run in losses if run["method"] == method and run["split"] == "val"]
+        if not final:
+            continue
+        values = [run["val"] for run in final]
+        mean = statistics.mean(values)
+        reference = reference or mean
+        said = ", ".join(f"{v:.4f}" for v in values)
+        print(f"| {method} | {final[0]['lr']:g} | {said} | {mean:.4f} | {mean / reference - 1:+.2%} |")
+        steps, curve = zip(*final[0]["curve"], strict=True)
+        left.plot(steps, curve, label=method)
+        right.plot([step * times["methods"][method]["seconds"]["100"] for step in steps], curve, label=method)
+    left.set(xlabel="step", ylabel="validation loss", title="1.4M parameters, two replicas")
+    right.set(xlabel="seconds of the 3.4M model's steps at 100 Mbit/s", xscale="log")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(output / "slow_link_loss.png", dpi=110)
+    figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
+    for method, entry in times["methods"].items():
+        axes.plot([int(r) for r in rates], [entry["seconds"][r] / free for r in rates], "o-", label=method)
+    axes.set(xscale="log", yscale="log", xlabel="Mbit/s", ylabel="a step / the step without network")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(output / "slow_link_time.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("time", "loss", "show"))
+    parser.add_argument("data", nargs="?", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("runs/slow_link"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.part == "show":
+        show(options.output)
+    elif options.data is None:
+        parser.error("give a folder written by `stepline prepare`")
+    else:
+        (time_steps if options.part == "time" else train_all)(options.data.resolve(), options.output)
+
+
+if __name__ == "__main__":
+    main()
