@@ -94,11 +94,18 @@ class Cluster:
     def wait(
         self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 240
     ) -> dict[str, str]:
-        """What SLURM says of the job once `until` holds for it; the two minutes before a requeued job are skipped."""
-        deadline = time.monotonic() + seconds
+        """What SLURM says of the job once `until` holds for it; most of the two minutes before a requeued job are skipped.
+
+        Not all of them: within the same second slurmd refuses the job ("credential revoked").
+        """
+        deadline, waits_since = time.monotonic() + seconds, None
         while not until(job := self.job(number)):
             assert time.monotonic() < deadline, job
-            if (job["JobState"], job["Reason"]) == ("PENDING", "BeginTime"):
+            if (job["JobState"], job["Reason"]) != ("PENDING", "BeginTime"):
+                waits_since = None
+            elif waits_since is None:
+                waits_since = time.monotonic()
+            elif time.monotonic() - waits_since > 3:
                 self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.3)
         return job
@@ -108,9 +115,9 @@ class Cluster:
         since: list[float] = []
 
         def over(job: dict[str, str]) -> bool:
-            """For some seconds: SLURM shows FAILED for a while before a job that it requeues waits again."""
+            """For some seconds: SLURM shows FAILED for a moment before it requeues."""
             since[:] = (since or [time.monotonic()]) if job["JobState"] in OVER else []
-            return bool(since) and time.monotonic() - since[0] > (30 if job["Restarts"] != "0" and job["JobState"] == "FAILED" else 4)
+            return bool(since) and time.monotonic() - since[0] > 4
 
         job = self.wait(number, over, seconds=400)
         return job["JobState"], int(job["Restarts"])
