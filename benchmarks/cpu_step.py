@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 
@@ -26,9 +25,7 @@ from stepline.models.init import init_model
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
-from stepline.trainer.optim.build import build_optimizer
-from stepline.trainer.optim.guard import Guard
-from stepline.trainer.run.build import build_model
+from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
 
 # name: (shape, sequence, sequences in a batch)
@@ -56,18 +53,9 @@ def ours(config: ModelConfig, compiled: bool) -> Step:
     """The trainer's own step: accumulation, clipping, guard and fused AdamW, blocks compiled where asked."""
     run = Config(model=config)
     run.precision.compute, run.run.compile = "fp32", compiled
+    run.optimizer.beta1, run.optimizer.beta2 = BETAS
     run.optimizer.weight_decay = WEIGHT_DECAY
-    model = build_model(run, torch.device("cpu"), mesh=None)
-    named = dict(model.named_parameters())
-    state = SimpleNamespace(
-        config=run,
-        device=torch.device("cpu"),
-        mesh=None,
-        model=model,
-        parameters=list(named.values()),
-        optimizer=build_optimizer(named, beta1=BETAS[0], beta2=BETAS[1]),
-        guard=Guard(),
-    )
+    state = Trainee.build(run, torch.device("cpu"), mesh=None)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
         inputs, targets = tokens[None, :, :-1].contiguous(), tokens[None, :, 1:].contiguous()

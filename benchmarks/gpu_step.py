@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import torch
 
@@ -28,9 +27,7 @@ from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import find_config, load_config
 from stepline.trainer.data.loader import Batch
-from stepline.trainer.optim.build import build_optimizer
-from stepline.trainer.optim.guard import Guard
-from stepline.trainer.run.build import build_model
+from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
 from stepline.trainer.watch.peaks import mfu, peak_flops
 
@@ -63,13 +60,7 @@ def measure(
     config.optimizer.weight_decay = 0.1
     accumulation = max(1, step_tokens // (micro_batch * seq_len))
     mesh = build_mesh(device, 1, 1)
-    model = build_model(config, device, mesh)
-    named = dict(model.named_parameters())
-    optimizer, guard = build_optimizer(named), Guard(device=device)
-    state = SimpleNamespace(
-        config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()), optimizer=optimizer,
-        guard=guard,
-    )  # fmt: skip
+    state = Trainee.build(config, device, mesh)
     draw = torch.Generator().manual_seed(0)
     shape_of_batch = (accumulation, micro_batch, seq_len + 1)
     seconds = []

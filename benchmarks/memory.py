@@ -21,7 +21,6 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -33,10 +32,8 @@ from stepline.models.attention import rope_tables
 from stepline.models.config import ModelConfig
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
-from stepline.trainer.optim.build import build_optimizer
-from stepline.trainer.optim.guard import Guard
 from stepline.trainer.plan.memory import Layout, estimate
-from stepline.trainer.run.build import build_model
+from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
 from stepline.trainer.watch.allocations import Allocations
 
@@ -79,9 +76,10 @@ class Case:
         config.precision.compute = "bf16" if device == "cuda" else "fp32"
         config.optimizer.weight_decay = 0.1
         config.parallel.shard, config.parallel.micro_batch = self.shard or self.world, self.micro_batch
+        config.budget.steps = 1000
         for key, value in self.settings.items():
-            section, name = key.split(".")
-            setattr(getattr(config, section), name, value)
+            *sections, name = key.split(".")
+            setattr(functools.reduce(getattr, sections, config), name, value)
         return config
 
     def layout(self) -> Layout:
@@ -92,6 +90,8 @@ class Case:
 MUON = {"optimizer.name": "muon"}
 FULL, SELECTIVE = {"run.recompute": "full"}, {"run.recompute": "selective"}
 MIXED = {"precision.compute": "bf16"}
+DEMO = {"parallel.sync": "demo"}
+DILOCO = {"parallel.sync": "diloco", "parallel.diloco.every": 1}
 GATHERED = {"parallel.reshard_after_forward": False}
 CASES = [
     Case("blocks", BLOCKS),
@@ -121,6 +121,18 @@ CASES = [
     Case("fsdp, logits, kept gathered", LOGITS, world=2, micro_batch=8, settings=GATHERED),
     Case("fsdp, mixed precision", BLOCKS | {"num_layers": 3}, world=2, micro_batch=2, settings=MIXED),
     Case("hsdp 2 x 1, accumulation 2", BLOCKS, world=2, shard=1, micro_batch=1, accumulation=2),
+    *(
+        Case(name, BLOCKS, world=2, shard=1, micro_batch=1, settings=settings)
+        for name, settings in {
+            "demo": DEMO,
+            "demo, a step late": DEMO | {"parallel.demo.delay": 1},
+            "demo, muon": DEMO | {"parallel.demo.phi": "muon"},
+            "diloco": DILOCO,
+            "diloco, int8": DILOCO | {"parallel.diloco.codec": "int8"},
+            "random-k": {"parallel.sync": "random_k"},
+        }.items()
+    ),
+    Case("demo, one replica of two shards", BLOCKS, world=2, micro_batch=1, settings=DEMO),
 ]
 
 
@@ -189,15 +201,10 @@ def measure(case: Case, device: torch.device) -> dict:
     record = Allocations() if device.type == "cpu" else None
     if record is not None:
         record.start()
-    model = build_model(config, device, mesh)
+    state = Trainee.build(config, device, mesh)
+    model = state.model
     if case.reversible:
         model.forward = functools.partial(reversible_forward, model)
-    named = dict(model.named_parameters())
-    optimizer = build_optimizer(named, name=config.optimizer.name)
-    state = SimpleNamespace(
-        config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()), optimizer=optimizer,
-        guard=Guard(config.optimizer.guard.window, device=device),
-    )  # fmt: skip
     draw = torch.Generator().manual_seed(dist.get_rank())
     shape = (layout.accumulation, layout.micro_batch, case.seq_len)
     peaks = []

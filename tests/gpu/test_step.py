@@ -1,7 +1,5 @@
 """The trainer's step on CUDA against the same step on the CPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,9 +9,7 @@ from stepline.models.config import ModelConfig
 from stepline.models.init import init_parameter
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
-from stepline.trainer.optim.build import build_optimizer
-from stepline.trainer.optim.guard import Guard
-from stepline.trainer.run.build import build_model
+from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
 
 pytestmark = [
@@ -51,17 +47,11 @@ def losses(device: torch.device, compute: str, compiled: bool = False) -> list[f
     shape = {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
     config = Config(model=ModelConfig(**shape))
     config.precision.compute, config.run.compile = compute, compiled
-    config.optimizer.weight_decay = 0.1
+    config.optimizer.name, config.optimizer.weight_decay = "muon", 0.1
     tokens = torch.randint(0, 256, (2, 4, 65), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
     start_process_group(World(0, 1, 0, 1), device, 60)
-    mesh = build_mesh(device, 1, 1)
-    model = build_model(config, device, mesh)
-    named = dict(model.named_parameters())
-    state = SimpleNamespace(
-        config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()),
-        optimizer=build_optimizer(named, name="muon"), guard=Guard(device=device),
-    )  # fmt: skip
+    state = Trainee.build(config, device, build_mesh(device, 1, 1))
     curve = [train_step(state, batch, 3e-3).loss.item() for _ in range(30)]
     torch.distributed.destroy_process_group()
     return curve

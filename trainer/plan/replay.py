@@ -12,8 +12,8 @@ dtype here. No config chooses them yet.
 from collections import Counter
 
 from stepline.trainer.config import Config
+from stepline.trainer.plan.sync_memory import SyncMemory
 from stepline.trainer.plan.tensors import Group, Sizes, block_group, root_group
-from stepline.trainer.plan.update import adamw_state, muon_state, muon_temporaries
 
 CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
 """Of kernels/cross_entropy.py, which imports torch."""
@@ -64,8 +64,10 @@ class Replay:
         self.tally, self.sizes, self.reversible = Tally(), Sizes(config, micro_batch), reversible
         self.config, self.model, self.shard, self.accumulation = config, config.model, shard, accumulation
         self.compute, self.master = self.sizes.compute, self.sizes.master
+        self.replicas = world // shard
         # run/build.py: one rank that computes in its master dtype needs no FSDP
-        self.fsdp = world > 1 or self.compute != self.master
+        spread = world if config.parallel.sync == "all_reduce" else shard
+        self.fsdp = spread > 1 or self.compute != self.master
         self.gloo = shard > 1 and not self.sizes.cuda  # it works on a copy of what it sends
         self.reshards = config.parallel.reshard_after_forward
         self.root, self.block, self.layers = (
@@ -81,22 +83,20 @@ class Replay:
 
     def run(self) -> None:
         """Every moment from the first gather to the update."""
-        tally, optimizer = self.tally, self.config.optimizer.name
+        tally = self.tally
         whole = Group(self.root.shapes + self.block.shapes * self.layers)
         shard = self.shard if self.fsdp else 1
         blocks = Group(block_group(self.model).shapes * self.layers)
         tally.add("parameters", whole.shard(shard) * self.master)
-        state = muon_state if optimizer == "muon" else adamw_state
-        tally.add("optimizer", state(root_group(self.model), blocks, shard, self.master))
+        sync = SyncMemory(self.config, root_group(self.model), blocks, shard, self.replicas, self.master)
+        tally.add("optimizer", sync.state())
         tally.add("fixed", self.fixed())
         for micro_batch in range(min(2, self.accumulation)):  # the second is like all that follow
             self.forward()
             self.loss(first=micro_batch == 0)
             self.backward(first=micro_batch == 0)
-        if optimizer == "muon":
-            tally.moment = "update"
-            item = 2 if self.sizes.cuda and self.master == 4 else self.master
-            tally.brief("optimizer", muon_temporaries(blocks, shard, item, self.master))
+        tally.moment = "update"
+        tally.brief("optimizer", sync.temporaries())
 
     def fixed(self) -> int:
         """The batch (inputs, targets; document numbers) and the guard's history; cuBLAS's workspace."""

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -24,17 +24,36 @@ from stepline.trainer.run.synchronize import build_synchronizer
 log = logging.getLogger("stepline")
 
 
-@dataclass
-class TrainState:
-    """Model, synchroniser with the optimizer, guard, data cursor and counters of one rank."""
+@dataclass(kw_only=True)
+class Trainee:
+    """What a step updates, on one rank."""
 
     config: Config
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None
     model: Transformer
     parameters: list[nn.Parameter]
     synchronizer: Synchronizer
     guard: Guard
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @classmethod
+    def build(cls, config: Config, device: torch.device, mesh: DeviceMesh | None, **more: Any) -> Self:
+        """Model, synchroniser with the optimizer, and guard, before the first step; mesh None: one rank alone."""
+        model = build_model(config, device, mesh)
+        named = dict(model.named_parameters())
+        window = config.optimizer.guard.window
+        return cls(
+            config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()),
+            synchronizer=build_synchronizer(config, named, mesh),
+            guard=Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device), **more,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrainState(Trainee):
+    """A trainee with its data cursor and counters: a whole run at a step."""
+
     loader: TrainLoader
     fingerprints: list[str]
     step: int = 0
@@ -43,18 +62,12 @@ class TrainState:
     """Training tokens with loss that were consumed."""
     run_id: str = ""
     """Of wandb; known to rank 0."""
-    traffic: Traffic = field(default_factory=Traffic)
 
     @classmethod
     def create(
         cls, config: Config, device: torch.device, mesh: DeviceMesh, rank: int, fingerprints: list[str]
     ) -> "TrainState":
         """The state before the first step."""
-        model = build_model(config, device, mesh)
-        named = dict(model.named_parameters())
-        synchronizer = build_synchronizer(config, named, mesh)
-        window = config.optimizer.guard.window
-        guard = Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device)
         loader = TrainLoader(
             [(source.path, source.weight) for source in config.data.folders()],
             seq_len=config.data.seq_len,
@@ -66,9 +79,7 @@ class TrainState:
             confine_attention=config.data.confine_attention,
             prefetch=config.data.prefetch,
         )
-        return cls(
-            config, device, mesh, model, list(named.values()), synchronizer, guard, loader, fingerprints
-        )
+        return cls.build(config, device, mesh, loader=loader, fingerprints=fingerprints)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live tensors of a checkpoint by name; loading writes into them."""

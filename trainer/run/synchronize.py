@@ -18,10 +18,16 @@ from stepline.trainer.run.build import reduce_dtype
 PUBLISHED_KEPT = 32
 
 
-def build_synchronizer(config: Config, named: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> Synchronizer:
-    """`parallel.sync` over the distinct trainable parameters of `named`, between the replicas of `mesh`."""
+def build_synchronizer(
+    config: Config, named: Mapping[str, nn.Parameter], mesh: DeviceMesh | None
+) -> Synchronizer:
+    """`parallel.sync` over the distinct trainable parameters of `named`, between the replicas of `mesh`.
+
+    mesh: None for one rank alone.
+    """
     parallel, weight_decay = config.parallel, config.optimizer.weight_decay
-    group = mesh["replicate"].get_group() if mesh["replicate"].size() > 1 else None
+    several = mesh is not None and mesh["replicate"].size() > 1
+    group = mesh["replicate"].get_group() if several else None
     parameters, decayed = decay_groups(dict(named))
     common = {"weight_decay": weight_decay}
     moments = {"beta2": config.optimizer.beta2, "eps": config.optimizer.eps}
@@ -41,7 +47,8 @@ def build_synchronizer(config: Config, named: Mapping[str, nn.Parameter], mesh: 
         return RandomK(parameters, group, settings, decayed=decayed, dense=_adamw(config, vectors))
     demo = parallel.demo.model_dump()
     if demo["faithful"]:
-        demo |= {"codec": "fp32", "owner_reduce_above": mesh.size(), "kept": demo["kept"] or PUBLISHED_KEPT}
+        world = 1 if mesh is None else mesh.size()
+        demo |= {"codec": "fp32", "owner_reduce_above": world, "kept": demo["kept"] or PUBLISHED_KEPT}
     ends = {n for n, p in parameters.items() if p.ndim > 1 and n.split(".")[0] in ("embed", "head")}
     direction = None
     if demo["phi"] == "muon":

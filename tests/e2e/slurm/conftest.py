@@ -94,9 +94,10 @@ class Cluster:
     def wait(
         self, number: str, until: Callable[[dict[str, str]], bool], seconds: float = 240
     ) -> dict[str, str]:
-        """What SLURM says of the job once `until` holds for it; most of the two minutes before a requeued job are skipped.
+        """What SLURM says of the job once `until` holds for it.
 
-        Not all of them: within the same second slurmd refuses the job ("credential revoked").
+        Of the two minutes that a requeued job waits all but seconds are skipped: within the same second slurmd refuses
+        it ("credential revoked").
         """
         deadline, waits_since = time.monotonic() + seconds, None
         while not until(job := self.job(number)):
