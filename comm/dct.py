@@ -96,3 +96,13 @@ def dct(chunks: Tensor, down: Tensor, across: Tensor) -> Tensor:
 def inverse_dct(spectrum: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """`Dh Y Dw^T`, the inverse of `dct`."""
     return down @ (spectrum @ across.T)
+
+
+def inverse_dct_of(indices: Tensor, values: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """`inverse_dct` of spectra that are zero but for a few values: `[chunks, kept]` each, indices into height * width.
+
+    The sum of `kept` outer products of basis vectors, one product of `[height, kept] x [kept, width]` a chunk.
+    """
+    width = len(across)
+    left = down.T[indices // width] * values.unsqueeze(-1)
+    return left.mT @ across.T[indices % width]

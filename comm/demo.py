@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stepline.comm.dct import Chunking, dct, dct_basis, inverse_dct
+from stepline.comm.dct import Chunking, dct, dct_basis, inverse_dct, inverse_dct_of
 from stepline.comm.exchange import Flight, all_gather, to_owners
 from stepline.comm.fsdp import local
 from stepline.comm.packets import (
@@ -34,6 +34,8 @@ from stepline.comm.packets import (
 from stepline.comm.residual import Residual
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
 
+SPARSE_INVERSE = 3
+"""How many times fewer values than height + width make outer products cheaper than two dense ones (measured)."""
 Direction = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -156,11 +158,15 @@ class DeMo(Synchronizer):
         for i, batch in enumerate(self.batches):
             own = (chosen[i][0], torch.cat([decoded[i] for decoded in sent]))
             alpha = settings.alpha if settings.version == 2 and i < self.dct_batches else 1.0
-            for name, part in self._chunks_to_tensors(
-                i, batch, scattered(own, batch.height * batch.width)
-            ).items():
+            for name, part in self._own(i, batch, own).items():
                 momenta[name].sub_(part.view_as(momenta[name]), alpha=alpha)
         return packets
+
+    def _own(self, i: int, batch: Batch, sent: Chosen) -> dict[str, Tensor]:
+        """What this replica has sent, decoded: tensors of the parameters in batch i."""
+        if i < self.dct_batches and batch.kept < (batch.height + batch.width) / SPARSE_INVERSE:
+            return batch.join(inverse_dct_of(*sent, *self.bases[i]))
+        return self._chunks_to_tensors(i, batch, scattered(sent, batch.height * batch.width))
 
     def _momenta(self) -> dict[str, Tensor]:
         """This rank's part of what packets are taken from, in place."""

@@ -144,11 +144,13 @@ def contributors_mean(contributions: Sequence[Chosen], elements: int, *, zeros_c
     zeros_count: whether a value of zero, as an empty chunk sends, counts as a contribution.
     """
     total = contributions[0][1].new_zeros(len(contributions[0][1]), elements)
-    count = torch.zeros_like(total)
+    count = torch.zeros_like(total, dtype=torch.int16)
     for indices, values in contributions:
-        total.scatter_add_(1, indices, values)
-        count.scatter_add_(1, indices, torch.ones_like(values) if zeros_count else (values != 0).to(values))
-    return total / count.clamp_(min=1)
+        ones = torch.ones_like(values, dtype=torch.int16) if zeros_count else (values != 0).short()
+        count.scatter_add_(1, indices, ones)
+    for indices, values in contributions:
+        total.scatter_add_(1, indices, values / count.gather(1, indices).clamp_(min=1))
+    return total
 
 
 def replicas_mean(contributions: Sequence[Chosen], elements: int) -> Tensor:
