@@ -5,7 +5,7 @@ again). At the end every row of metrics.jsonl must be that of a run that was lef
 
     python benchmarks/soak.py DATA [--kills 50] [--seed 0] [--json]
 
-DATA: a folder written by `stepline prepare`. Recovery is the time from the kill to the first step that is new.
+DATA: a folder written by `stepline prepare`. Recovery is the time from the kill to the first new step of the next attempt.
 """
 
 import argparse
@@ -44,6 +44,11 @@ def rows(folder: Path) -> list[list]:
 def last_step(folder: Path) -> int:
     """The newest logged step, 0 before the first."""
     return max((row[0] for row in rows(folder)), default=0)
+
+
+def attempts(folder: Path) -> int:
+    """How many attempts have opened their logs."""
+    return len(list(folder.glob("logs/attempt-*")))
 
 
 def start(data: Path, folder: Path, steps: int) -> subprocess.Popen:
@@ -99,10 +104,13 @@ def soak(data: Path, kills: int, seed: int) -> dict:
             who = draw.choice(["rank 0", "rank 1", "agent"])
             below = ranks(process.pid)
             os.kill(process.pid if who == "agent" else below[int(who[-1])], signal.SIGKILL)
-            begun, seen = time.monotonic(), last_step(killed)
+            begun, before = time.monotonic(), attempts(killed)
             if who == "agent":
                 process.wait()
                 process = start(data, killed, steps)
+            # The ranks of an agent that was killed make some steps, save and leave: those are not yet a recovery.
+            wait(lambda: attempts(killed) > before, f"attempt {before + 1}")  # noqa: B023
+            seen = last_step(killed)
             wait(lambda: last_step(killed) > seen, f"the step after {seen}")  # noqa: B023
             recoveries.append((who, round(time.monotonic() - begun, 2)))
             target = max(target, last_step(killed))

@@ -80,7 +80,9 @@ def step_memory(config: Config, plan: Plan) -> Memory | None:
         config.precision.compute = "bf16" if run.device == "cuda" else "fp32"
     if shard != "auto":
         check_layout(shard, world)
-    layout = Layout(world, world if shard == "auto" else shard, micro_batch, plan.grad_accumulation)
+    if shard == "auto":
+        shard = world if config.parallel.sync == "all_reduce" else 1
+    layout = Layout(world, shard, micro_batch, plan.grad_accumulation)
     return estimate(config, layout)
 
 

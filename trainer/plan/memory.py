@@ -78,21 +78,25 @@ def usable(memory_bytes: int, device: str) -> int:
 
 
 def fit_layout(
-    config: Config, world: int, micro_batch: int, batch_windows: int, memory_bytes: int | None
+    config: Config, world: int, micro_batch: int, batch_windows: int, memory_bytes: int | None, node: int = 1
 ) -> tuple[int, int, list[str]]:
     """(shard, micro-batch, warnings) that fit a device of `memory_bytes`, for what the config leaves `auto`.
 
     shard: on CUDA the fewest ranks with which `micro_batch`, the largest that is useful, fits, since the replicas
-    then exchange gradients only; all ranks on CPUs and where the memory is not known. When all ranks are not
-    enough, the micro-batch is cut into more equal pieces; the global batch of `batch_windows` windows stays.
+    then exchange gradients only; all ranks on CPUs and where the memory is not known; where replicas do not exchange
+    gradients (parallel.sync), the `node` ranks of a node, and on one node 1. When that is not enough, the micro-batch
+    is cut into more equal pieces; the global batch of `batch_windows` windows stays.
     Raises UserError when not even one window fits.
     """
     parallel, device = config.parallel, config.run.device
     auto_shard, auto_micro_batch = parallel.shard == "auto", parallel.micro_batch == "auto"
     shards = [world] if auto_shard else [parallel.shard]
+    slow_links = auto_shard and parallel.sync != "all_reduce"
+    if slow_links:
+        shards = [math.gcd(world, node) if node < world else 1]
     if memory_bytes is None:
         return shards[-1], micro_batch, []
-    if auto_shard and device == "cuda":
+    if auto_shard and device == "cuda" and not slow_links:
         shards = [n for n in range(1, world + 1) if world % n == 0]
     share = math.ceil(batch_windows / world)
 

@@ -26,6 +26,8 @@ class Machine:
     """Whether the device computes in bf16 at full speed."""
     memory_bytes: int | None = None
     """Of one device, the same on every rank; None when it is not known."""
+    node_ranks: int = 1
+    """Ranks of one node, which share its fast links."""
 
 
 def config_inputs(config: Config, world_size: int | None, corpus_tokens: int | None = None) -> Inputs:
@@ -112,7 +114,9 @@ def resolve(
     settle("budget", "batch_tokens", plan.batch_tokens, by_law)
     # After the batch, which the memory of the devices must not change.
     windows = budget.batch_tokens // config.data.seq_len
-    shard, micro_batch, crowded = fit_layout(config, world, useful, windows, machine.memory_bytes)
+    shard, micro_batch, crowded = fit_layout(
+        config, world, useful, windows, machine.memory_bytes, machine.node_ranks
+    )
     settle("parallel", "shard", shard, "machine")
     settle("parallel", "micro_batch", micro_batch, "machine")
     pieces = math.ceil(windows / (world * micro_batch))

@@ -46,7 +46,9 @@ class SyncMemory:
             return dense + 2 * (matrices + ends)
         if demo.faithful:
             return self.whole + (self.whole if demo.delay else 0)
-        owed = (matrices + ends) // self.replicas if self.replicas > demo.owner_reduce_above else 0
+        owed = 0
+        if self.replicas > demo.owner_reduce_above:
+            owed = self._by_chunk().total() * self.item // self.replicas
         return dense + matrices + 2 * ends + owed + (self.whole if demo.delay else 0)
 
     def temporaries(self) -> int:

@@ -108,7 +108,8 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
-    plan, warnings = resolve(config, origins, Machine(world.size, device.type, bf16, memory), corpus)
+    machine = Machine(world.size, device.type, bf16, memory, world.local_size)
+    plan, warnings = resolve(config, origins, machine, corpus)
     notes += warnings
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")

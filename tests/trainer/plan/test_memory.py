@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepline.comm import packets
 from stepline.comm.fsdp import ONE_GROUP_BYTES
 from stepline.kernels.cross_entropy import CPU_LOGITS, CUDA_LOGITS
 from stepline.models.config import ModelConfig
@@ -20,7 +21,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.optim import muon
 from stepline.trainer.optim.build import build_optimizer
-from stepline.trainer.plan import replay, update
+from stepline.trainer.plan import replay, sync_memory, update
 from stepline.trainer.plan.memory import MARGIN, PARTS, Layout, estimate
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.plan.tensors import block_group, root_group
@@ -101,6 +102,7 @@ def test_all_that_is_made_is_dropped(device, world, recompute, reshard):
 def test_constants_are_those_of_the_code():
     assert replay.CHUNK_LOGITS == {"cuda": CUDA_LOGITS, "cpu": CPU_LOGITS}
     assert (replay.ONE_GROUP_BYTES, update.BUCKET_ELEMENTS) == (ONE_GROUP_BYTES, muon.BUCKET_ELEMENTS)
+    assert sync_memory.BATCH_ELEMENTS == packets.BATCH_ELEMENTS
 
 
 def test_what_is_not_settled_is_refused():
@@ -195,6 +197,54 @@ def test_cpus_share_over_all_ranks():
     small = decide(5.5e9, device="cpu")[0]
     assert small.parallel.shard == 8
     assert small.parallel.micro_batch < decide(64e9, device="cpu")[0].parallel.micro_batch
+
+
+@pytest.mark.parametrize(
+    ("world", "node", "shard"),
+    [(8, 8, 1), (8, 4, 4), (16, 8, 8), (6, 4, 2), (2, 1, 1)],
+)
+def test_over_slow_links_a_replica_is_a_node(world, node, shard):
+    for device, memory in (("cuda", 80e9), ("cpu", 64e9), ("cuda", None)):
+        run = Config(model=ODD, budget={"tokens": 10**8}, parallel={"sync": "demo"})
+        resolve(run, {}, Machine(world, device, True, memory and int(memory), node), None)
+        assert run.parallel.shard == shard
+
+
+SYNCS = {
+    "demo": {},
+    "demo, a step late": {"demo": {"delay": 1}},
+    "demo, owners": {"demo": {"owner_reduce_above": 1, "chunk": 8}},
+    "demo, faithful": {"demo": {"faithful": True}},
+    "diloco": {},
+    "random_k": {},
+}
+
+
+@pytest.mark.parametrize("name", SYNCS)
+def test_state_of_the_synchronisers(pool, name):
+    """Against the tensors that are there."""
+    (found, held) = pool.run(2, synchronizer_bytes, name.split(",")[0], SYNCS[name])[0]
+    assert found == pytest.approx(held, rel=0.01)
+
+
+def synchronizer_bytes(sync: str, sections: dict) -> tuple[int, int]:
+    from stepline.comm.mesh import build_mesh
+    from stepline.trainer.plan.sync_memory import SyncMemory
+    from stepline.trainer.run.synchronize import build_synchronizer
+
+    settled = config(parallel={"sync": sync} | sections, optimizer={"weight_decay": 0.1}, budget={"steps": 9})
+    named = dict(Transformer(ODD).named_parameters())
+    synchronizer = build_synchronizer(settled, named, build_mesh(torch.device("cpu"), 2, 1))
+    parameters = {p.data_ptr() for p in named.values()}
+    held = sum(
+        t.untyped_storage().nbytes()
+        for t in synchronizer.state_dict(0).values()
+        if t.data_ptr() not in parameters
+    )
+    if sync == "diloco":
+        held += sum(t.untyped_storage().nbytes() for t in synchronizer.shared_parameters().values())
+    blocks = type(root_group(ODD))(block_group(ODD).shapes * ODD.num_layers)
+    return SyncMemory(settled, root_group(ODD), blocks, 1, 2, 4).state(), held
 
 
 def test_when_nothing_fits():
