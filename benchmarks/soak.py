@@ -5,7 +5,8 @@ again). At the end every row of metrics.jsonl must be that of a run that was lef
 
     python benchmarks/soak.py DATA [--kills 50] [--seed 0] [--json]
 
-DATA: a folder written by `stepline prepare`. Recovery is the time from the kill to the first new step of the next attempt.
+DATA: a folder written by `stepline prepare`. Recovery is the time from the kill to the first new step of the next
+attempt.
 """
 
 import argparse

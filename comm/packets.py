@@ -1,6 +1,5 @@
 """What one replica tells the others in a step: chunks of many parameters as batches, and vectors, in one packet."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +38,15 @@ class Batch:
     width: int
     kept: int
     """Values of each chunk that travel."""
+    transformed: bool
+    """Whether they are coefficients of the chunk's DCT."""
+    published: bool
+    """Whether their mean is that of the paper, over those who sent an index; otherwise over all replicas."""
+
+    @property
+    def elements(self) -> int:
+        """Of a chunk."""
+        return self.height * self.width
 
     @property
     def chunks(self) -> int:
@@ -54,7 +62,14 @@ class Batch:
         return {part.name: part.chunking.join(chunks[part.span]) for part in self.parts}
 
 
-def make_batches(chunkings: Mapping[str, Chunking], density: float, kept: int | None = None) -> list[Batch]:
+def make_batches(
+    chunkings: Mapping[str, Chunking],
+    density: float,
+    kept: int | None = None,
+    *,
+    transformed: bool,
+    published: bool,
+) -> list[Batch]:
     """Puts chunks of one shape together, in the order of the names. kept: instead of the density."""
     by_shape: dict[tuple[int, int], list[tuple[str, Chunking]]] = {}
     for name, chunking in chunkings.items():
@@ -62,15 +77,16 @@ def make_batches(chunkings: Mapping[str, Chunking], density: float, kept: int | 
             by_shape.setdefault((chunking.height, chunking.width), []).append((name, chunking))
     batches = []
     for (height, width), members in by_shape.items():
-        size, k = height * width, kept or max(1, round(density * height * width))
-        parts, start = [], 0
+        size = height * width
+        k = min(size, kept or max(1, round(density * size)))
+        parts: list[Part] = []
         for name, chunking in members:
+            start = parts[-1].span.stop if parts else 0
             if parts and (start + chunking.count) * size > BATCH_ELEMENTS:
-                batches.append(Batch(tuple(parts), height, width, min(k, size)))
+                batches.append(Batch(tuple(parts), height, width, k, transformed, published))
                 parts, start = [], 0
             parts.append(Part(name, chunking, start))
-            start += chunking.count
-        batches.append(Batch(tuple(parts), height, width, min(k, size)))
+        batches.append(Batch(tuple(parts), height, width, k, transformed, published))
     return batches
 
 
@@ -138,18 +154,14 @@ class PacketFormat:
         return chosen, dense.clone().view(self.dense_dtype).to(self.dtype)
 
 
-def contributors_mean(contributions: Sequence[Chosen], elements: int, *, zeros_count: bool) -> Tensor:
-    """`[chunks, elements]`: at each index the mean over those who sent it (arXiv 2411.19870), added up in their order.
-
-    zeros_count: whether a value of zero, as an empty chunk sends, counts as a contribution.
-    """
+def contributors_mean(contributions: Sequence[Chosen], elements: int) -> Tensor:
+    """`[chunks, elements]`: at each index the mean over those who sent it (arXiv 2411.19870), in their order."""
     total = contributions[0][1].new_zeros(len(contributions[0][1]), elements)
     count = torch.zeros_like(total, dtype=torch.int16)
     for indices, values in contributions:
-        ones = torch.ones_like(values, dtype=torch.int16) if zeros_count else (values != 0).short()
-        count.scatter_add_(1, indices, ones)
+        count.scatter_add_(1, indices, torch.ones_like(values, dtype=torch.int16))
     for indices, values in contributions:
-        total.scatter_add_(1, indices, values / count.gather(1, indices).clamp_(min=1))
+        total.scatter_add_(1, indices, values / count.gather(1, indices))
     return total
 
 
@@ -163,8 +175,3 @@ def replicas_mean(contributions: Sequence[Chosen], elements: int) -> Tensor:
 
 def _length(span: slice) -> int:
     return span.stop - span.start
-
-
-def numel(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Values of all shapes."""
-    return sum(math.prod(shape) for shape in shapes.values())

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stepline.comm.fsdp import local
-from stepline.comm.residual import Residual
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
 from stepline.comm.traffic import ring_bytes
+from stepline.comm.waiting import MakeOptimizer, Waiting
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,6 @@ class RandomKSettings:
     bf16: bool = True
     """Values travel as bf16; otherwise as they are."""
     weight_decay: float = 0.0
-    beta2: float = 0.95
-    eps: float = 1e-8
     seed: int = 0
 
 
@@ -42,21 +40,25 @@ class RandomK(Synchronizer):
     def __init__(
         self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None,
         settings: RandomKSettings, *, decayed: set[str] = frozenset(), dense: Optimizer | None = None,
+        make_optimizer: MakeOptimizer,
     ) -> None:  # fmt: skip
         super().__init__(named_parameters, group)
         self.settings, self.decayed, self.dense = settings, decayed, dense
         self.vectors = [n for n, p in self.parameters.items() if p.ndim < 2]
         matrices = {n: p for n, p in self.parameters.items() if n not in self.vectors}
-        self.residual = Residual(matrices, settings.beta, settings.beta2, settings.eps)
+        self.waiting = Waiting(matrices, make_optimizer, settings.beta)
+        self.updates = torch.zeros((), dtype=torch.int64)
+        """Steps that were not skipped: the number of the places' draw."""
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None) -> StepResult:
         """One update; `skip` is read by the host."""
         if skip is not None and bool(skip):
             return StepResult(0, 0, skip)
-        self.residual.accumulate(self.gradient, lr)
-        generator = torch.Generator().manual_seed(hash((self.settings.seed, int(self.residual.updates))))
-        deltas = {n: local(t).view(-1) for n, t in self.residual.delta.items()}
+        self.waiting.accumulate(lr)
+        self.updates += 1
+        generator = torch.Generator().manual_seed(hash((self.settings.seed, int(self.updates))))
+        deltas = {n: t.view(-1) for n, t in self.waiting.local().items()}
         places = {
             n: random_places(d.numel(), self.settings.density, generator).to(d.device)
             for n, d in deltas.items()
@@ -75,7 +77,7 @@ class RandomK(Synchronizer):
             p = local(self.parameters[name].data)
             if name in self.decayed:
                 p.mul_(1 - lr * self.settings.weight_decay)
-            p.view(-1)[places[name]] -= mean
+            p.view(-1)[places[name]] += mean
         for name, mean in zip(self.vectors, means[len(deltas) :], strict=True):
             self.set_gradient(name, mean)
         if self.vectors:
@@ -84,18 +86,16 @@ class RandomK(Synchronizer):
         return StepResult(num_bytes, num_bytes, skip)
 
     def describe(self) -> dict[str, str]:
-        """`random-k` or the dense optimizer's words."""
-        kinds = {
-            n: f"random-k, {'' if n in self.decayed else 'not '}decayed" for n in self.residual.parameters
-        }
+        """The waiting updates' optimizer, or the dense one's words."""
+        kinds = self.waiting.describe("random-k", self.decayed)
         return kinds | (self.dense.describe() if self.vectors else {})
 
     def state_dict(self, replica: int) -> dict[str, Tensor]:
         """Waiting updates of this replica, and the vectors' optimizer."""
-        state = {f"replica{replica}.optimizer.{n}": t for n, t in self.residual.state_dict().items()}
+        state = {f"replica{replica}.optimizer.{n}": t for n, t in self.waiting.state_dict().items()}
         if self.dense is not None:
             state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}
-        return state | {"optimizer.updates": self.residual.updates}
+        return state | {"optimizer.updates": self.updates}
 
     def to_load(self, replicas_before: int) -> dict[str, Tensor]:
         """Waiting updates belong to the replicas that were."""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from stepline.comm.fsdp import local
 
+gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch 2.13 gave it another name."""
 SLAB = 1 << 24
 PERIOD = 65521  # a prime: weights of positions repeat after it
 
@@ -29,7 +31,7 @@ def gather_replicas(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or dist.get_world_size(group) == 1:
         return value.unsqueeze(0)
     out = value.new_empty(dist.get_world_size(group) * value.numel())
-    dist.all_gather_into_tensor(out, value.reshape(-1), group=group)
+    gather_single(out, value.reshape(-1), group=group)
     return out.view(-1, *value.shape)
 
 

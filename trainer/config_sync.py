@@ -10,9 +10,12 @@ from stepline.models.config import Section
 class DeMoConfig(Section):
     """DeMo (arXiv 2411.19870): the replicas exchange the largest DCT coefficients of their momentum."""
 
+    accumulate: Literal["updates", "gradients"] = "updates"
+    """What waits to be sent: updates of the config's optimizer, which are applied as they arrive; or gradients, as
+    published, whose decoded momentum becomes an update by phi."""
     version: Literal[1, 2] = 1
-    """1: as published, the learning rate inside the momentum; 2: a mean of gradients, of which alpha of what was sent
-    is taken out."""
+    """Of gradients. 1: as published, the learning rate inside the momentum; 2: a mean of gradients, of which alpha of
+    what was sent is taken out."""
     density: float = Field(1 / 128, gt=0, le=1)
     """Share of the coefficients that travel."""
     chunk: int = Field(64, ge=2, le=1024)
@@ -24,7 +27,7 @@ class DeMoConfig(Section):
     alpha: float = Field(0.2, ge=0, le=1)
     """Version 2: share of what was sent that leaves the momentum."""
     phi: Literal["sign", "identity", "muon"] = "sign"
-    """What makes an update of the decoded momentum."""
+    """Of gradients: what makes an update of the decoded momentum."""
     codec: Literal["fp32", "int8", "sign"] = "int8"
     """How values travel: as they are; a byte and a scale for each chunk; their sign and a scale for each chunk."""
     delay: Literal[0, 1] = 0
@@ -33,12 +36,17 @@ class DeMoConfig(Section):
     """Replicas beyond which each reduces a share of the chunks and sends the largest of the sum: what a rank receives
     then no longer grows with the replicas."""
     faithful: bool = False
-    """The published algorithm to the letter: chunks by the largest divisor, vectors and embeddings transformed too,
-    `kept` (32) coefficients of each chunk as they are."""
+    """The published algorithm to the letter, on gradients: chunks by the largest divisor, vectors and embeddings
+    transformed too, `kept` (32) coefficients of each chunk as they are."""
 
     @model_validator(mode="after")
     def _published(self) -> "DeMoConfig":
         fields = type(self).model_fields
+        asked = [k for k in ("version", "phi", "alpha") if getattr(self, k) != fields[k].default]
+        if asked and self.accumulate == "updates" and not self.faithful:
+            raise ValueError(
+                f"{asked[0]} is of accumulated gradients: set accumulate to gradients, or leave it out"
+            )
         changed = [
             k for k in ("density", "codec", "owner_reduce_above") if getattr(self, k) != fields[k].default
         ]

@@ -30,9 +30,13 @@ def parameters() -> dict[str, nn.Parameter]:
 class Listening(DeMo):
     """Keeps the packets that it sends."""
 
-    def _send(self, packets):
-        self.packets = packets
-        return super()._send(packets)
+    def _encode(self, lr):
+        self.packets = super()._encode(lr)
+        return self.packets
+
+
+def waiting_adamw(parameters: dict[str, nn.Parameter]) -> AdamW:
+    return AdamW(parameters, set())
 
 
 def run(settings: dict, steps: int, weight_decay: float) -> list:
@@ -41,14 +45,14 @@ def run(settings: dict, steps: int, weight_decay: float) -> list:
     adamw = AdamW({n: p for n, p in named.items() if p.ndim < 2}, set())
     sync = Listening(
         named, dist.group.WORLD, DeMoSettings(weight_decay=weight_decay, **settings),
-        decayed=set(named), dense=None if settings.get("faithful") else adamw,
+        decayed=set(named), dense=None if settings.get("faithful") else adamw, make_optimizer=waiting_adamw,
     )  # fmt: skip
     seen = []
     for step in range(steps):
         for name, parameter in named.items():
             parameter.grad = gradient(step, dist.get_rank(), name)
         sync.step(LR)
-        chosen, _ = sync.format.read(0, sync.packets[0])
+        chosen, _ = sync.form.read(0, sync.packets[0])
         batches = [
             {part.name: (i[part.span], v[part.span]) for part in batch.parts}
             for batch, (i, v) in zip(sync.batches, chosen, strict=True)
@@ -57,7 +61,7 @@ def run(settings: dict, steps: int, weight_decay: float) -> list:
         seen.append(
             (
                 {n: p.detach().clone() for n, p in named.items()},
-                {n: d.clone() for n, d in sync.delta.items()},
+                {n: d.clone() for n, d in sync.momentum.items()},
                 sent,
             )
         )
@@ -171,43 +175,59 @@ def test_every_coefficient_kept_is_sign_sgd_of_the_mean_gradient(pool):
             assert (p[name] - (start(name) - LR * mean.sign())).abs().max() < 1e-12
 
 
-def conservation(codec: str, owner_reduce_above: int) -> float:
-    """The largest |delta_after + own decoded - (beta delta + lr g)| over some steps."""
+def conservation(codec: str, owner_reduce_above: int, accumulate: str) -> float:
+    """The largest |delta_after + own decoded - delta before what was sent left it| over some steps.
+
+    Of gradients: beta delta + lr g; of updates: beta delta + AdamW's update, by an AdamW of its own.
+    """
     named = parameters()
-    dense = AdamW({"vector": named["vector"]}, set())
-    settings = DeMoSettings(chunk=4, density=0.2, codec=codec, owner_reduce_above=owner_reduce_above)
-    sync = Listening(named, dist.group.WORLD, settings, untransformed={"prime"}, dense=dense)
+    alone = {n: nn.Parameter(torch.zeros_like(p)) for n, p in named.items()}
+    adamw, dense = AdamW(alone, set()), AdamW({"vector": named["vector"]}, set())
+    settings = DeMoSettings(
+        chunk=4, density=0.2, codec=codec, owner_reduce_above=owner_reduce_above, accumulate=accumulate
+    )
+    sync = Listening(
+        named, dist.group.WORLD, settings, untransformed={"prime"}, dense=dense, make_optimizer=waiting_adamw
+    )
     worst = 0.0
     for step in range(4):
         for name, parameter in named.items():
             parameter.grad = gradient(step, dist.get_rank(), name)
-        before = {n: d.clone() for n, d in sync.delta.items()}
+            alone[name].grad = parameter.grad.clone()
+        gradients = {n: p.grad.clone() for n, p in named.items()}
+        moved = {n: p.detach().clone() for n, p in alone.items()}
+        adamw.step(LR, 0.0)
+        updates = {n: p.detach() - moved[n] for n, p in alone.items()}
+        before = {n: d.clone() for n, d in (sync.momentum | sync.waiting.local()).items()}
         sync.step(LR)
-        shares = [sync.format.read(share, packet)[0] for share, packet in enumerate(sync.packets)]
-        for i, batch in enumerate(sync.batches[: sync.dct_batches]):
+        after = sync.momentum | sync.waiting.local()
+        shares = [sync.form.read(share, packet)[0] for share, packet in enumerate(sync.packets)]
+        for i, batch in enumerate(sync.batches):
             indices = torch.cat([share[i][0] for share in shares])
             values = torch.cat([share[i][1] for share in shares])
-            own = torch.zeros(batch.chunks, batch.height * batch.width, dtype=torch.float64)
-            own.scatter_(1, indices, values)
-            down, across = sync.bases[i]
-            own = batch.join(down @ own.view(-1, batch.height, batch.width) @ across.T)
-            for name, decoded in own.items():
-                expected = settings.beta * before[name] + LR * named[name].grad
-                worst = max(worst, float((sync.delta[name] + decoded - expected).abs().max()))
+            own = torch.zeros(batch.chunks, batch.elements, dtype=torch.float64).scatter_(1, indices, values)
+            own = own.view(-1, batch.height, batch.width)
+            if batch.transformed:
+                own = sync.basis[batch.height] @ own @ sync.basis[batch.width].T
+            for name, decoded in batch.join(own).items():
+                added = LR * gradients[name] if name in sync.momentum else updates[name]
+                expected = settings.beta * before[name] + added
+                worst = max(worst, float((after[name] + decoded.view_as(added) - expected).abs().max()))
     return worst
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "sign"])
 @pytest.mark.parametrize("owner_reduce_above", [8, 1])
-def test_nothing_is_lost_between_momentum_and_packet(pool, codec, owner_reduce_above):
-    assert max(pool.run(3, conservation, codec, owner_reduce_above)) < 1e-14
+@pytest.mark.parametrize("accumulate", ["updates", "gradients"])
+def test_nothing_is_lost_between_what_waits_and_the_packet(pool, codec, owner_reduce_above, accumulate):
+    assert max(pool.run(3, conservation, codec, owner_reduce_above, accumulate)) < 1e-14
 
 
 def replicas_alike(settings: dict, steps: int) -> list:
     named = parameters()
     sync = DeMo(
         named, dist.group.WORLD, DeMoSettings(chunk=4, density=0.1, **settings),
-        untransformed={"prime"}, dense=AdamW({"vector": named["vector"]}, set()),
+        untransformed={"prime"}, dense=AdamW({"vector": named["vector"]}, set()), make_optimizer=waiting_adamw,
     )  # fmt: skip
     sizes = []
     for step in range(steps):

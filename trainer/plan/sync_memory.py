@@ -42,14 +42,17 @@ class SyncMemory:
             return self.inner() + 2 * self.whole  # anchor and outer momentum
         dense = adamw_state(self.vectors, NONE, self.shard, self.item)
         matrices, ends = (group.shard(self.shard) * self.item for group in (self.matrices, self.ends))
+        waits = self.inner() - dense + matrices + ends  # the optimizer's state and its updates
         if sync == "random_k":
-            return dense + 2 * (matrices + ends)
+            return waits + dense
         if demo.faithful:
             return self.whole + (self.whole if demo.delay else 0)
         owed = 0
         if self.replicas > demo.owner_reduce_above:
             owed = self._by_chunk().total() * self.item // self.replicas
-        return dense + matrices + 2 * ends + owed + (self.whole if demo.delay else 0)
+        if demo.accumulate == "gradients":
+            waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item) + ends
+        return dense + waits + owed + (self.whole if demo.delay else 0)
 
     def temporaries(self) -> int:
         """Most bytes that the update holds beside the state."""

@@ -1,5 +1,6 @@
 """The synchroniser that a config asks for, over a built model."""
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,6 @@ def build_synchronizer(
     group = mesh["replicate"].get_group() if several else None
     parameters, decayed = decay_groups(dict(named))
     common = {"weight_decay": weight_decay}
-    moments = {"beta2": config.optimizer.beta2, "eps": config.optimizer.eps}
     if parallel.sync == "all_reduce":
         optimizer = inner_optimizer(config, parameters)
         return AllReduce(parameters, group, optimizer, weight_decay, reduce_dtype(config))
@@ -41,10 +41,12 @@ def build_synchronizer(
     if parallel.sync == "random_k":
         random_k = parallel.random_k
         settings = RandomKSettings(
-            density=random_k.density, beta=random_k.beta, bf16=random_k.codec == "bf16", seed=config.run.seed,
-            **common, **moments,
+            density=random_k.density, beta=random_k.beta, bf16=random_k.codec == "bf16", seed=config.run.seed, **common
         )  # fmt: skip
-        return RandomK(parameters, group, settings, decayed=decayed, dense=_adamw(config, vectors))
+        return RandomK(
+            parameters, group, settings, decayed=decayed, dense=_adamw(config, vectors),
+            make_optimizer=functools.partial(inner_optimizer, config),
+        )  # fmt: skip
     demo = parallel.demo.model_dump()
     if demo["faithful"]:
         world = 1 if mesh is None else mesh.size()
@@ -59,8 +61,9 @@ def build_synchronizer(
             return dict(orthogonal.updates(momenta.__getitem__))
 
     return DeMo(
-        parameters, group, DeMoSettings(**demo, **common, **moments), decayed=decayed, untransformed=ends,
-        dense=None if demo["faithful"] else _adamw(config, vectors), direction=direction,
+        parameters, group, DeMoSettings(**demo, **common), decayed=decayed, untransformed=ends,
+        dense=None if demo["faithful"] else _adamw(config, vectors),
+        make_optimizer=functools.partial(inner_optimizer, config), direction=direction,
     )  # fmt: skip
 
 

@@ -212,6 +212,7 @@ def test_over_slow_links_a_replica_is_a_node(world, node, shard):
 
 SYNCS = {
     "demo": {},
+    "demo, gradients": {"demo": {"accumulate": "gradients"}},
     "demo, a step late": {"demo": {"delay": 1}},
     "demo, owners": {"demo": {"owner_reduce_above": 1, "chunk": 8}},
     "demo, faithful": {"demo": {"faithful": True}},

@@ -17,7 +17,8 @@ SYNCS = {
     "delayed": ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.delay=1"],
     "owners": ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.owner_reduce_above=1"],
     "muon": [
-        "parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.version=2", "parallel.demo.phi=muon",
+        "parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.accumulate=gradients",
+        "parallel.demo.version=2", "parallel.demo.phi=muon",
         "parallel.demo.beta=0.9",
     ],
     "faithful": ["parallel.sync=demo", "parallel.demo.faithful=true", "parallel.demo.chunk=8", "parallel.demo.kept=2"],
