@@ -170,8 +170,8 @@ class PrecisionConfig(Section):
 
     compute: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """auto: bf16 on a GPU that has it, fp32 on CPUs."""
-    reduce: Literal["auto", "bf16"] = "auto"
-    """Type in which gradients are summed over ranks; auto: that of the parameters."""
+    reduce: Literal["parameters", "bf16"] = "parameters"
+    """Type in which gradients are summed over ranks: that of the parameters, or bf16, which halves what is sent."""
 
 
 class CheckpointConfig(Section):
