@@ -91,6 +91,7 @@ MUON = {"optimizer.name": "muon"}
 FULL, SELECTIVE = {"run.recompute": "full"}, {"run.recompute": "selective"}
 MIXED = {"precision.compute": "bf16"}
 DEMO = {"parallel.sync": "demo"}
+GRADIENTS = {"parallel.demo.accumulate": "gradients"}
 DILOCO = {"parallel.sync": "diloco", "parallel.diloco.every": 1}
 GATHERED = {"parallel.reshard_after_forward": False}
 CASES = [
@@ -126,7 +127,8 @@ CASES = [
         for name, settings in {
             "demo": DEMO,
             "demo, a step late": DEMO | {"parallel.demo.delay": 1},
-            "demo, muon": DEMO | {"parallel.demo.phi": "muon"},
+            "demo on gradients": DEMO | GRADIENTS,
+            "demo on gradients, muon": DEMO | GRADIENTS | {"parallel.demo.phi": "muon"},
             "diloco": DILOCO,
             "diloco, int8": DILOCO | {"parallel.diloco.codec": "int8"},
             "random-k": {"parallel.sync": "random_k"},

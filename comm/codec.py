@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CODECS = ("fp32", "int8", "sign")
-
 
 def pack_bits(numbers: Tensor, bits: int) -> Tensor:
     """Non-negative integers `[n]` below 2^bits as ceil(n / 8) * bits bytes: eight numbers to `bits` bytes,

@@ -69,6 +69,8 @@ class DeMo(Synchronizer):
     direction: with phi muon, the orthogonalised updates of decoded momenta by name (this rank's rows).
     """
 
+    left_behind = (".delta", ".owed.")
+
     def __init__(
         self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None, settings: DeMoSettings,
         *, decayed: set[str] = frozenset(), untransformed: set[str] = frozenset(), dense: Optimizer | None = None,
@@ -231,13 +233,6 @@ class DeMo(Synchronizer):
         if self.dense is not None:
             state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}
         return state | {f"optimizer.{n}.pending": t for n, t in self.pending.items()}
-
-    def to_load(self, replicas_before: int) -> dict[str, Tensor]:
-        """What waits belongs to the replicas that were: it begins anew when their number changes."""
-        if replicas_before == self.replicas:
-            return self.state_dict(self.replica)
-        state = self.state_dict(self.replica % replicas_before)
-        return {n: t for n, t in state.items() if not n.endswith(".delta") and ".owed." not in n}
 
     def resized(self, replicas_before: int) -> str:
         """The sentence for the log."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stepline.comm.codec import ChunkCodec
 from stepline.comm.exchange import all_gather
@@ -44,6 +45,8 @@ class DiLoCoSettings:
 class DiLoCo(Synchronizer):
     """Wraps an inner optimizer. The model that replicas agree on is `anchor`; between two averages the parameters
     are this replica's own."""
+
+    left_behind = (".local.",)
 
     def __init__(
         self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None,
@@ -95,11 +98,11 @@ class DiLoCo(Synchronizer):
                 sent.numel() * sent.element_size(), self.replicas
             )
         rows = -(-d.numel() // INT8_CHUNK)
-        padded = d.new_zeros(rows * INT8_CHUNK)
-        padded[: d.numel()] = d
         codec = ChunkCodec(rows, INT8_CHUNK, INT8_CHUNK, "int8", d.dtype, indexed=False)
-        packet, _ = codec.encode(None, padded.view(rows, INT8_CHUNK))
-        total = torch.zeros_like(padded)
+        padded = functional.pad(d, (0, rows * INT8_CHUNK - d.numel())).view(rows, INT8_CHUNK)
+        packet = codec.encode(None, padded)[0]
+        del padded
+        total = d.new_zeros(rows * INT8_CHUNK)
         for other in all_gather(packet, self.group).land():
             total += codec.decode(other)[1].view(-1)
         return total[: d.numel()] / self.replicas, len(packet) * (self.replicas - 1)
@@ -135,13 +138,6 @@ class DiLoCo(Synchronizer):
         state |= {f"replica{replica}.optimizer.{n}": t for n, t in self.inner.state().items()}
         state |= {f"optimizer.{n}.outer_momentum": t for n, t in self.momentum.items()}
         return state | {"optimizer.steps": self.steps}
-
-    def to_load(self, replicas_before: int) -> dict[str, Tensor]:
-        """A replica more or less: each begins at the anchor, with the inner state of one that was there."""
-        if replicas_before == self.replicas:
-            return self.state_dict(self.replica)
-        state = self.state_dict(self.replica % replicas_before)
-        return {n: t for n, t in state.items() if ".local." not in n}
 
     def resized(self, replicas_before: int) -> str:
         """All replicas continue from the anchor."""

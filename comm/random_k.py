@@ -37,6 +37,8 @@ class RandomK(Synchronizer):
     """Matrices and embeddings by random places of their waiting updates, whose mean over the replicas is applied;
     vectors by their mean gradient and `dense`. What a rank receives does not grow with the replicas."""
 
+    left_behind = (".delta",)
+
     def __init__(
         self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None,
         settings: RandomKSettings, *, decayed: set[str] = frozenset(), dense: Optimizer | None = None,
@@ -96,13 +98,6 @@ class RandomK(Synchronizer):
         if self.dense is not None:
             state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}
         return state | {"optimizer.updates": self.updates}
-
-    def to_load(self, replicas_before: int) -> dict[str, Tensor]:
-        """Waiting updates belong to the replicas that were."""
-        if replicas_before == self.replicas:
-            return self.state_dict(self.replica)
-        state = self.state_dict(self.replica % replicas_before)
-        return {n: t for n, t in state.items() if not n.endswith(".delta")}
 
     def resized(self, replicas_before: int) -> str:
         """The sentence for the log."""

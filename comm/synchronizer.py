@@ -44,6 +44,9 @@ class Synchronizer(ABC):
     """Whether a gradient is the mean over one replica's tokens, which `step` averages; otherwise it is, when `step`
     is called, that of the global batch already."""
 
+    left_behind: tuple[str, ...] = ()
+    """Parts of the names of states that belong to the replicas that were, when their number changes."""
+
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None) -> None:
         self.parameters = dict(named_parameters)
         self.group = group
@@ -70,8 +73,14 @@ class Synchronizer(ABC):
         """
 
     def to_load(self, replicas_before: int) -> dict[str, Tensor]:
-        """What of `state_dict` to load from a checkpoint of that many replicas, by the names that it has there."""
-        return self.state_dict(self.replica)
+        """What of `state_dict` to load from a checkpoint of that many replicas, by the names that it has there.
+
+        On another number each continues with a replica that was there, but for what is left behind.
+        """
+        if replicas_before == self.replicas:
+            return self.state_dict(self.replica)
+        state = self.state_dict(self.replica % replicas_before)
+        return {n: t for n, t in state.items() if not any(part in n for part in self.left_behind)}
 
     def resized(self, replicas_before: int) -> str | None:
         """After a checkpoint of another number of replicas was loaded: says what begins anew."""

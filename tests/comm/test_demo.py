@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stepline.comm.demo import DeMo, DeMoSettings
-from stepline.trainer.optim.build import AdamW
+from stepline.trainer.optim.build import AdamW, Optimizer
 
 SHAPES = {"square": (8, 12), "odd": (7, 10), "prime": (13, 5), "vector": (9,)}
 LR = 0.01
@@ -35,8 +35,8 @@ class Listening(DeMo):
         return self.packets
 
 
-def waiting_adamw(parameters: dict[str, nn.Parameter]) -> AdamW:
-    return AdamW(parameters, set())
+def waiting_adamw(parameters: dict[str, nn.Parameter]) -> Optimizer:
+    return Optimizer(AdamW(parameters, set()), None)
 
 
 def run(settings: dict, steps: int, weight_decay: float) -> list:
@@ -227,8 +227,9 @@ def replicas_alike(settings: dict, steps: int) -> list:
     named = parameters()
     sync = DeMo(
         named, dist.group.WORLD, DeMoSettings(chunk=4, density=0.1, **settings),
-        untransformed={"prime"}, dense=AdamW({"vector": named["vector"]}, set()), make_optimizer=waiting_adamw,
+        untransformed={"prime"}, dense=waiting_adamw({"vector": named["vector"]}), make_optimizer=waiting_adamw,
     )  # fmt: skip
+    assert sorted(sync.describe()) == sorted(named)  # every parameter is updated by exactly one
     sizes = []
     for step in range(steps):
         for name, parameter in named.items():

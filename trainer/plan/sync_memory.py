@@ -63,8 +63,11 @@ class SyncMemory:
             muon = muon_temporaries(self.blocks, self.shard, item, self.item)
         if sync == "all_reduce":
             return muon
-        if sync == "diloco":  # distances, what travels, and their mean
-            return max(muon, 3 * self.whole // self.parallel.diloco.fragments)
+        if (
+            sync == "diloco"
+        ):  # distances, what travels, and their mean; int8: bytes, and what they are made of
+            copies = 5 if self.parallel.diloco.codec == "int8" else 3
+            return max(muon, copies * self.whole // self.parallel.diloco.fragments)
         largest = (
             max(Group((s,)).shard(self.shard) for s in self.root.shapes + self.blocks.shapes) * self.item
         )
@@ -72,7 +75,7 @@ class SyncMemory:
             return largest + int(4 * 8 * self.whole / self.item * self.parallel.random_k.density)
         chunks = min(max(self._by_chunk().values()), BATCH_ELEMENTS) * self.item
         read = int(self.replicas * self.whole / self.item * demo.density * (8 + self.item))
-        return read + max(3 * chunks, muon + 2 * self.whole if muon else 0)
+        return read + max(3 * chunks, muon + self.whole if muon else 0)
 
     def _by_chunk(self) -> Counter[Shape]:
         """Elements that are transformed together (comm/packets.py), by the shape of their chunks."""

@@ -66,7 +66,7 @@ def run_submit(ask: Request, as_json: bool) -> None:
     config, origins = load_config(ask.config, ask.overrides)
     layout = layout_of(ask, config.run.device)
     run = config.run.folder.absolute()
-    check_run(config, origins, ask.nodes * layout.ranks, "cuda" if layout.gpus else "cpu")
+    check_run(config, origins, ask.nodes * layout.ranks, layout.ranks, "cuda" if layout.gpus else "cpu")
     script = render(ask, layout, run)
     path, job = None, None
     if not ask.print_only:
@@ -123,7 +123,7 @@ def layout_of(ask: Request, device: str) -> Layout:
     return Layout(gpus, gpus or ranks or 1, ask.cpus_per_rank or (CPUS_OF_A_GPU if gpus else 1))
 
 
-def check_run(config: Config, origins: Origins, ranks: int, device: str) -> None:
+def check_run(config: Config, origins: Origins, ranks: int, node_ranks: int, device: str) -> None:
     """Raises UserError for what would end the job at its start; looks at files only."""
     folder = config.run.folder
     check_folder(folder)
@@ -137,7 +137,7 @@ def check_run(config: Config, origins: Origins, ranks: int, device: str) -> None
     check_held_out(sources, metas, config.logging.eval_split)
     check_windows(sources, metas, config.data.seq_len)
     corpus = sum(meta.splits["train"].tokens for meta in metas)
-    resolve(config, origins, Machine(ranks, device, bf16=device == "cuda"), corpus)
+    resolve(config, origins, Machine(ranks, device, bf16=device == "cuda", node_ranks=node_ranks), corpus)
 
 
 def render(ask: Request, layout: Layout, run: Path) -> str:

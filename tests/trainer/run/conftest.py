@@ -1,13 +1,16 @@
 """A tiny prepared corpus and a tiny config for tests of whole runs."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from stepline.trainer.plan.grid import Grid
+from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.sweep import Request
+from stepline.trainer.watch.metrics import read_metrics
 
 TINY = {
     # Widths and counts that two or four ranks cannot divide.
@@ -60,6 +63,24 @@ def tiny_config(tmp_path, tiny_data) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | {"data": {"path": str(tiny_data), "seq_len": 32}}))
     return path
+
+
+def one_rank(config: str, overrides: list[str], resume: str) -> int:
+    sys.argv = ["stepline"]
+    return run_training(config, overrides, resume)
+
+
+@pytest.fixture
+def train(pool):
+    """Rows of metrics.jsonl of a run on `world` gloo processes."""
+
+    def start(world: int, config: Path, folder: Path, *overrides: str, resume: str = "never") -> list[dict]:
+        options = [f"run.folder={folder}", *overrides]
+        codes = pool.run(world, one_rank, str(config), options, resume, init=False, timeout=300)
+        assert codes == [0] * world
+        return read_metrics(folder / "metrics.jsonl")
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +12,6 @@ from stepline.comm.mesh import World, build_mesh
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.start import start_job
-from stepline.trainer.watch.metrics import read_metrics
-
-
-def run(config: str, overrides: list[str], resume: str = "never") -> int:
-    sys.argv = ["stepline"]
-    return run_training(config, overrides, resume)
-
-
-def train(pool, world: int, config: Path, folder: Path, *overrides: str, resume: str = "never") -> list[dict]:
-    """Rows of metrics.jsonl of a run on `world` gloo processes."""
-    codes = pool.run(
-        world, run, str(config), [f"run.folder={folder}", *overrides], resume, init=False, timeout=300
-    )
-    assert codes == [0] * world
-    return read_metrics(folder / "metrics.jsonl")
 
 
 def losses(rows: list[dict]) -> torch.Tensor:
@@ -65,35 +48,33 @@ def test_initial_weights_are_bitwise_the_same_on_any_layout(pool, tiny_config):
     ],
 )
 def test_one_two_and_four_ranks_give_the_same_loss_curve(
-    pool, tiny_config, tmp_path, precision, optimizer, steps, tolerance
+    train, tiny_config, tmp_path, precision, optimizer, steps, tolerance
 ):
     options = [f"precision.compute={precision}", f"optimizer.name={optimizer}", f"budget.steps={steps}"]
-    one = losses(train(pool, 1, tiny_config, tmp_path / "1", *options))
+    one = losses(train(1, tiny_config, tmp_path / "1", *options))
     assert one[-1] < one[0] - 0.5
     for world in (2, 4):
-        many = losses(train(pool, world, tiny_config, tmp_path / f"{world}", *options))
+        many = losses(train(world, tiny_config, tmp_path / f"{world}", *options))
         assert len(many) == steps
         assert (many / one - 1).abs().max() < tolerance, world
 
 
-def test_hsdp_equals_fsdp(pool, tiny_config, tmp_path):
+def test_hsdp_equals_fsdp(train, tiny_config, tmp_path):
     options = [
         "precision.compute=fp64",
         "budget.batch_tokens=512",
         "parallel.micro_batch=1",
     ]  # 4 micro-batches
-    fsdp = losses(train(pool, 4, tiny_config, tmp_path / "fsdp", "parallel.shard=4", *options))
+    fsdp = losses(train(4, tiny_config, tmp_path / "fsdp", "parallel.shard=4", *options))
     for shard in (1, 2):
-        hsdp = losses(
-            train(pool, 4, tiny_config, tmp_path / f"hsdp{shard}", f"parallel.shard={shard}", *options)
-        )
+        hsdp = losses(train(4, tiny_config, tmp_path / f"hsdp{shard}", f"parallel.shard={shard}", *options))
         assert (hsdp / fsdp - 1).abs().max() < 1e-12
 
 
-def test_accumulation_equals_a_larger_micro_batch(pool, tiny_config, tmp_path):
+def test_accumulation_equals_a_larger_micro_batch(train, tiny_config, tmp_path):
     options = ["budget.batch_tokens=512", "budget.steps=50"]
-    large = losses(train(pool, 2, tiny_config, tmp_path / "large", "parallel.micro_batch=8", *options))
-    small = losses(train(pool, 2, tiny_config, tmp_path / "small", "parallel.micro_batch=2", *options))
+    large = losses(train(2, tiny_config, tmp_path / "large", "parallel.micro_batch=8", *options))
+    small = losses(train(2, tiny_config, tmp_path / "small", "parallel.micro_batch=2", *options))
     assert (small / large - 1).abs().max() < 1e-6
 
 
@@ -107,16 +88,16 @@ def test_accumulation_equals_a_larger_micro_batch(pool, tiny_config, tmp_path):
         "run.deterministic=true",
     ],
 )
-def test_what_must_not_change_the_numbers(pool, tiny_config, tmp_path, option):
-    plain = losses(train(pool, 2, tiny_config, tmp_path / "plain"))
-    other = losses(train(pool, 2, tiny_config, tmp_path / "other", option))
+def test_what_must_not_change_the_numbers(train, tiny_config, tmp_path, option):
+    plain = losses(train(2, tiny_config, tmp_path / "plain"))
+    other = losses(train(2, tiny_config, tmp_path / "other", option))
     assert torch.equal(plain, other)
 
 
-def test_compiled_blocks_give_the_same_curve(pool, tiny_config, tmp_path):
+def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path):
     options = ["model.num_layers=1", "budget.steps=5"]
-    plain = losses(train(pool, 2, tiny_config, tmp_path / "plain", *options))
-    compiled = losses(train(pool, 2, tiny_config, tmp_path / "compiled", "run.compile=true", *options))
+    plain = losses(train(2, tiny_config, tmp_path / "plain", *options))
+    compiled = losses(train(2, tiny_config, tmp_path / "compiled", "run.compile=true", *options))
     assert (plain / compiled - 1).abs().max() < 1e-5
 
 
@@ -136,17 +117,17 @@ TOGETHER = [
         ("fp32", 1e-5, ["run.recompute=full", "run.compile=true", "model.num_layers=1"]),
     ],
 )
-def test_everything_at_once_equals_one_plain_rank(pool, tiny_config, tmp_path, precision, tolerance, options):
+def test_everything_at_once_equals_one_plain_rank(
+    train, tiny_config, tmp_path, precision, tolerance, options
+):
     """HSDP 2 x 2 with Muon, accumulation, confined attention, recompute and compile in one run: every pair of them."""
     common = [*TOGETHER, f"precision.compute={precision}", *(o for o in options if o.startswith("model."))]
-    plain = losses(train(pool, 1, tiny_config, tmp_path / "plain", "parallel.micro_batch=16", *common))
+    plain = losses(train(1, tiny_config, tmp_path / "plain", "parallel.micro_batch=16", *common))
     together = ["parallel.shard=2", "parallel.micro_batch=1", *common, *options]
-    assert (
-        losses(train(pool, 4, tiny_config, tmp_path / "all", *together)) / plain - 1
-    ).abs().max() < tolerance
+    assert (losses(train(4, tiny_config, tmp_path / "all", *together)) / plain - 1).abs().max() < tolerance
 
 
-def test_everything_at_once_resumes_bitwise(pool, tiny_config, tmp_path):
+def test_everything_at_once_resumes_bitwise(train, tiny_config, tmp_path):
     options = [
         *TOGETHER,
         "parallel.shard=2",
@@ -155,18 +136,18 @@ def test_everything_at_once_resumes_bitwise(pool, tiny_config, tmp_path):
         "checkpoint.keep=9",
     ]
     options += ["run.recompute=full", "run.compile=true", "model.num_layers=1"]
-    straight = train(pool, 4, tiny_config, tmp_path / "straight", *options)
+    straight = train(4, tiny_config, tmp_path / "straight", *options)
     folder = tmp_path / "resumed"
-    train(pool, 4, tiny_config, folder, *options)
+    train(4, tiny_config, folder, *options)
     for path in (folder / "checkpoints").glob("step-*"):
         if path.name != "step-000003":
             (path / "COMPLETE").unlink()
-    rows = train(pool, 4, tiny_config, folder, *options, resume="auto")
+    rows = train(4, tiny_config, folder, *options, resume="auto")
     for key in ("loss", "grad_norm"):
         assert [r.get(key) for r in rows] == [r.get(key) for r in straight], key
 
 
-def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tmp_path):
+def test_the_curve_is_that_of_transformers_and_torch_adamw(train, tiny_config, tmp_path):
     """An independent trainer, in float64: LlamaForCausalLM, its own loss, torch's AdamW and clipping."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -174,7 +155,7 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tm
     from stepline.trainer.data.loader import TrainLoader
 
     options = ["precision.compute=fp64", "model.qk_norm=false", "model.z_loss=0", "schedule.warmup_steps=5"]
-    ours = train(pool, 2, tiny_config, tmp_path / "run", *options)
+    ours = train(2, tiny_config, tmp_path / "run", *options)
     job = start_job(str(tiny_config), [f"run.folder={tmp_path / 'x'}", *options], "never", World(0, 1, 0, 1))
     config = job.config
     start = build_model(config, torch.device("cpu"), None)
@@ -210,39 +191,39 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(pool, tiny_config, tm
     loader.close()
 
 
-def test_resume_is_bitwise_at_the_same_world_size(pool, tiny_config, tmp_path):
+def test_resume_is_bitwise_at_the_same_world_size(train, tiny_config, tmp_path):
     options = ["optimizer.name=muon", "data.confine_attention=true", "checkpoint.every=7"]
-    straight = train(pool, 2, tiny_config, tmp_path / "straight", *options)
+    straight = train(2, tiny_config, tmp_path / "straight", *options)
     folder = tmp_path / "resumed"
-    train(pool, 2, tiny_config, folder, *options)
+    train(2, tiny_config, folder, *options)
     for path in (folder / "checkpoints").glob("step-*"):
         if path.name != "step-000014":
             (path / "COMPLETE").unlink()  # as if the run had died after step 14
-    rows = train(pool, 2, tiny_config, folder, *options, resume="auto")
+    rows = train(2, tiny_config, folder, *options, resume="auto")
     for key in ("loss", "grad_norm", "lr", "tokens", "val_loss"):
         assert [r.get(key) for r in rows] == [r.get(key) for r in straight], key
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 21))
 
 
-def test_resume_on_other_numbers_of_ranks(pool, tiny_config, tmp_path):
+def test_resume_on_other_numbers_of_ranks(train, tiny_config, tmp_path):
     """2 -> 1 -> 4 processes: the curve of an undisturbed run, no window twice or never."""
-    straight = losses(train(pool, 2, tiny_config, tmp_path / "straight", "checkpoint.every=6"))
+    straight = losses(train(2, tiny_config, tmp_path / "straight", "checkpoint.every=6"))
     folder = tmp_path / "resized"
     options = ["checkpoint.every=6", "checkpoint.keep=10"]
-    train(pool, 2, tiny_config, folder, *options)
+    train(2, tiny_config, folder, *options)
     for world, keep_until in ((1, 6), (4, 12)):
         for path in (folder / "checkpoints").glob("step-*"):
             if int(path.name.removeprefix("step-")) > keep_until:
                 (path / "COMPLETE").unlink()
-        rows = train(pool, world, tiny_config, folder, *options, "parallel.shard=auto", resume="auto")
+        rows = train(world, tiny_config, folder, *options, "parallel.shard=auto", resume="auto")
     assert (losses(rows) / straight - 1).abs().max() < 1e-6
 
 
-def test_validation_with_less_data_than_ranks(pool, tiny_config, tmp_path):
+def test_validation_with_less_data_than_ranks(train, tiny_config, tmp_path):
     """One window of validation on four ranks: three have nothing, none waits; the value is that of one rank."""
     options = ["logging.eval_every=10", "logging.eval_windows=1", "parallel.micro_batch=1"]
-    four = [r["val_loss"] for r in train(pool, 4, tiny_config, tmp_path / "4", *options) if "val_loss" in r]
-    one = [r["val_loss"] for r in train(pool, 1, tiny_config, tmp_path / "1", *options) if "val_loss" in r]
+    four = [r["val_loss"] for r in train(4, tiny_config, tmp_path / "4", *options) if "val_loss" in r]
+    one = [r["val_loss"] for r in train(1, tiny_config, tmp_path / "1", *options) if "val_loss" in r]
     assert four == pytest.approx(one, rel=1e-6)
     assert len(four) == 2
 
@@ -282,6 +263,10 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(pool, tiny_config, tmp_path):
         assert result == ([0.0, 1.0, 0.0], 1, True)
 
 
+def only_skips(config: str, options: list[str]) -> int:
+    return run_training(config, options, "never")
+
+
 def test_a_run_that_only_skips_stops_with_a_sentence(pool, tiny_config, tmp_path):
     folder = tmp_path / "run"
     options = [
@@ -290,7 +275,7 @@ def test_a_run_that_only_skips_stops_with_a_sentence(pool, tiny_config, tmp_path
         "model.z_loss=1e38",
         "budget.steps=30",
     ]
-    assert pool.run(2, run, str(tiny_config), options, "never", init=False) == [1, 1]
+    assert pool.run(2, only_skips, str(tiny_config), options, init=False) == [1, 1]
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["exit_code"] == 1
     assert "3 steps in a row" in outcome["message"]
