@@ -110,7 +110,7 @@ class OptimizerConfig(Section):
     weight_decay: Auto | Annotated[float, Field(ge=0, le=10)] = "auto"
     """Decoupled weight decay of the matrices (norms and embeddings have none); auto: by the scaling law."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW's first moment."""
+    """AdamW's first moment; of what waits to be sent (parallel.sync demo and random_k) there is none."""
     beta2: float = Field(0.95, ge=0, lt=1)
     """AdamW's second moment."""
     eps: float = Field(1e-8, gt=0, lt=1)

@@ -45,7 +45,7 @@ def build_synchronizer(
         )  # fmt: skip
         return RandomK(
             parameters, group, settings, decayed=decayed, dense=_adamw(config, vectors),
-            make_optimizer=functools.partial(inner_optimizer, config),
+            make_optimizer=functools.partial(waiting_optimizer, config),
         )  # fmt: skip
     demo = parallel.demo.model_dump()
     if demo["faithful"]:
@@ -63,7 +63,7 @@ def build_synchronizer(
     return DeMo(
         parameters, group, DeMoSettings(**demo, **common), decayed=decayed, untransformed=ends,
         dense=None if demo["faithful"] else _adamw(config, vectors),
-        make_optimizer=functools.partial(inner_optimizer, config), direction=direction,
+        make_optimizer=functools.partial(waiting_optimizer, config), direction=direction,
     )  # fmt: skip
 
 
@@ -74,6 +74,15 @@ def inner_optimizer(config: Config, parameters: dict[str, nn.Parameter]) -> Opti
         parameters, name=optimizer.name, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps,
         momentum=optimizer.momentum,
     )  # fmt: skip
+
+
+def waiting_optimizer(config: Config, parameters: dict[str, nn.Parameter]) -> Optimizer:
+    """The same over updates that wait to be sent, without AdamW's first moment.
+
+    An update waits about 1 / density steps, which is a mean already; a second one costs loss (docs/LAB.md).
+    """
+    plain = config.optimizer.model_copy(update={"beta1": 0.0})
+    return inner_optimizer(config.model_copy(update={"optimizer": plain}), parameters)
 
 
 def _adamw(config: Config, parameters: dict[str, nn.Parameter]) -> Optimizer:
