@@ -204,9 +204,8 @@ def measure(case: Case, device: torch.device) -> dict:
     if record is not None:
         record.start()
     state = Trainee.build(config, device, mesh)
-    model = state.model
     if case.reversible:
-        model.forward = functools.partial(reversible_forward, model)
+        state.model.forward = functools.partial(reversible_forward, state.model)
     draw = torch.Generator().manual_seed(dist.get_rank())
     shape = (layout.accumulation, layout.micro_batch, case.seq_len)
     peaks = []

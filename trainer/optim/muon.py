@@ -114,7 +114,7 @@ class Orthogonalizer:
                 shapes = [tuple(self.params[name].shape) for name in bucket.names]
                 updates = orthogonalize(rows, shapes, bucket.owners, group, self.ns_steps)
                 for name, shape, update in zip(bucket.names, shapes, updates, strict=True):
-                    yield name, update * update_scale(*shape)
+                    yield name, update.to(self.params[name].dtype) * update_scale(*shape)
 
 
 def _narrow(direction: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from stepline.trainer.run import loop
 from stepline.trainer.run.checkpoint import stored_names
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.run.state import TrainState
 
 SYNCS = {
     "demo": ["parallel.sync=demo", "parallel.demo.chunk=8"],
@@ -153,3 +157,37 @@ def test_gradients_summed_in_bf16_cost_half_the_bytes(train, tiny_config, tmp_pa
     assert half[0]["bytes_sent"] == whole[0]["bytes_sent"] / 2 > 0
     relative = (losses(half) / losses(whole) - 1).abs()
     assert 0 < relative.max() < 0.01  # other numbers, the same course
+
+
+def one_replica_differs(config: str, options: list[str], at: int) -> int:
+    """Rank 1's model is changed by one bit before step `at` is made; 0: before the first comparison."""
+    create, step = TrainState.create, loop.train_step
+
+    def spoil(state: TrainState) -> TrainState:
+        if dist.get_rank() == 1:
+            state.parameters[3].data.view(-1)[5].mul_(1 + 2**-23)
+        return state
+
+    def spoiled_step(state, batch, lr):
+        return step(spoil(state) if state.step + 1 == at else state, batch, lr)
+
+    def spoiled_start(*arguments):
+        return spoil(create(*arguments)) if at == 0 else create(*arguments)
+
+    with (
+        mock.patch.object(loop, "train_step", spoiled_step),
+        mock.patch.object(TrainState, "create", spoiled_start),
+    ):
+        return run_training(config, options, "never")
+
+
+@pytest.mark.parametrize(
+    ("at", "code", "said"), [(0, 2, "start from different weights"), (2, 1, "at step 4 the replicas")]
+)
+def test_replicas_that_differ_end_the_run(pool, tiny_config, tmp_path, at, code, said):
+    folder = tmp_path / "run"
+    options = [f"run.folder={folder}", *SYNCS["demo"], "parallel.shard=1", "parallel.check_replicas_every=4"]
+    assert pool.run(2, one_replica_differs, str(tiny_config), options, at, init=False) == [code] * 2
+    message = json.loads((folder / "outcome.json").read_text())["message"]
+    assert said in message
+    assert "layers.0." in message
