@@ -1,5 +1,6 @@
 """The shape of a model. Imports no torch, so that the planner can count parameters in milliseconds."""
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +27,59 @@ class RopeScaling(Section):
     """llama3: context length of the first training, in tokens."""
 
 
+class MoEConfig(Section):
+    """A mixture of experts in the place of each block's feed-forward layer; an expert's width is `ffn_size`."""
+
+    experts: int = Field(8, ge=1)
+    """Experts of a layer."""
+    top_k: int = Field(2, ge=1)
+    """Experts that a token is sent to."""
+    shared_size: int = Field(0, ge=0)
+    """Inner width of an expert that every token passes (DeepSeekMoE, arXiv 2401.06066); 0: none."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's logits, in fp32."""
+    renormalise: bool = True
+    """Divide the chosen experts' scores by their sum."""
+    balance: Literal["bias", "global", "switch", "none"] = "bias"
+    """What evens the experts' load: a bias on the choice alone (arXiv 2408.15664), alike at any number of ranks and
+    micro-batches; the Switch loss (arXiv 2101.03961) with the load of all ranks' micro-batches (global, arXiv
+    2501.11873) or of each alone (switch)."""
+    bias_rate: float = Field(1e-3, gt=0, le=1)
+    """Balance bias: by how much a bias moves in a step."""
+    balance_loss: float = Field(1e-2, ge=0)
+    """Balance global and switch: weight of the loss."""
+    z_loss: float = Field(1e-3, ge=0)
+    """Weight of the router's z-loss, mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906)."""
+    capacity: float | None = Field(None, gt=0)
+    """Tokens that an expert takes of a micro-batch, as a multiple of its even share; the rest is dropped. Default:
+    nothing is."""
+
+    @model_validator(mode="after")
+    def _choice(self) -> "MoEConfig":
+        if self.top_k > self.experts:
+            raise ValueError(
+                f"top_k {self.top_k} is more than the {self.experts} experts there are; "
+                f"the nearest possible: {self.experts}"
+            )
+        return self
+
+
+class RevFFNConfig(Section):
+    """Reversible blocks of two streams, each half of hidden_size wide (RevFFN, arXiv 2512.20920)."""
+
+    streams: Literal["grid", "fp32"] = "grid"
+    """grid: what is added to a stream is rounded to multiples of 2^-grid_bits, so that subtracting it again is exact;
+    fp32: as it comes."""
+    grid_bits: int = Field(14, ge=4, le=20)
+    """Exact while a stream is smaller than 2^(24 - grid_bits)."""
+    anchor_every: int | None = Field(None, ge=1)
+    """Blocks after which the streams are kept, as where reconstruction begins anew; default: only at the end."""
+    iterations: int = Field(4, ge=1, le=64)
+    """Coupling revffn: fixed-point iterations that invert the attention half."""
+    adapters: bool = False
+    """Full-width layers between a linear adapter up and one down, as pre-trained layers need."""
+
+
 class ModelConfig(Section):
     """A Llama-family decoder-only transformer."""
 
@@ -42,7 +96,18 @@ class ModelConfig(Section):
     head_dim: int | None = Field(None, ge=2)
     """Width of one head; default: hidden_size / num_heads."""
     ffn_size: int = Field(ge=1)
-    """Inner width of the SwiGLU feed-forward layer."""
+    """Inner width of the SwiGLU feed-forward layer, or of each expert."""
+    ffn: Literal["dense", "moe"] = "dense"
+    """Feed-forward layers: one for all tokens, or a mixture of experts."""
+    moe: MoEConfig = MoEConfig()
+    """Of ffn moe."""
+    blocks: Literal["standard", "revffn"] = "standard"
+    """standard pre-norm blocks, or reversible ones, whose activations are computed again in backward."""
+    coupling: Literal["exact", "revffn"] = "exact"
+    """Of reversible blocks: exact, attention reads the other stream alone, so that it inverts explicitly; revffn,
+    queries come from the attention's own stream, as published, and a fixed-point iteration inverts it."""
+    revffn: RevFFNConfig = RevFFNConfig()
+    """Of blocks revffn."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     rope_scaling: RopeScaling | None = None
@@ -61,22 +126,43 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shapes(self) -> "ModelConfig":
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            near = max(1, round(self.hidden_size / self.num_heads)) * self.num_heads
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
-                f"the nearest width that is: {near}"
-            )
+        self._check_widths()
         if self.dim_per_head % 2:
             raise ValueError(f"head_dim {self.dim_per_head} is odd; RoPE rotates pairs and needs an even one")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         return self
 
+    def _check_widths(self) -> None:
+        """A head's width, or two streams', must divide the hidden width."""
+        reversible = self.blocks == "revffn"
+        heads = 1 if self.head_dim is not None else self.num_heads
+        unit = heads if not reversible else math.lcm(2, heads) if self.revffn.adapters else 2 * heads
+        if self.hidden_size % unit:
+            near = max(1, round(self.hidden_size / unit)) * unit
+            what = "num_heads" if not reversible else "the streams' heads, 2 x num_heads"
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by {what} {self.num_heads}; "
+                f"the nearest width that is: {near}"
+            )
+        if self.ffn == "moe":
+            for name, width in (("hidden_size", self.inner_size), ("ffn_size", self.ffn_size)):
+                if width % 8:  # rows of grouped products begin at multiples of 16 bytes
+                    raise ValueError(
+                        f"{name} gives experts a width of {width}, and grouped products take multiples of 8; the "
+                        f"nearest: {max(8, round(width / 8) * 8)}"
+                    )
+
+    @property
+    def inner_size(self) -> int:
+        """Width of what attention and feed-forward layers read and write: a stream's in reversible blocks."""
+        narrow = self.blocks == "revffn" and not self.revffn.adapters
+        return self.hidden_size // 2 if narrow else self.hidden_size
+
     @property
     def dim_per_head(self) -> int:
         """Width of one head."""
-        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+        return self.head_dim if self.head_dim is not None else self.inner_size // self.num_heads
 
     @property
     def kv_heads(self) -> int:
