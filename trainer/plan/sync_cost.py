@@ -1,0 +1,257 @@
+"""What one rank sends to other replicas in an optimizer step, by `parallel.sync`, and how long a link takes for it.
+
+Bytes are those that the synchronisers of comm/ declare (StepResult), counted from shapes; the network's headers, its
+latency and the time to make and to read packets are extra. Imports no torch.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from stepline.comm.traffic import ring_bytes
+from stepline.models.config import ModelConfig
+from stepline.trainer.config import Config
+from stepline.trainer.plan.sync_memory import BATCH_ELEMENTS
+from stepline.trainer.plan.tensors import Shape, block_group, root_group
+
+INT8_CHUNK = 4096
+"""Of comm/diloco.py, like the following of run/synchronize.py; both import torch."""
+PUBLISHED_KEPT = 32
+HARMLESS = 0.1
+"""Share of a step that an exchange may add before another one is worth its price in loss."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes between replicas in an optimizer step: means, where not every step sends the same."""
+
+    label: str
+    options: tuple[str, ...]
+    """Of the config, that choose it."""
+    sent: float
+    received: float
+    overlapped: float = 0.0
+    """Of the slower direction, what travels beside the next forward and backward."""
+
+    @property
+    def slower(self) -> float:
+        """Bytes of the direction that takes longer; links carry both at once."""
+        return max(self.sent, self.received)
+
+    def seconds(self, mbit: float) -> float:
+        """On a link of `mbit` Mbit/s in each direction."""
+        return self.slower * 8 / (mbit * 1e6)
+
+    def step_seconds(self, mbit: float, compute_s: float) -> float:
+        """Of a step that computes for `compute_s`."""
+        beside = self.overlapped * 8 / (mbit * 1e6)
+        return max(compute_s, beside) + self.seconds(mbit) - beside
+
+    def harmless_mbit(self, compute_s: float) -> float:
+        """Mbit/s from which on a step is at most HARMLESS longer than `compute_s`."""
+        after = self.slower - self.overlapped
+        slowest = max(
+            after / HARMLESS, self.slower / (1 + HARMLESS)
+        )  # the overlapped part waits, or does not
+        return slowest * 8 / 1e6 / compute_s
+
+
+@dataclass(frozen=True)
+class Packet:
+    """The size of DeMo's packets (comm/packets.py): (chunks, elements, kept) of each batch, and dense values."""
+
+    batches: tuple[tuple[int, int, int], ...]
+    dense: int
+    codec: str
+    item: int
+    """Bytes of a parameter's element."""
+
+    def num_bytes(self, share: int, shares: int) -> int:
+        """Of the packet for owner number `share` of `shares`."""
+        lengths = [chunks * (share + 1) // shares - chunks * share // shares for chunks, _, _ in self.batches]
+        dense = self.dense * (share + 1) // shares - self.dense * share // shares
+        parts = zip(lengths, self.batches, strict=True)
+        return sum(self._chunks(n, elements, kept) for n, (_, elements, kept) in parts) + self._dense(dense)
+
+    def total(self, shares: int) -> int:
+        """Of the packets for all owners: of a batch's shares `longer` have one chunk more than the others."""
+        size = self._dense(self.dense)
+        for chunks, elements, kept in self.batches:
+            length, longer = divmod(chunks, shares)
+            size += longer * self._chunks(length + 1, elements, kept)
+            size += (shares - longer) * self._chunks(length, elements, kept)
+        return size
+
+    def _dense(self, values: int) -> int:
+        return values * (self.item if self.codec == "fp32" else 2)
+
+    def _chunks(self, chunks: int, elements: int, kept: int) -> int:
+        """comm/codec.py: indices packed to the bit, values, and scales."""
+        count = chunks * kept
+        eights = -(-count // 8)
+        indices = eights * max(1, (elements - 1).bit_length())
+        values = {"fp32": count * self.item, "int8": count, "sign": eights}[self.codec]
+        return indices + values + (0 if self.codec == "fp32" else 2 * chunks)
+
+
+class SyncBytes:
+    """Bytes of rank `rank` of replica `replica`, of `replicas` that `shard` ranks hold each.
+
+    Rank 0 holds the most rows of its replica, and the last replica owns the largest share.
+    """
+
+    def __init__(self, config: Config, shard: int, replicas: int, rank: int = 0, replica: int = -1) -> None:
+        self.parallel, self.replicas, self.replica = config.parallel, replicas, replica % replicas
+        self.item = 8 if config.precision.compute == "fp64" else 4
+        self.whole = model_parameters(config.model)
+        self.local = [(local_shape(shape, shard, rank), end) for shape, end in self.whole]
+        self.sizes = [math.prod(shape) for shape, _ in self.local]
+
+    def every(self) -> list[Exchange]:
+        """All methods; those with settings, by the settings of the config."""
+        return [
+            self.all_reduce(self.item),
+            self.all_reduce(2),
+            self.demo(),
+            self.random_k(),
+            self.diloco(),
+        ]
+
+    def all_reduce(self, item: int) -> Exchange:
+        """Of every gradient, in `item` bytes."""
+        name = {2: "bf16", 4: "fp32", 8: "fp64"}[item]
+        size = ring_bytes(sum(self.sizes) * item, self.replicas)
+        options = ("parallel.sync=all_reduce", *(["precision.reduce=bf16"] if item == 2 else []))
+        return Exchange(f"all-reduce {name}", options, size, size)
+
+    def random_k(self) -> Exchange:
+        """One value of each run of 1 / density, of the last run of a parameter on average."""
+        setting = self.parallel.random_k
+        length = max(1, round(1 / setting.density))
+        local = zip(self.local, self.sizes, strict=True)
+        values = sum(size / length if len(shape) > 1 else size for (shape, _), size in local)
+        size = ring_bytes(values * (2 if setting.codec == "bf16" else self.item), self.replicas)
+        label = f"random-k {setting.codec}, {share(setting.density)}"
+        return Exchange(label, ("parallel.sync=random_k",), size, size)
+
+    def diloco(self) -> Exchange:
+        """A fragment after another, each once in `every` steps; the run's last step sends all of them again."""
+        setting, sent = self.parallel.diloco, 0
+        fragments = [0] * setting.fragments
+        total, seen = sum(math.prod(shape) for shape, _ in self.whole), 0
+        for (shape, _), size in zip(self.whole, self.sizes, strict=True):
+            fragments[min(seen * len(fragments) // total, len(fragments) - 1)] += size
+            seen += math.prod(shape)
+        for values in fragments:
+            if setting.codec == "int8":
+                sent += -(-values // INT8_CHUNK) * (INT8_CHUNK + 2) * (self.replicas - 1)
+            else:
+                sent += ring_bytes(values * (2 if setting.codec == "bf16" else self.item), self.replicas)
+        label = f"diloco {setting.codec}, H = {setting.every}"
+        return Exchange(label, ("parallel.sync=diloco",), sent / setting.every, sent / setting.every)
+
+    def demo(self) -> Exchange:
+        """Packets gathered by all, or reduced by owners beyond `owner_reduce_above` replicas (comm/exchange.py)."""
+        setting, packet, others = self.parallel.demo, self.packet(), self.replicas - 1
+        kept = self._kept()
+        label = f"demo {packet.codec}, {share(kept / setting.chunk**2 if kept else setting.density)}"
+        options = ("parallel.sync=demo",)
+        if setting.faithful or self.replicas <= setting.owner_reduce_above:
+            size = others * packet.num_bytes(0, 1)
+            return Exchange(label, options, size, size, size if setting.delay else 0)
+        own = packet.num_bytes(self.replica, self.replicas)
+        gathered = others * packet.num_bytes(self.replicas - 1, self.replicas)  # padded to the largest
+        sent, received = packet.total(self.replicas) - own, others * own
+        first = max(sent, received) if setting.delay else 0
+        return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, first)
+
+    def _kept(self) -> int | None:
+        setting = self.parallel.demo
+        return setting.kept or (PUBLISHED_KEPT if setting.faithful else None)
+
+    def packet(self) -> Packet:
+        """DeMo's, of this rank."""
+        setting = self.parallel.demo
+        limit, faithful, kept = setting.chunk, setting.faithful, self._kept()
+        chunks: list[tuple[int, int, int]] = []
+        flat: list[tuple[int, int, int]] = []
+        dense = 0
+        for (shape, end), size in zip(self.local, self.sizes, strict=True):
+            if len(shape) < 2 and not faithful:
+                dense += size
+            elif end and not faithful:
+                width = even_length(max(size, 1), limit * limit)
+                flat.append((-(-size // width), 1, width))
+            else:
+                chunks.append(cut(shape, limit, faithful))
+        batches = []
+        for number, height, width in joined(chunks) + joined(flat):
+            size = height * width
+            batches.append((number, size, min(size, kept or max(1, round(setting.density * size)))))
+        return Packet(tuple(batches), dense, "fp32" if faithful else setting.codec, self.item)
+
+
+def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
+    """What the ranks of one replica exchange together, over the link that they share."""
+    ranks: Counter[tuple[Shape, ...]] = Counter()
+    exchanges: dict[tuple[Shape, ...], list[Exchange]] = {}
+    for rank in range(shard):
+        mine = SyncBytes(config, shard, replicas, rank)
+        held = tuple(shape for shape, _ in mine.local)
+        ranks[held] += 1
+        if held not in exchanges:
+            exchanges[held] = mine.every()
+
+    def whole(i: int, exchange: Exchange) -> Exchange:
+        ways = ("sent", "received", "overlapped")
+        sums = {way: sum(getattr(exchanges[h][i], way) * n for h, n in ranks.items()) for way in ways}
+        return replace(exchange, **sums)
+
+    return [whole(i, exchange) for i, exchange in enumerate(next(iter(exchanges.values())))]
+
+
+def model_parameters(model: ModelConfig) -> list[tuple[Shape, bool]]:
+    """(shape, whether it is embedding or head) of each parameter, in the model's order."""
+    first, *last = ((shape, len(shape) > 1) for shape in root_group(model).shapes)
+    return [first, *([(shape, False) for shape in block_group(model).shapes] * model.num_layers), *last]
+
+
+def local_shape(shape: Shape, shard: int, rank: int) -> Shape:
+    """The rows of a rank: chunks of ceil(rows / shard), the last ones shorter or empty (FSDP2)."""
+    rows = -(-shape[0] // shard)
+    return (max(0, min(rows, shape[0] - rank * rows)), *shape[1:])
+
+
+def even_length(size: int, limit: int) -> int:
+    """comm/dct.py: the chunk length that cuts `size` into the fewest chunks of one length."""
+    return -(-size // -(-size // limit))
+
+
+def cut(shape: Shape, limit: int, divisors: bool) -> tuple[int, int, int]:
+    """(number, height, width) of a parameter's chunks (Chunking of comm/dct.py)."""
+    rows, cols = shape[-2] if len(shape) > 1 else 1, shape[-1]
+
+    def length(size: int) -> int:
+        if not divisors:
+            return even_length(max(size, 1), limit)
+        return next(d for d in range(min(max(size, 1), limit), 0, -1) if max(size, 1) % d == 0)
+
+    height, width = length(rows), length(cols)
+    return math.prod(shape[:-2]) * -(-rows // height) * -(-cols // width), height, width
+
+
+def joined(parts: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Chunks of one shape together, up to BATCH_ELEMENTS (make_batches of comm/packets.py)."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for number, *sides in parts:
+        batches = by_shape.setdefault(tuple(sides), [])
+        if batches and (batches[-1] + number) * math.prod(sides) <= BATCH_ELEMENTS:
+            batches[-1] += number
+        elif number:
+            batches.append(number)
+    return [(number, *sides) for sides, batches in by_shape.items() for number in batches]
+
+
+def share(density: float) -> str:
+    """`1/128`."""
+    return f"1/{1 / density:.4g}"
