@@ -72,10 +72,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x` and result `[batch, seq, hidden]`; without `mask`, causal over the whole sequence."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, kv: Tensor | None = None
+    ) -> Tensor:
+        """`x` and result `[batch, seq, hidden]`; without `mask`, causal over the whole sequence.
+
+        Keys and values are made of `kv`, shaped as `x`, where it is given.
+        """
         batch, seq, _ = x.shape
-        q, k, v = (w(x).view(batch, seq, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        kv = x if kv is None else kv
+        q, k, v = (
+            w(s).view(batch, seq, -1, self.head_dim) for w, s in ((self.wq, x), (self.wk, kv), (self.wv, kv))
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
