@@ -1,0 +1,681 @@
+"""Reversible blocks against formulas in float64, and their backward against stored activations."""
+
+import contextlib
+import gc
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stepline.models.attention import document_mask, document_positions, rope_tables
+from stepline.models.config import ModelConfig
+from stepline.models.ffn import SwiGLU
+from stepline.models.init import init_parameter
+from stepline.models.norm import RMSNorm
+from stepline.models.reversible import Chain, Half, Streams
+from stepline.models.revffn import RevBlock, inner_config, norm_cast, run_reversible, take_max
+
+VOCAB = 61
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def shape(layers=4, coupling="exact", streams="grid", **revffn) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=layers, num_heads=2, num_kv_heads=1, ffn_size=24,
+        init_std=0.2, blocks="revffn", coupling=coupling, revffn={"streams": streams, **revffn},
+    )  # fmt: skip
+
+
+class Model(nn.Module):
+    """As `Transformer` uses the blocks."""
+
+    def __init__(self, config, make_ffn=SwiGLU):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(RevBlock(config, make_ffn) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens, stored=False, doc_ids=None):
+        x, positions, mask = self.embed(tokens), torch.arange(tokens.shape[1]), None
+        if doc_ids is not None:
+            positions, mask = document_positions(doc_ids), document_mask(doc_ids)
+        cos, sin = rope_tables(self.config, positions, torch.promote_types(x.dtype, torch.float32))
+        x = run_reversible(self.layers, x, self.config.revffn, cos, sin, mask, stored=stored)
+        return self.head(norm_cast(self.norm, x))
+
+
+@torch.no_grad()
+def build(config, dtype=torch.float32, make_ffn=SwiGLU):
+    model = Model(config, make_ffn)
+    generator = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        p.copy_(init_parameter(name, p.shape, config, seed=0))
+        if p.ndim == 1:  # norms that do something
+            p.add_(torch.rand(p.shape, generator=generator))
+    return model.to(dtype)
+
+
+def tokens(seed=1, batch=2, seq=10):
+    return torch.randint(0, VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(logits):
+    return logits.float().logsumexp(-1).sum() - logits.float()[..., 7].sum()
+
+
+def gradients(model, *batches, **forward):
+    """Of the sum of the batches' losses, after one backward."""
+    model.zero_grad()
+    sum(loss_of(model(batch, **forward)) for batch in batches).backward()
+    return taken(model)
+
+
+def taken(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def relative_error(actual, expected):
+    difference = sum((actual[n].double() - expected[n].double()).square().sum() for n in expected)
+    return (difference / sum(g.double().square().sum() for g in expected.values())).sqrt().item()
+
+
+# The equations
+
+
+def naive_logits(w, c, row):
+    """One row, float64, loops over layers, heads and positions; `w`: weights by name."""
+    seq, d, half = len(row), c.dim_per_head, c.hidden_size // 2
+    exact = c.revffn.streams != "grid"
+    frequencies = 1.0 / c.rope_theta ** (torch.arange(0, d, 2).float() / d)
+
+    def on_grid(h):
+        return h if exact else torch.round(h * 2**c.revffn.grid_bits) / 2**c.revffn.grid_bits
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
+    def turn(x, position):
+        angle = position * frequencies  # in fp32, as in transformers
+        z = torch.complex(x[: d // 2], x[d // 2 :]) * torch.complex(
+            angle.cos().double(), angle.sin().double()
+        )
+        return torch.cat((z.real, z.imag))
+
+    def adapt(x, name):
+        return F.linear(x, w[name]) if c.revffn.adapters else x
+
+    x1, x2 = on_grid(w["embed.weight"][row][:, :half]), on_grid(w["embed.weight"][row][:, half:])
+    for i in range(c.num_layers):
+        p = f"layers.{i}."
+        if c.coupling == "exact":
+            q_in = kv_in = norm(x2, w[p + "attn_norm.weight"])
+        else:
+            q_in, kv_in = norm(x1, w[p + "attn_norm.weight"]), norm(x2, w[p + "attn_kv_norm.weight"])
+        q_in, kv_in = (adapt(s, p + "attn_up.weight") for s in (q_in, kv_in))
+        q, k, v = (F.linear(s, w[f"{p}attn.w{n}.weight"]) for n, s in zip("qkv", (q_in, kv_in, kv_in)))
+        heads = []
+        for head in range(c.num_heads):
+            mine = slice(head * d, head * d + d)
+            group = head // (c.num_heads // c.kv_heads)
+            theirs = slice(group * d, group * d + d)
+            rows = []
+            for t in range(seq):
+                keys = torch.stack([turn(k[s, theirs], s) for s in range(t + 1)])
+                rows.append((keys @ turn(q[t, mine], t) / d**0.5).softmax(0) @ v[: t + 1, theirs])
+            heads.append(torch.stack(rows))
+        attended = F.linear(torch.cat(heads, -1), w[p + "attn.wo.weight"])
+        x1 = x1 + on_grid(adapt(attended, p + "attn_down.weight"))
+        h = adapt(norm(x1, w[p + "ffn_norm.weight"]), p + "ffn_up.weight")
+        gate, up = F.linear(h, w[p + "ffn.w1.weight"]), F.linear(h, w[p + "ffn.w3.weight"])
+        fed = F.linear(gate * gate.sigmoid() * up, w[p + "ffn.w2.weight"])
+        x2 = x2 + on_grid(adapt(fed, p + "ffn_down.weight"))
+    return F.linear(norm(torch.cat((x1, x2), -1), w["norm.weight"]), w["head.weight"])
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("streams", ["fp32", "grid"])
+@pytest.mark.parametrize("coupling", ["exact", "revffn"])
+def test_logits_equal_formulas(coupling, streams, adapters):
+    config = shape(2, coupling, streams, adapters=adapters)
+    model, batch = build(config, torch.float64), tokens(batch=1, seq=6)
+    expected = naive_logits(dict(model.named_parameters()), config, batch[0])
+    torch.testing.assert_close(model(batch)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("coupling", ["exact", "revffn"])
+def test_gradients_equal_those_of_formulas(coupling):
+    config = shape(2, coupling, "fp32", adapters=True, iterations=64)
+    model, batch = gentle(build(config, torch.float64)), tokens(batch=1, seq=5)
+    weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    naive_logits(weights, config, batch[0]).logsumexp(-1).sum().backward()
+    model(batch).logsumexp(-1).sum().backward()
+    for name, gradient in taken(model).items():
+        torch.testing.assert_close(gradient, weights[name].grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_names_and_widths():
+    narrow = {n: tuple(p.shape) for n, p in RevBlock(shape()).named_parameters()}
+    assert narrow["attn.wq.weight"] == (16, 16)
+    assert narrow["attn.wk.weight"] == (8, 16)
+    assert narrow["ffn.w1.weight"] == (24, 16)
+    assert set(narrow) == {
+        "attn_norm.weight", "attn.wq.weight", "attn.wk.weight", "attn.wv.weight", "attn.wo.weight",
+        "ffn_norm.weight", "ffn.w1.weight", "ffn.w3.weight", "ffn.w2.weight",
+    }  # fmt: skip
+    full = {
+        n: tuple(p.shape) for n, p in RevBlock(shape(coupling="revffn", adapters=True)).named_parameters()
+    }
+    assert full["attn.wq.weight"] == (32, 32)
+    assert full["attn_up.weight"] == full["ffn_up.weight"] == (32, 16)
+    assert full["attn_down.weight"] == full["ffn_down.weight"] == (16, 32)
+    assert full["attn_norm.weight"] == full["attn_kv_norm.weight"] == full["ffn_norm.weight"] == (16,)
+    assert inner_config(shape()).inner_size == 16
+
+
+# The grid
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_what_is_added_on_the_grid_is_subtracted_exactly(dtype):
+    grid, generator = Streams(14), torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = grid.enter(torch.randn(100, 100, generator=generator, dtype=wide) * 200)
+    h = torch.randn(100, 100, generator=generator, dtype=wide).to(dtype)
+    y = grid.add(x, h)
+    assert y.dtype == x.dtype == wide
+    assert y.abs().max() < grid.limit()
+    assert torch.equal(grid.subtract(y, h), x)
+    assert torch.equal(y * 2**14, (y * 2**14).round())
+    assert (y - x - h).abs().max() <= 2.0**-15
+    assert not torch.equal(Streams().subtract(Streams().add(x / 3, h), h), x / 3)
+
+
+def test_the_limit_of_the_grid_is_where_sums_stop_being_exact():
+    assert (Streams(14).limit(), Streams(10).limit(), Streams().limit()) == (1024, 2**14, float("inf"))
+    assert Streams(14).limit(torch.float64) == 2**39
+    step = torch.tensor(2.0**-14)
+    for x, exact in ((1023.0, True), (1024.0, False)):
+        assert bool(Streams(14).add(torch.tensor(x), step) - x == step) is exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_passes_the_rounding_unchanged(dtype):
+    x, h = torch.randn(5, requires_grad=True), torch.randn(5).to(dtype).requires_grad_()
+    weight = torch.randn(5)
+    (Streams(4).add(x, h) * weight).sum().backward()
+    assert torch.equal(x.grad, weight)
+    assert torch.equal(h.grad, weight.to(dtype))
+    (Streams(4).enter(h) * weight).sum().backward()
+    assert torch.equal(h.grad, weight.to(dtype) * 2)
+
+
+# Backward against stored activations
+
+
+@pytest.fixture
+def inverted(monkeypatch):
+    """(own, other) that backward found, by half, last half first."""
+    found, invert = [], Half.invert
+
+    def spy(half, y, other):
+        own = invert(half, y, other)
+        found.append((own, other))
+        return own
+
+    monkeypatch.setattr(Half, "invert", spy)
+    return found
+
+
+def watch_inputs(model):
+    """The streams that each block reads, by block."""
+    seen = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _m, args: seen.append((args[0].detach(), args[1].detach())))
+    return seen
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("layers", [4, 48])
+def test_on_a_grid_gradients_and_states_are_bit_equal(layers, compute, inverted):
+    model = build(shape(layers), DTYPES[compute])
+    seen = watch_inputs(model)
+    expected = gradients(model, tokens(), stored=True)
+    assert len(seen) == layers
+    assert not inverted
+    assert_equal(gradients(model, tokens()), expected)
+    assert len(inverted) == 2 * layers
+    for (own, other), (x1, x2) in zip(inverted[1::2], reversed(seen[:layers]), strict=True):
+        assert own.dtype == torch.float32
+        assert torch.equal(own, x1)
+        assert torch.equal(other, x2)
+    for (own, _), (_, x2) in zip(inverted[::2], reversed(seen[:layers]), strict=True):
+        assert torch.equal(own, x2)
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in expected.values())
+
+
+def test_in_float64_states_and_gradients_return_without_a_grid(inverted):
+    model = build(shape(12, streams="fp32"), torch.float64)
+    seen = watch_inputs(model)
+    expected = gradients(model, tokens(), stored=True)
+    assert relative_error(gradients(model, tokens()), expected) < 1e-13
+    for (own, other), (x1, x2) in zip(inverted[1::2], reversed(seen[:12]), strict=True):
+        assert own.dtype == torch.float64
+        torch.testing.assert_close(own, x1, rtol=0, atol=1e-13)
+        torch.testing.assert_close(other, x2, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("layers", [4, 48])
+def test_in_fp32_without_a_grid_gradients_drift_by_roundings(layers):
+    model = build(shape(layers, streams="fp32"))
+    assert relative_error(gradients(model, tokens()), gradients(model, tokens(), stored=True)) < 5e-6
+
+
+def gentle(model):
+    """A fixed point needs a contraction: streams that are large beside what attention adds."""
+    with torch.no_grad():
+        model.embed.weight.mul_(5)
+        for layer in model.layers:
+            layer.attn.wo.weight.mul_(0.3)
+    return model
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_fixed_point_gradients_within_the_floor(adapters):
+    model = gentle(build(shape(4, "revffn", "fp32", iterations=12, adapters=adapters)))
+    expected = gradients(model, tokens(), stored=True)
+    assert take_max(model.layers, "residual") is None
+    assert relative_error(gradients(model, tokens()), expected) < 2e-6
+    assert take_max(model.layers, "residual") < 2e-6
+    assert take_max(model.layers, "residual") is None
+
+
+@pytest.mark.parametrize(
+    ("compute", "streams", "error"),
+    [("fp32", "grid", 1e-5), ("bf16", "grid", 5e-3), ("bf16", "fp32", 5e-3)],
+)
+def test_fixed_point_has_a_floor_where_branches_are_rounded(compute, streams, error):
+    """Neighbours that round alike are fixed points too: more iterations do not help, and a grid is no cure."""
+    errors, residuals = [], []
+    for iterations in (8, 16):
+        model = gentle(build(shape(4, "revffn", streams, iterations=iterations), DTYPES[compute]))
+        expected = gradients(model, tokens(), stored=True)
+        errors.append(relative_error(gradients(model, tokens()), expected))
+        residuals.append(take_max(model.layers, "residual"))
+    assert error / 10 < errors[1] <= errors[0] < error
+    assert residuals[0] == residuals[1] > 0
+
+
+def test_residual_shrinks_with_the_iterations_and_tells_the_error():
+    errors, residuals = [], []
+    for n in (1, 2, 4, 8):
+        model = gentle(build(shape(4, "revffn", "fp32", iterations=n), torch.float64))
+        expected = gradients(model, tokens(), stored=True)
+        errors.append(relative_error(gradients(model, tokens()), expected))
+        residuals.append(take_max(model.layers, "residual").item())
+    for few, more in itertools.pairwise(residuals):
+        assert more < few / 2
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 100
+
+
+@pytest.mark.parametrize(
+    "revffn", [{"adapters": True}, {"anchor_every": 1}, {"anchor_every": 2}, {"anchor_every": 3}], ids=str
+)
+def test_adapters_and_anchors(revffn):
+    model = build(shape(5, **revffn))
+    assert_equal(gradients(model, tokens()), gradients(model, tokens(), stored=True))
+
+
+def test_anchors_stop_the_drift():
+    errors = []
+    for every in (None, 2):
+        model = build(shape(24, streams="fp32", anchor_every=every))
+        errors.append(relative_error(gradients(model, tokens()), gradients(model, tokens(), stored=True)))
+    assert errors[1] < errors[0]
+
+
+def test_documents():
+    model, ids = build(shape()), torch.tensor([[0] * 3 + [1] * 7, [0] * 6 + [1] * 4])
+    expected = gradients(model, tokens(), stored=True, doc_ids=ids)
+    assert_equal(gradients(model, tokens(), doc_ids=ids), expected)
+    assert relative_error(gradients(model, tokens(), stored=True), expected) > 1e-3
+
+
+FROZEN = {
+    "embedding": ["embed"],
+    "embedding and first block": ["embed", "layers.0."],
+    "embedding and all blocks but the third": ["embed", "layers.0.", "layers.1.", "layers.3."],
+    "middle blocks": ["layers.1.", "layers.2."],
+    "last block": ["layers.3."],
+    "attention": ["embed", ".attn"],
+    "all but norms": ["embed", ".attn.", ".ffn.", "head"],
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_frozen_parts(frozen):
+    model = build(shape())
+    for name, p in model.named_parameters():
+        p.requires_grad_(not any(part in name for part in frozen))
+    expected = gradients(model, tokens(), stored=True)
+    assert expected
+    assert_equal(gradients(model, tokens()), expected)
+
+
+def test_accumulation():
+    model = build(shape())
+    sums = []
+    for stored in (True, False):
+        model.zero_grad()
+        for seed in range(3):
+            loss_of(model(tokens(seed), stored=stored)).backward()
+        sums.append(taken(model))
+    assert_equal(*sums)
+
+
+def test_two_forwards_then_one_backward():
+    model = build(shape())
+    expected = gradients(model, tokens(1), tokens(2, seq=7), stored=True)
+    assert_equal(gradients(model, tokens(1), tokens(2, seq=7)), expected)
+
+
+def test_two_forwards_then_backwards_in_either_order():
+    model = build(shape())
+    expected = [gradients(model, tokens(seed), stored=True) for seed in (1, 2)]
+    for order in ((0, 1), (1, 0)):
+        losses = [loss_of(model(tokens(seed))) for seed in (1, 2)]
+        for i in order:
+            model.zero_grad()
+            losses[i].backward()
+            assert_equal(taken(model), expected[i])
+
+
+def test_without_gradient_forward_is_the_same():
+    model = build(shape())
+    with torch.no_grad():
+        logits = model(tokens())
+    assert torch.equal(logits, model(tokens()))
+    assert torch.equal(logits, model(tokens(), stored=True))
+
+
+def test_second_backward_is_refused():
+    model = build(shape())
+    loss = loss_of(model(tokens()))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward through reversible blocks"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("read", [0, 1], ids=["first stream", "second stream"])
+def test_backward_from_one_stream_of_the_last_block(read):
+    """The last half's gradient is asked for by nobody, or its input's alone; it is inverted all the same."""
+    model = build(shape(2))
+    cos, sin = rope_tables(model.config, torch.arange(10), torch.float32)
+    found = []
+    for chain in (None, Chain()):
+        model.zero_grad()
+        streams = model.layers[0].streams
+        x = [streams.enter(half) for half in model.embed(tokens()).chunk(2, -1)]
+        for layer in model.layers:
+            x = layer(*x, chain, cos, sin)
+        x[read].square().sum().backward()
+        found.append(taken(model))
+    assert_equal(*found)
+
+
+def test_streams_changed_between_halves_are_refused():
+    model, chain = build(shape(2)), Chain()
+    cos, sin = rope_tables(model.config, torch.arange(10), torch.float32)
+    x1, x2 = model.layers[0](torch.zeros(2, 10, 16), torch.ones(2, 10, 16), chain, cos, sin)
+    with pytest.raises(RuntimeError, match="other streams"):
+        model.layers[1](x1, x2 * 1.0, chain, cos, sin)
+
+
+# What a branch may do
+
+
+class Dropping(SwiGLU):
+    def forward(self, x):
+        return F.dropout(super().forward(F.dropout(x, 0.3)), 0.5)
+
+
+@pytest.mark.parametrize("coupling", ["exact", "revffn"])
+def test_dropout_is_repeated_and_the_generator_left_alone(coupling):
+    model = build(shape(3, coupling, iterations=2), make_ffn=Dropping)
+    if coupling == "revffn":
+        gentle(model)
+    found, states = [], []
+    for stored in (True, False):
+        torch.manual_seed(5)
+        loss = loss_of(model(tokens(), stored=stored))
+        torch.rand(3)
+        before = torch.get_rng_state()
+        model.zero_grad()
+        loss.backward()
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(before)
+        found.append(taken(model))
+    assert torch.equal(*states)
+    if coupling == "exact":
+        assert_equal(*found)
+    else:  # two iterations are few; another mask would be far worse
+        assert relative_error(found[1], found[0]) < 1e-2
+
+
+@pytest.mark.parametrize("coupling", ["exact", "revffn"])
+@pytest.mark.parametrize("outer", [False, True], ids=["forward alone", "backward too"])
+def test_autocast(outer, coupling):
+    model = gentle(build(shape(3, coupling, iterations=16)))
+    found = []
+    for stored in (True, False):
+        model.zero_grad()
+        with contextlib.ExitStack() as stack:
+            if outer:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(tokens(), stored=stored)
+            assert logits.dtype == torch.bfloat16
+            loss_of(logits).backward()
+        found.append(taken(model))
+    assert relative_error(gradients(model, tokens()), found[0]) > 1e-4  # autocast did something
+    if coupling == "exact":
+        assert_equal(*found)
+    else:
+        assert relative_error(found[1], found[0]) < 5e-3
+
+
+class Routed(nn.Module):
+    """Each token to one of two layers; `flips`: the recompute's router says the opposite."""
+
+    flips = False
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = nn.Linear(config.hidden_size, 2, bias=False)
+        self.experts = nn.ModuleList(SwiGLU(config) for _ in range(2))
+        self.recorded, self.replayed, self.calls = None, None, 0
+
+    def forward(self, x):
+        logits = self.router(x)
+        self.calls += 1
+        again = self.calls % 2 == 0
+        chosen = (-logits if self.flips and again else logits).argmax(-1)
+        if self.replayed is not None:
+            chosen = self.replayed.pop(0)
+        if self.recorded is not None:
+            self.recorded.append(chosen)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            out = torch.where((chosen == i).unsqueeze(-1), expert(x), out)
+        return out * logits.softmax(-1).gather(-1, chosen.unsqueeze(-1))
+
+
+class Replaying(Routed):
+    @contextlib.contextmanager
+    def record(self):
+        self.recorded = []
+        yield self.recorded
+        self.recorded = None
+
+    @contextlib.contextmanager
+    def replay(self, recorded):
+        self.replayed = list(recorded)
+        yield
+        assert not self.replayed
+        self.replayed = None
+
+
+@pytest.mark.parametrize("make_ffn", [Routed, Replaying])
+def test_recorded_routing_wins_in_the_recompute(make_ffn):
+    model = build(shape(3), make_ffn=make_ffn)
+    expected = gradients(model, tokens(), stored=True)
+    for layer in model.layers:
+        layer.ffn.calls, layer.ffn.flips = 0, True
+    actual = gradients(model, tokens())
+    assert [layer.ffn.calls for layer in model.layers] == [2, 2, 2]
+    if make_ffn is Replaying:
+        assert_equal(actual, expected)
+        assert all(layer.ffn.recorded is layer.ffn.replayed is None for layer in model.layers)
+    else:
+        assert relative_error(actual, expected) > 1e-2  # what the record is for
+
+
+class Fickle(SwiGLU):
+    """Another function each time."""
+
+    def __init__(self, config, change):
+        super().__init__(config)
+        self.change, self.calls = change, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 2:
+            if self.change == "more":
+                return super().forward(x).exp().log()
+            if self.change == "fewer":
+                return x
+            return super().forward(x[:, :-1]).mean(1, keepdim=True).expand_as(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "shapes"])
+def test_another_function_in_backward_is_refused(change):
+    model = build(shape(1), make_ffn=lambda config: Fickle(config, change))
+    with pytest.raises(RuntimeError, match="not the same function in backward"):
+        gradients(model, tokens())
+
+
+def test_compiled_halves():
+    model = build(shape(2))
+    expected = gradients(model, tokens(), stored=True)
+    for layer in model.layers:
+        layer.attn.compile(backend="aot_eager")
+        layer.ffn.compile(backend="aot_eager")
+    assert_equal(gradients(model, tokens()), gradients(model, tokens(), stored=True))
+    assert relative_error(gradients(model, tokens()), expected) < 1e-6
+
+
+# Logging and memory
+
+
+def test_the_streams_maximum_is_that_of_forwards_alone():
+    model = build(shape())
+    seen = watch_inputs(model)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _m, _args, out: seen.append(out))
+    losses = [loss_of(model(tokens(seed))) for seed in (1, 2)]
+    expected = max(t.abs().max() for pair in seen for t in pair)
+    losses[0].backward()  # recomputes
+    largest = take_max(model.layers, "stream_max")
+    assert largest.shape == ()
+    assert largest == expected
+    losses[1].backward()
+    assert take_max(model.layers, "stream_max") is None
+    assert "stream_max" not in str(model.state_dict().keys())
+
+
+class Storages(TorchDispatchMode):
+    """Every storage that an operation has returned, whoever holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.seen[t.untyped_storage()._cdata] = (
+                    StorageWeakRef(t.untyped_storage()),
+                    t.untyped_storage().nbytes(),
+                )
+        return out
+
+    def live(self, *outside):
+        """Bytes of those still alive, but for these tensors'."""
+        skip = {t.untyped_storage()._cdata for t in outside}
+        return sum(n for key, (ref, n) in self.seen.items() if key not in skip and not ref.expired())
+
+
+def live_after_forward(layers, stored=False, **revffn):
+    model = build(shape(layers, **revffn))
+    with Storages() as storages:
+        loss = loss_of(model(tokens(), stored=stored))
+    take_max(model.layers, "stream_max")
+    live = storages.live(*model.parameters())
+    del loss
+    return live, storages.live(*model.parameters())
+
+
+def test_activations_after_forward_do_not_grow_with_depth():
+    gc.collect()
+    gc.disable()  # what a cycle holds would count as live
+    try:
+        flat = live_after_forward(2)
+        assert flat[0] > 0
+        assert flat[1] == 0  # freed with the graph, without a backward
+        for layers in (4, 16):
+            assert live_after_forward(layers) == flat
+        assert live_after_forward(4, coupling="revffn") == flat
+        stream = 2 * 10 * 16 * 4
+        for layers, every, anchors in ((4, 1, 3), (8, 2, 3), (9, 4, 2)):
+            live, after = live_after_forward(layers, anchor_every=every)
+            assert live - flat[0] == anchors * 2 * stream
+            assert after == 0
+        stored = [live_after_forward(layers, stored=True)[0] for layers in (2, 4, 6)]
+        assert stored[2] - stored[1] == stored[1] - stored[0] > 20 * stream
+    finally:
+        gc.enable()
+
+
+def test_activations_in_backward_do_not_grow_with_depth():
+    """The most that a backward holds at the beginning of a block, beside gradients of weights."""
+    peaks = {}
+    for layers in (3, 12):
+        model, found = build(shape(layers)), []
+        with Storages() as storages:
+            loss = loss_of(model(tokens()))
+            take_max(model.layers, "stream_max")
+
+            def look(_gradient, model=model, storages=storages, found=found):
+                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                found.append(storages.live(*model.parameters(), *grads))
+
+            for layer in model.layers:
+                layer.ffn.w2.weight.register_hook(look)
+            loss.backward()
+        peaks[layers] = found
+    assert len(peaks[12]) == 12
+    assert max(peaks[12]) == max(peaks[3])
