@@ -19,7 +19,7 @@ class ParameterCounts:
     norm: int
     """Weights of the norms."""
     active: int
-    """Linear weights that one token uses: `linear` in a dense model."""
+    """Linear weights that one token uses: `linear` in a dense model, those of top_k experts in a mixture."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,17 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Numbers of weights of the model with this shape."""
     dim, head_dim, layers = config.hidden_size, config.dim_per_head, config.num_layers
     attention = 2 * dim * head_dim * (config.num_heads + config.kv_heads)  # wq and wo, wk and wv
-    linear = layers * (attention + 3 * dim * config.ffn_size)
+    expert = 3 * dim * config.ffn_size
+    if config.ffn == "moe":
+        always = dim * config.moe.experts + 3 * dim * config.moe.shared_size  # router and shared expert
+        held, used = config.moe.experts * expert + always, config.moe.top_k * expert + always
+    else:
+        held = used = expert
+    linear = layers * (attention + held)
     embedding = config.vocab_size * dim * (1 if config.tied_embeddings else 2)
     norm = layers * (2 * dim + (2 * head_dim if config.qk_norm else 0)) + dim
-    return ParameterCounts(linear + embedding + norm, embedding, linear, norm, linear)
+    active = linear - layers * (held - used)
+    return ParameterCounts(linear + embedding + norm, embedding, linear, norm, active)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> FlopsPerToken:

@@ -5,8 +5,8 @@ of ranks starts from the same bits. Only exactly rounded operations are used (in
 + - * / sqrt in float64), so that the values do not depend on the device or on vector widths either.
 
 Linear and embedding weights are normal with standard deviation `config.std` (default sqrt(2 / (5 hidden)),
-"small init", arXiv 1910.05895); the projections that write to the residual stream (attn.wo, ffn.w2) have
-`config.std / sqrt(2 num_layers)` (GPT-2); norm weights are 1.
+"small init", arXiv 1910.05895), the router's too; the projections that write to the residual stream (attn.wo, ffn.w2,
+those of experts) have `config.std / sqrt(2 num_layers)` (GPT-2); norm weights are 1.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ GAMMA = 0x9E3779B97F4A7C15
 
 def parameter_std(name: str, config: ModelConfig) -> float:
     """Standard deviation of a matrix's initial values."""
-    residual = name.endswith(("attn.wo.weight", "ffn.w2.weight"))
+    residual = name.endswith(("attn.wo.weight", "ffn.w2.weight", "ffn.experts.w2", "ffn.shared.w2.weight"))
     return config.std / math.sqrt(2 * config.num_layers) if residual else config.std
 
 

@@ -1,5 +1,8 @@
 """A Llama-family decoder-only transformer (arXiv 2302.13971)."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -7,27 +10,42 @@ from stepline.kernels.cross_entropy import LossSums, linear_cross_entropy
 from stepline.models.attention import Attention, document_mask, document_positions, rope_tables
 from stepline.models.config import ModelConfig
 from stepline.models.ffn import SwiGLU
+from stepline.models.moe import MoE, Routing
 from stepline.models.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then pre-norm SwiGLU, each added to the residual stream."""
+    """Pre-norm attention, then a pre-norm feed-forward layer, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = SwiGLU(config)
+        self.ffn = MoE(config) if config.ffn == "moe" else SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x` and result `[batch, seq, hidden]`; tables of `rope_tables`; mask of `document_mask`."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, *routing: Routing
+    ) -> Tensor:
+        """`x` and result `[batch, seq, hidden]`; tables of `rope_tables`; `document_mask`; routing: of a MoE."""
         x = x + self.attn(self.attn_norm(x), cos, sin, mask)
-        return x + self.ffn(self.ffn_norm(x))
+        return x + self.ffn(self.ffn_norm(x), *routing)
+
+
+@contextlib.contextmanager
+def _counting(moes: list[MoE]) -> Iterator[None]:
+    """Within it these layers count; outside, where backward recomputes, they do not."""
+    for moe in moes:
+        moe.counting = True
+    try:
+        yield
+    finally:
+        for moe in moes:
+            moe.counting = False
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm and head. It has no buffers, so meta construction and `to_empty` lose nothing.
+    """Embedding, blocks, norm and head. Its buffers, those of experts' balance, all begin with zeros.
 
     The loss uses the head's weight directly: keep embedding, norm and head in the root's FSDP group.
     Weights are those of torch's constructors until `stepline.models.init` sets them.
@@ -44,8 +62,9 @@ class Transformer(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
-    ) -> Tensor | LossSums:
+        self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None,
+        loss_scale: Tensor | None = None,
+    ) -> Tensor | LossSums:  # fmt: skip
         """Logits `[batch, seq, vocab]`, or with targets the sums of the loss over them.
 
         Args:
@@ -54,6 +73,8 @@ class Transformer(nn.Module):
                 differentiate is `nll + config.z_loss * z`, times any constant.
             doc_ids: `[batch, seq]` integers; a run of equal ids is a document. Attention is confined to it
                 and positions start again with it. Ids may not return later in a row.
+            loss_scale: 0-dim, with targets: the constant that the loss is multiplied by before backward. The routers
+                of experts then count, and backward adds their losses with the same factor.
         """
         x = self.embed(tokens)
         if doc_ids is None:
@@ -62,8 +83,11 @@ class Transformer(nn.Module):
             positions, mask = document_positions(doc_ids), document_mask(doc_ids)
         # bf16 tables would round the angles' cosines to 8 bits; rotation is done in at least fp32
         cos, sin = rope_tables(self.config, positions, torch.promote_types(x.dtype, torch.float32))
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+        moes = [module for module in self.modules() if isinstance(module, MoE)]
+        routing = [] if loss_scale is None or not moes else [Routing(targets != -100, loss_scale)]
+        with _counting(moes):
+            for layer in self.layers:
+                x = layer(x, cos, sin, mask, *routing)
         x = self.norm(x)
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets is None:

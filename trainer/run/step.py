@@ -51,7 +51,8 @@ def accumulate(
     total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
     for i in range(len(inputs)):
         all_reduce_on_last(model, last=i == len(inputs) - 1)
-        sums = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i])
+        scale = replicas / valid.to(total.dtype)
+        sums = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i], scale)
         loss = sums.nll / valid
         if z_weight:
             loss = loss + z_weight * sums.z / valid
@@ -79,5 +80,6 @@ def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     skip = state.guard.check(loss, norm)
     result = synchronizer.step(lr, skip)
     synchronizer.zero_grad()
+    state.balance.step(skip)
     state.traffic.add(result.bytes_sent, result.bytes_received)
     return StepMeasures(loss, norm, skip)

@@ -182,7 +182,7 @@ class WandbLogger:
 
     def _send(self, run: Any, row: dict[str, Any]) -> None:
         if self._sent.lacks(row):
-            run.log(row)
+            run.log({k: v for k, v in row.items() if not isinstance(v, list)})  # a table is no curve
             self._sent.note(row)
 
     def _choose(self, mode: str) -> str:
