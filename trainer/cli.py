@@ -63,6 +63,11 @@ def plan(
     ] = None,
     peak_flops: Annotated[float | None, typer.Option(help="The same by its dense bf16 FLOP/s.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Measured MFU; 0.4 is assumed otherwise.")] = None,
+    link_mbit: Annotated[
+        float | None,
+        typer.Option(help="Mbit/s between replicas: which parallel.sync suits (needs a config)."),
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Replicas that the link joins.")] = None,
     as_json: Json = False,
 ) -> None:
     """Learning rate, weight decay and batch size from N and D, and why.
@@ -74,7 +79,7 @@ def plan(
     run_plan(
         Request(
             config, overrides or [], params, tokens, active_params, seq_len, world_size, micro_batch, law,
-            device, peak_flops, mfu,
+            device, peak_flops, mfu, link_mbit, replicas,
         ),
         as_json,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from stepline.models.flops import flops_per_token
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.cost import asked_hardware, iso_loss, run_cost
+from stepline.trainer.plan.cost import Hardware, asked_hardware, iso_loss, run_cost
 from stepline.trainer.plan.explain import plan_json, show
 from stepline.trainer.plan.law_file import named_law
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
@@ -15,6 +15,10 @@ from stepline.trainer.plan.memory import Layout, Memory, estimate, gigabytes
 from stepline.trainer.plan.planner import Inputs, Plan, check_range, law_values, make_plan
 from stepline.trainer.plan.resolve import Machine, auto_micro_batch, check_layout, config_inputs, config_law
 from stepline.trainer.plan.screen import screen
+from stepline.trainer.plan.sync_choice import Choice, Link, asked_layout
+
+BACKWARD_SHARE = 2 / 3
+"""Of the FLOPs of a step (models/flops.py)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Request:
     device: str | None
     peak_flops: float | None
     mfu: float | None
+    link_mbit: float | None = None
+    replicas: int | None = None
 
 
 def run_plan(ask: Request, as_json: bool) -> None:
@@ -50,21 +56,42 @@ def run_plan(ask: Request, as_json: bool) -> None:
         flops = 6 * (ask.active_params or ask.params)
     else:
         inputs, law, flops, config = from_config(ask, law)
+    layout = asked_layout(ask.link_mbit, ask.replicas, config, ask.world_size)
     machine = asked_hardware(ask.device, ask.peak_flops, ask.mfu, inputs.world_size)
     plan = make_plan(inputs, law)
     cost = None
     if machine is not None:
         cost = run_cost(inputs.tokens, flops, machine, plan.batch_critical_tokens, inputs.seq_len)
     trade = iso_loss(inputs.tokens, plan.batch_tokens, cost)
+    sync = None
+    if layout is not None:
+        sync = Choice(config, step_link(ask.link_mbit, *layout, plan, flops, machine))
+        config.parallel.shard = layout[1]
     memory = None if config is None else step_memory(config, plan)
     if as_json:
-        print(json.dumps(plan_json(plan, machine, cost, trade) | {"memory": memory and memory.json()}))
+        more = {"memory": memory and memory.json(), "sync": sync and sync.json()}
+        print(json.dumps(plan_json(plan, machine, cost, trade) | more))
         return
     console = screen()
     show(plan, machine, cost, trade, console)
     if memory is not None:
         text = f"memory: {gigabytes(memory.total)} on each device at the peak, in the {memory.moment}"
         console.print(text, highlight=False)
+    if sync is not None:
+        sync.show(console)
+
+
+def step_link(
+    mbit: float, replicas: int, shard: int, plan: Plan, flops_per_token: float, machine: Hardware | None
+) -> Link:
+    """The link, with the compute of a step on all ranks where the device's peak is known."""
+    if machine is None:
+        return Link(mbit, replicas, shard)
+    gpus = replicas * shard
+    compute_s = plan.batch_tokens * flops_per_token / (machine.peak * machine.mfu * gpus)
+    how = "given" if machine.measured else "assumed"
+    said = f"on {gpus:,} x {machine.device} at MFU {machine.mfu:.0%} ({how})"
+    return Link(mbit, replicas, shard, compute_s, compute_s * BACKWARD_SHARE / plan.grad_accumulation, said)
 
 
 def step_memory(config: Config, plan: Plan) -> Memory | None:

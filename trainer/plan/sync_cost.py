@@ -4,8 +4,8 @@ Bytes are those that the synchronisers of comm/ declare (StepResult), counted fr
 latency and the time to make and to read packets are extra. Imports no torch.
 """
 
+import itertools
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from stepline.comm.traffic import ring_bytes
@@ -49,11 +49,9 @@ class Exchange:
 
     def harmless_mbit(self, compute_s: float) -> float:
         """Mbit/s from which on a step is at most HARMLESS longer than `compute_s`."""
-        after = self.slower - self.overlapped
-        slowest = max(
-            after / HARMLESS, self.slower / (1 + HARMLESS)
-        )  # the overlapped part waits, or does not
-        return slowest * 8 / 1e6 / compute_s
+        after = (self.slower - self.overlapped) / HARMLESS
+        whole = self.slower / (1 + HARMLESS)  # where what is overlapped takes longer than the compute
+        return max(after, whole) * 8 / 1e6 / compute_s
 
 
 @dataclass(frozen=True)
@@ -193,21 +191,20 @@ class SyncBytes:
 
 def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
     """What the ranks of one replica exchange together, over the link that they share."""
-    ranks: Counter[tuple[Shape, ...]] = Counter()
-    exchanges: dict[tuple[Shape, ...], list[Exchange]] = {}
-    for rank in range(shard):
-        mine = SyncBytes(config, shard, replicas, rank)
-        held = tuple(shape for shape, _ in mine.local)
-        ranks[held] += 1
-        if held not in exchanges:
-            exchanges[held] = mine.every()
+    # A parameter's rows end in one rank: those before hold equal parts, those after nothing.
+    edges = {0, shard}
+    for shape, _ in model_parameters(config.model):
+        last = shape[0] // -(-shape[0] // shard)
+        edges |= {min(last, shard), min(last + 1, shard)}
+    alike = [(end - start, start) for start, end in itertools.pairwise(sorted(edges))]
+    parts = [(number, SyncBytes(config, shard, replicas, rank).every()) for number, rank in alike]
 
-    def whole(i: int, exchange: Exchange) -> Exchange:
-        ways = ("sent", "received", "overlapped")
-        sums = {way: sum(getattr(exchanges[h][i], way) * n for h, n in ranks.items()) for way in ways}
-        return replace(exchange, **sums)
+    def whole(i: int, way: str) -> float:
+        return sum(number * getattr(every[i], way) for number, every in parts)
 
-    return [whole(i, exchange) for i, exchange in enumerate(next(iter(exchanges.values())))]
+    ways = ("sent", "received", "overlapped")
+    first = parts[0][1]
+    return [replace(exchange, **{way: whole(i, way) for way in ways}) for i, exchange in enumerate(first)]
 
 
 def model_parameters(model: ModelConfig) -> list[tuple[Shape, bool]]:

@@ -150,14 +150,16 @@ def test_rates_of_a_large_model_are_those_of_the_documentation():
         assert int8 == pytest.approx((replicas - 1) / 32, rel=0.01)
 
 
-def test_the_ranks_of_a_replica_share_its_link():
+@pytest.mark.parametrize("shard", [1, 3, 5, 40, 200, 1000])
+def test_the_ranks_of_a_replica_share_its_link(shard):
     config = config_of({"sync": "demo", "demo": DEMO | {"delay": 1}})
-    ranks = [SyncBytes(config, 3, 2, rank).every() for rank in range(3)]
-    for i, link in enumerate(link_bytes(config, 3, 2)):
+    ranks = [SyncBytes(config, shard, 2, rank).every() for rank in range(shard)]
+    for i, link in enumerate(link_bytes(config, shard, 2)):
         for way in ("sent", "received", "overlapped"):
             assert getattr(link, way) == pytest.approx(sum(getattr(mine[i], way) for mine in ranks))
     whole = sum(math.prod(shape) for shape, _ in model_parameters(config.model))
-    assert link_bytes(config, 3, 2)[0].sent == pytest.approx(4 * whole, abs=3)
+    assert link_bytes(config, shard, 2)[0].sent == pytest.approx(4 * whole, abs=shard)
+    assert link_bytes(config, 10**12, 2)[0].sent == 4 * whole  # at once
 
 
 def test_seconds_of_a_step():

@@ -1,0 +1,176 @@
+"""`stepline plan --link-mbit`: which sync a link asks for, as a user calls it."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from stepline.models.flops import flops_per_token, parameter_counts
+from stepline.trainer.config_io import load_config
+from stepline.trainer.plan.command import Request, run_plan
+from stepline.trainer.plan.sync_choice import Choice, Link, bytes_text, rate_text, seconds_text
+
+NAMES = ("link_mbit", "replicas", "world_size", "device", "mfu", "params", "tokens", "seq_len", "micro_batch")
+
+
+def ask(config: str | None, *overrides: str, **options) -> Request:
+    known = dict.fromkeys(("active_params", "law", "peak_flops", *NAMES)) | options
+    return Request(config=config, overrides=list(overrides), **known)
+
+
+def sync_of(capsys, *arguments: str, **options) -> dict:
+    run_plan(ask(*arguments, **options), as_json=True)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_link_without_a_known_device(capsys):
+    plan = sync_of(capsys, "dense-1b", link_mbit=100.0, replicas=4)
+    sync, config = plan["sync"], load_config("dense-1b", [])[0]
+    total = parameter_counts(config.model).total
+    fp32, bf16, demo, random_k, diloco = sync["methods"]
+    assert (sync["mbit"], sync["replicas"], sync["shard"], sync["compute_s"]) == (100, 4, 1, None)
+    assert fp32["link_s"] == pytest.approx(4 * total * 2 * 3 / 4 * 8 / 100e6)
+    assert [m["of_all_reduce"] for m in (bf16, random_k, diloco)] == pytest.approx(
+        [1 / 2, 1 / 64, 1 / 32], rel=0.01
+    )
+    assert demo["link_s"] == pytest.approx(3 * 0.0202 * total * 8 / 100e6, rel=0.01)
+    assert demo["bytes_received"] == demo["link_bytes_received"]
+    assert {m["step_s"] for m in sync["methods"]} == {None}
+    assert sync["best"] == ["parallel.sync=demo"]
+    assert "6.38 s instead of 10.5 min, 99.2 times less than all-reduce fp32" in sync["says"]
+    assert "computes for 105 min or more" in sync["says"]
+    assert (
+        "next comes random-k bf16, 1/32 with 9.9 s; what each costs in loss is in benchmarks/RESULTS.md"
+        in sync["says"]
+    )
+
+
+def test_compute_of_a_step_decides_what_is_enough(capsys):
+    """64 GPUs in 16 replicas of four, which share a link."""
+    options = {"replicas": 16, "world_size": 64, "device": "H100 SXM", "mfu": 0.5}
+    plan = sync_of(capsys, "dense-1b", link_mbit=1000.0, **options)
+    sync, config = plan["sync"], load_config("dense-1b", [])[0]
+    compute = plan["batch_tokens"] * flops_per_token(config.model, config.data.seq_len).total
+    compute /= 989e12 * 0.5 * 64
+    assert (sync["replicas"], sync["shard"]) == (16, 4)
+    assert sync["compute_s"] == pytest.approx(compute)
+    assert sync["backward_s"] == pytest.approx(compute * 2 / 3 / plan["grad_accumulation"])
+    fp32 = sync["methods"][0]
+    assert fp32["link_bytes_sent"] == pytest.approx(4 * fp32["bytes_sent"])
+    assert fp32["step_s"] == pytest.approx(compute + fp32["link_s"])
+    assert sync["best"] == ["parallel.sync=demo"]
+    assert plan["memory"]["total"] > 0
+
+    above = sync_of(capsys, "dense-1b", link_mbit=fp32["harmless_mbit"], **options)["sync"]
+    assert above["best"] == ["parallel.sync=all_reduce"]
+    assert above["methods"][0]["step_s"] == pytest.approx(1.1 * compute)
+    half = sync["methods"][1]["harmless_mbit"]
+    halved = sync_of(capsys, "dense-1b", link_mbit=half, **options)["sync"]
+    assert halved["best"] == ["parallel.sync=all_reduce", "precision.reduce=bf16"]
+    assert "is enough" in halved["says"]
+
+
+def test_the_ranks_of_a_config_that_says_its_shard(capsys):
+    sync = sync_of(capsys, "dense-1b", "parallel.shard=4", link_mbit=10.0, world_size=8)["sync"]
+    assert (sync["replicas"], sync["shard"]) == (2, 4)
+    sync = sync_of(capsys, "dense-1b", "parallel.shard=4", link_mbit=10.0, replicas=3)["sync"]
+    assert (sync["replicas"], sync["shard"]) == (3, 4)
+    assert sync_of(capsys, "dense-1b")["sync"] is None
+
+
+def test_an_exchange_that_overlaps_is_said_so(capsys):
+    late = ("dense-1b", "parallel.sync=demo", "parallel.demo.delay=1")
+    sync = sync_of(capsys, *late, link_mbit=100.0, replicas=4)["sync"]
+    demo = sync["methods"][2]
+    assert demo["overlapped_bytes"] == demo["link_bytes_received"]
+    assert any("demo's exchange runs beside the next forward and backward" in note for note in sync["notes"])
+    sync = sync_of(capsys, *late, link_mbit=100.0, replicas=16)["sync"]
+    demo = sync["methods"][2]
+    assert 0 < demo["overlapped_bytes"] < demo["link_bytes_received"]
+    assert any("demo's first half of the exchange runs beside" in note for note in sync["notes"])
+
+
+def test_the_table_fits_80_columns_and_is_printed_after_the_plan():
+    config = load_config("dense-8b", ["parallel.sync=demo", "parallel.diloco.fragments=3"])[0]
+    console = Console(width=80, file=io.StringIO())
+    Choice(config, Link(123.4, 64, 8, 2.5, 0.1, "on 512 x H100 SXM at MFU 40% (assumed)")).show(console)
+    lines = console.file.getvalue().splitlines()
+    table = lines[: next(i for i, line in enumerate(lines) if line.startswith("ratio:"))]
+    assert max(map(len, table)) <= 80
+    for name in ("all-reduce fp32", "all-reduce bf16", "demo int8, 1/128, owners", "random-k bf16, 1/32"):
+        assert any(line.strip().startswith(name) for line in table)
+    assert "diloco's is a mean: 3 x" in console.file.getvalue()
+
+
+def test_command_line():
+    command = [
+        sys.executable,
+        "-m",
+        "stepline.trainer",
+        "plan",
+        "dense-1b",
+        "--link-mbit",
+        "94",
+        "--replicas",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "parallel.sync=demo wins at 94 Mbit/s between 2 replicas" in done.stdout
+    assert done.stdout.index("learning rate") < done.stdout.index("How 2 replicas agree over 94 Mbit/s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["dense-1b", "--replicas", "2"], "--replicas needs --link-mbit"),
+        (["dense-1b", "--link-mbit", "100"], "--link-mbit needs --replicas"),
+        (["dense-1b", "--link-mbit", "100", "--world-size", "8"], "--link-mbit needs --replicas"),
+        (["dense-1b", "--link-mbit", "0", "--replicas", "2"], "--link-mbit is 0"),
+        (["dense-1b", "--link-mbit", "nan", "--replicas", "2"], "--link-mbit is nan"),
+        (["dense-1b", "--link-mbit", "100", "--replicas", "1"], "--replicas is 1; it must be between 2"),
+        (
+            ["dense-1b", "--link-mbit", "100", "--replicas", "3", "--world-size", "8"],
+            "--replicas 3 does not divide the 8 ranks",
+        ),
+        (
+            ["dense-1b", "--link-mbit", "9", "--replicas", "2", "--world-size", "8", "parallel.shard=2"],
+            "parallel.shard 2 makes 4 replicas of 8 ranks",
+        ),
+        (
+            ["dense-1b", "--link-mbit", "9", "--world-size", "8", "parallel.shard=3"],
+            "parallel.shard 3 does not divide",
+        ),
+        (["dense-1b", "--link-mbit", "9", "--world-size", "8", "parallel.shard=8"], "two replicas at least"),
+        (["--params", "1e9", "--tokens", "1e10", "--link-mbit", "9", "--replicas", "2"], "needs a config"),
+    ],
+)
+def test_mistakes(arguments, sentence, capsys, monkeypatch):
+    from stepline.trainer.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["stepline", "plan", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    out, error = capsys.readouterr()
+    assert left.value.code == 2
+    assert out == ""
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_numbers_as_text():
+    seconds = (0.0141, 2.6, 119, 450, 11520, 1e6)
+    assert [seconds_text(s) for s in seconds] == [
+        "14.1 ms",
+        "2.6 s",
+        "119 s",
+        "7.5 min",
+        "3.2 h",
+        "11.6 days",
+    ]
+    assert [bytes_text(n) for n in (12, 74_640, 5.27e9)] == ["12 B", "74.6 kB", "5.27 GB"]
+    assert [rate_text(n) for n in (94, 1500, 400_000)] == ["94 Mbit/s", "1.5 Gbit/s", "400 Gbit/s"]
