@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from stepline.comm.mesh import World
 from stepline.comm.probe import Meeting, Rates, all_reduce_rates
+from stepline.trainer.plan.sync_choice import rule
 from stepline.trainer.run.doctor_machine import GB, nearest_folder
-from stepline.trainer.run.doctor_report import Check, name_ranks, reason
+from stepline.trainer.run.doctor_report import Check, look, name_ranks, reason
 
 GPU_BYTES, CPU_BYTES = 64_000_000, 16_000_000
 """Size of the large all-reduce."""
@@ -203,7 +204,11 @@ def measure(meeting: Meeting, site: Site) -> list[Check]:
     else:
         checks.append(Check("nccl", "missing", None, "not needed without a GPU"))
     backend = "nccl" if site.device.type == "cuda" else "gloo"
-    return [*checks, check_all_reduce(backend, rates.get(backend))]
+    checks.append(check_all_reduce(backend, rates.get(backend)))
+    if checks[-1].status in ("ok", "warning"):
+        nodes = max(1, site.world.size // site.world.local_size)
+        checks.append(look("sync", check_sync, rates[backend], nodes))
+    return checks
 
 
 def within(seconds: float, work: Callable[[], None]) -> str | None:
@@ -273,3 +278,13 @@ def check_all_reduce(backend: str, rates: Rates | None) -> Check:
         says += ": slow for sharding, see by NCCL_DEBUG=INFO which way it takes"
         return Check(name, "warning", value, says)
     return Check(name, "ok", value, says)
+
+
+def check_sync(rates: Rates, nodes: int) -> Check:
+    """Which `parallel.sync` the measured bandwidth asks for, between machines where there are several.
+
+    A ring over all ranks crosses each machine's link as often as one over the machines alone.
+    """
+    between = f"{nodes} machines" if nodes > 1 else f"{rates.ranks} ranks of this machine"
+    value, says = rule(rates.bus_bytes_per_s * 8 / 1e6, nodes if nodes > 1 else rates.ranks, between)
+    return Check("sync", "ok", value, says)

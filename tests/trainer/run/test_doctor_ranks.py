@@ -57,6 +57,9 @@ def test_two_ranks_alike(pool, tmp_path):
     assert (rate["backend"], rate["ranks"], rate["exact"]) == ("gloo", 2, True)
     assert rate["bus_bytes_per_s"] == pytest.approx(rate["bytes"] / rate["seconds"])  # 2 (n - 1) / n is 1
     assert 0 < rate["latency_s"] < rate["seconds"]
+    sync = named(report, "sync")["value"]
+    assert sync["mbit"] == pytest.approx(rate["bus_bytes_per_s"] * 8 / 1e6)
+    assert sync["replicas"] == 2
     assert named(report, "ranks")["value"] == {
         "size": 2,
         "hosts": {platform.node(): [0, 1]},
@@ -154,3 +157,26 @@ def test_bandwidth_of_the_bus_and_damaged_sums():
     wrong = Rates(bytes=64_000_000, seconds=0.001, latency_s=1e-5, exact=False, ranks=4)
     check = doctor_ranks.check_all_reduce("nccl", wrong)
     assert (check.status, "sums over nccl are wrong" in check.says) == ("broken", True)
+
+
+def test_the_sync_that_a_measured_link_asks_for():
+    """dense-1b has 1.317B parameters: all-reduce 4 bytes each for two machines, DeMo .0202 (docs/slow-links.md)."""
+    rates = Rates(
+        bytes=16_000_000, seconds=2 * 15 / 16 * 16e6 * 8 / 94e6, latency_s=1e-3, exact=True, ranks=16
+    )
+    check = doctor_ranks.check_sync(rates, 2)
+    params = 1_317_373_952
+    found = check.value["link_s"]
+    assert check.value["mbit"] == pytest.approx(94)
+    assert found["all-reduce fp32"] == pytest.approx(4 * params * 8 / 94e6)
+    assert found["all-reduce bf16"] == pytest.approx(2 * params * 8 / 94e6)
+    assert found["demo int8, 1/128"] == pytest.approx(0.0202 * params * 8 / 94e6, rel=0.01)
+    assert check.value["best"] == ["parallel.sync=demo"]
+    assert check.says == (
+        "at 94 Mbit/s between 2 machines a step of 1.3B parameters spends 7.47 min in all-reduce fp32, 2.26 s in "
+        "demo int8, 1/128, other sizes in proportion: parallel.sync=demo, unless a step computes for 74.7 min or "
+        "more"
+    )
+    alone = doctor_ranks.check_sync(Rates(16_000_000, 0.01, 1e-5, exact=True, ranks=4), 1)
+    assert alone.value["replicas"] == 4
+    assert "between 4 ranks of this machine" in alone.says
