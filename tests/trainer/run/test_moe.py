@@ -1,0 +1,108 @@
+"""Runs of mixtures of experts: every layout, recompute, compile and synchroniser against one plain rank."""
+
+import shutil
+
+import pytest
+import torch
+
+from stepline.trainer.run.manifest import complete_checkpoints
+
+MOE = [
+    "model.ffn=moe", "model.hidden_size=40", "model.head_dim=12", "model.ffn_size=24", "model.moe.experts=5",
+    "model.moe.shared_size=10", "model.moe.bias_rate=0.05",
+]  # fmt: skip
+
+
+def column(rows: list[dict], key: str = "loss") -> torch.Tensor:
+    return torch.tensor([r[key] for r in rows if "loss" in r], dtype=torch.float64)
+
+
+TOGETHER = ["data.confine_attention=true", "budget.batch_tokens=512"]
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, []),
+        (4, ["parallel.shard=4", "optimizer.name=muon"]),
+        (4, ["parallel.shard=2", "parallel.micro_batch=1", "run.recompute=full", *TOGETHER]),
+        (
+            4,
+            [
+                "parallel.shard=2", "parallel.micro_batch=1", "run.recompute=selective", "optimizer.name=muon",
+                "parallel.reshard_after_forward=false", *TOGETHER,
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options):
+    """In float64 to 1e-12 over 20 steps, the experts' loads to the token."""
+    common = [*MOE, "precision.compute=fp64", *(o for o in options if o in TOGETHER or "optimizer" in o)]
+    one = train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=16", *common)
+    many = train(world, tiny_config, tmp_path / "many", *common, *options)
+    assert column(one)[-1] < column(one)[0] - 0.4
+    assert (column(many) / column(one) - 1).abs().max() < 1e-12
+    for key in ("expert_load", "router_entropy", "router_bias_range", "experts_dead", "router_loss"):
+        for mine, theirs in zip(many, one, strict=True):
+            assert torch.allclose(torch.tensor(mine.get(key, 0)), torch.tensor(theirs.get(key, 0))), key
+    load = torch.tensor(one[5]["expert_load"])
+    assert load.mean(1).tolist() == pytest.approx([1, 1], abs=1e-4)
+
+
+def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path):
+    options = [*MOE, "model.num_layers=1", "budget.steps=8"]
+    plain = train(1, tiny_config, tmp_path / "plain", *options)
+    compiled = train(
+        2, tiny_config, tmp_path / "compiled", "run.compile=true", "run.recompute=full", *options
+    )
+    assert (column(compiled) / column(plain) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("balance", ["global", "switch"])
+def test_balance_losses_even_the_load(train, tiny_config, tmp_path, balance):
+    """`global` sees the micro-batches of all ranks: on two ranks it is what one rank with both sees."""
+    options = [*MOE, "precision.compute=fp64", "budget.batch_tokens=128", f"model.moe.balance={balance}"]
+    options += ["model.moe.balance_loss=0.1", "budget.steps=40"]
+    two = train(2, tiny_config, tmp_path / "two", *options, "parallel.micro_batch=2")
+    one = train(1, tiny_config, tmp_path / "one", *options, "parallel.micro_batch=4")
+    without = train(2, tiny_config, tmp_path / "none", *options, "model.moe.balance=none")
+    gap = (column(two) / column(one) - 1).abs().max()
+    assert gap < 1e-12 if balance == "global" else gap > 1e-9
+    tail = [column(rows, "router_balance")[-10:].mean() for rows in (two, without)]
+    assert 1 <= tail[0] < tail[1]
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        ["demo", "parallel.demo.chunk=8"],
+        ["demo", "parallel.demo.chunk=8", "optimizer.name=muon"],
+        ["diloco", "parallel.diloco.every=3"],
+        ["random_k"],
+    ],
+)
+def test_replicas_across_slow_links(train, tiny_config, tmp_path, sync):
+    """Bit-identical replicas (they are compared in every step), biases alike, a bitwise resume."""
+    options = [*MOE, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2", "budget.steps=12"]
+    options += ["parallel.check_replicas_every=1", "checkpoint.every=5"]
+    straight = train(4, tiny_config, tmp_path / "straight", *options)
+    assert column(straight)[-3:].mean() < column(straight)[0] - 0.1
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
+        shutil.rmtree(checkpoint)
+    again = train(4, tiny_config, tmp_path / "again", *options, resume="auto")
+    for key in ("loss", "grad_norm", "router_bias_range", "expert_load"):
+        assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
+
+
+def test_resume_with_other_ranks(train, tiny_config, tmp_path):
+    """2 -> 4 processes: biases and experts go on where they were."""
+    straight = train(
+        2, tiny_config, tmp_path / "straight", *MOE, "checkpoint.every=10", "precision.compute=fp64"
+    )
+    for checkpoint in complete_checkpoints(tmp_path / "straight")[1:]:
+        shutil.rmtree(checkpoint)
+    options = [*MOE, "checkpoint.every=10", "precision.compute=fp64", "parallel.shard=2"]
+    again = train(4, tiny_config, tmp_path / "straight", *options, resume="auto")
+    assert (column(again) / column(straight) - 1).abs().max() < 1e-12
+    assert again[-1].get("val_loss") == pytest.approx(straight[-1].get("val_loss"), rel=1e-12)
