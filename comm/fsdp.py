@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 ONE_GROUP_BYTES = 16 * 2**20
 """Parameters that are gathered at once where they stay gathered: below this, latency costs more than bandwidth."""
@@ -21,6 +22,8 @@ def shard_model(
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
     replicate: bool = True,
+    experts: Iterable[nn.Module] = (),
+    expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """`fully_shard` on each block, then on the root (embedding, final norm, head), in place.
 
@@ -32,15 +35,28 @@ def shard_model(
     `replicate` the replicas are left to a synchroniser, and gradients are summed over the ranks of one alone.
 
     A small model whose parameters stay gathered anyway is one group: one collective each way, not one a block.
+
+    experts: modules whose parameters lie on `expert_mesh["ep"]` already: they are sharded over the ranks that hold the
+    same experts, by expert, or by row where there are fewer experts than such ranks.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if not reshard_after_forward and size <= ONE_GROUP_BYTES:
         blocks = ()
-    mesh = mesh if replicate and mesh["replicate"].size() > 1 else mesh["shard"]
+    replicate = replicate and mesh["replicate"].size() > 1
+    mesh = mesh if replicate else mesh["shard"]
     # Inputs are left as they are: the blocks' rotary tables stay in fp32, and the rest has the compute type already.
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
+    for module in experts:
+        cut = expert_mesh["replicate", "shard_mod_ep"] if replicate else expert_mesh["shard_mod_ep"]
+        ranks, by_row = expert_mesh["shard_mod_ep"].size(), None
+        if any(local(p).shape[0] % ranks for p in module.parameters()):
+            by_row = _by_row  # FSDP2 cuts evenly where another dimension is not
+        fully_shard(
+            module, mesh=cut, mp_policy=policy, reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=by_row,
+        )  # fmt: skip
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root's parameters are used at both ends of the step: they stay gathered between forward and backward.
@@ -49,6 +65,11 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def _by_row(_parameter: nn.Parameter) -> Shard:
+    """Of a stack of matrices."""
+    return Shard(1)
 
 
 def forget_gathered(model: nn.Module) -> None:
@@ -70,20 +91,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_slice(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(local shape, global offset per dimension) of this rank's part of a parameter.
-
-    Offsets follow the layout of `fully_shard`, which shards dimension 0 in chunks of ceil(rows / ranks).
-    """
-    shape = tuple(local(parameter).shape)
-    offset = [0] * len(shape)
-    if isinstance(parameter, DTensor):
-        for dimension, placement in enumerate(parameter.placements):
-            if placement.is_shard():
-                ranks = parameter.device_mesh.size(dimension)
-                chunk = -(-parameter.shape[placement.dim] // ranks)
-                rank = parameter.device_mesh.get_local_rank(dimension)
-                offset[placement.dim] = min(rank * chunk, parameter.shape[placement.dim])
-    return shape, tuple(offset)
+    """(local shape, global offset per dimension) of this rank's part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return tuple(parameter.shape), (0,) * parameter.ndim
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    return tuple(shape), tuple(offset)
 
 
 def global_norm(gradients: list[torch.Tensor], mesh: DeviceMesh | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ The bias b is of the choice alone. Nothing is dropped unless `capacity` says so.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,15 @@ class Routing:
     """0-dim: the factor of the loss's sum over tokens, and so of the routers'."""
 
 
+class Exchange(Protocol):
+    """Sends rows to the ranks that hold their experts (comm/experts.py)."""
+
+    def to_owners(
+        self, rows: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]: ...
+    def own_weight(self, weight: Tensor) -> Tensor: ...
+
+
 class Experts(nn.Module):
     """One SwiGLU for each expert, their weights stacked."""
 
@@ -41,10 +51,16 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(experts, inner, width))
         self.w3 = nn.Parameter(torch.empty(experts, inner, width))
         self.w2 = nn.Parameter(torch.empty(experts, width, inner))
+        self.exchange: Exchange | None = None
+        """Where other ranks hold some of the experts: how rows get there."""
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """`x` and result `[rows, width]`, sorted by expert; counts: `[experts]` int64, rows of each."""
-        return grouped_swiglu(x, self.w1, self.w3, self.w2, counts)
+        weights = (self.w1, self.w3, self.w2)
+        if self.exchange is None:
+            return grouped_swiglu(x, *weights, counts)
+        x, counts, back = self.exchange.to_owners(x, counts)
+        return back(grouped_swiglu(x, *map(self.exchange.own_weight, weights), counts))
 
 
 def grouped_swiglu(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, counts: Tensor) -> Tensor:

@@ -144,6 +144,9 @@ class ParallelConfig(Section):
     shard: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Ranks that shard one replica (replicas = world / shard); auto: on GPUs the fewest with which a step fits
     in their memory, else all ranks; where sync is not all_reduce, the ranks of a node, on one node 1."""
+    experts: int = Field(1, ge=1)
+    """Ranks of a replica among which a mixture's experts are dealt (expert parallelism); the rest of the replica
+    shards what each of them holds."""
     sync: Literal["all_reduce", "demo", "diloco", "random_k"] = "all_reduce"
     """How replicas agree: on every gradient; or, over slow links, on a small part of what they would tell each
     other (demo, random_k) or now and then (diloco)."""
@@ -246,6 +249,7 @@ class Config(Section):
 
 MAY_CHANGE_ON_RESUME = (
     "parallel.shard",
+    "parallel.experts",
     "parallel.micro_batch",
     "parallel.reshard_after_forward",
     "parallel.timeout_s",

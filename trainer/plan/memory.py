@@ -93,11 +93,11 @@ def fit_layout(
     shards = [world] if auto_shard else [parallel.shard]
     slow_links = auto_shard and parallel.sync != "all_reduce"
     if slow_links:
-        shards = [math.gcd(world, node) if node < world else 1]
+        shards = [math.lcm(parallel.experts, math.gcd(world, node) if node < world else 1)]
     if memory_bytes is None:
         return shards[-1], micro_batch, []
     if auto_shard and device == "cuda" and not slow_links:
-        shards = [n for n in range(1, world + 1) if world % n == 0]
+        shards = [n for n in range(parallel.experts, world + 1) if world % n == 0 and n % parallel.experts == 0]
     share = math.ceil(batch_windows / world)
 
     def need(shard: int, windows: int) -> int:

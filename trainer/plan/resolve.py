@@ -100,6 +100,7 @@ def resolve(
     settle("run", "compile", machine.device == "cuda", "machine")
     if parallel.shard != "auto":
         check_layout(parallel.shard, world)
+    check_experts(config, world)
 
     law = config_law(config)
     inputs = config_inputs(config, world, corpus_tokens)
@@ -141,6 +142,32 @@ def check_layout(shard: int, world: int) -> None:
         )
     if world % shard:
         raise UserError(f"parallel.shard {shard} does not divide the {world} ranks; choose a divisor")
+
+
+def check_experts(config: Config, world: int) -> None:
+    """Raises UserError for a number of parts that the experts, or the ranks of a replica, cannot make."""
+    parts, shard = config.parallel.experts, config.parallel.shard
+    if parts == 1:
+        return
+    if config.model.ffn != "moe":
+        raise UserError("parallel.experts deals a mixture's experts; set it to 1, or model.ffn to moe")
+    ranks = world if shard == "auto" else shard
+    if ranks % parts:
+        raise UserError(
+            f"parallel.experts {parts} does not divide the {ranks} ranks of a replica; the nearest that does: "
+            f"{nearest_divisor(ranks, parts)}"
+        )
+    if config.model.moe.experts % parts:
+        both = math.gcd(ranks, config.model.moe.experts)
+        raise UserError(
+            f"the {config.model.moe.experts} experts cannot be dealt evenly to {parts} ranks (parallel.experts); the "
+            f"nearest possible: {nearest_divisor(both, parts)}"
+        )
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`, the smaller of two."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
 def auto_micro_batch(config: Config, batch_tokens: float, machine: Machine) -> int:

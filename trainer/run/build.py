@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from stepline.comm.experts import expert_mesh, place_experts
 from stepline.comm.fsdp import local, shard_model, shard_slice
 from stepline.models.init import init_parameter
 from stepline.models.moe import MoE
@@ -44,6 +45,11 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         for module in model.modules():
             if isinstance(module, MoE):
                 module.sum_ranks = all_sum
+    experts, cut = [m.experts for m in model.modules() if isinstance(m, MoE)], None
+    if config.parallel.experts > 1 and mesh is not None:
+        cut = expert_mesh(mesh, config.parallel.experts)
+        for module in experts:
+            place_experts(module, cut)
     replicate = config.parallel.sync == "all_reduce"  # otherwise the replicas are the synchroniser's
     if mesh is not None and (
         (mesh if replicate else mesh["shard"]).size() > 1 or compute != master_dtype(config)
@@ -56,6 +62,8 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
             reduce_dtype=reduce_dtype(config),
             replicate=replicate,
             reshard_after_forward=config.parallel.reshard_after_forward,
+            experts=experts if cut is not None else (),
+            expert_mesh=cut,
         )
     model.to_empty(device=device)
     initialise(model, config)

@@ -49,6 +49,56 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
     assert load.mean(1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
+EP = [*MOE, "precision.compute=fp64", "model.moe.experts=8", "budget.steps=12"]
+
+
+GLOBAL = ["model.moe.balance=global", "budget.batch_tokens=128"]  # one micro-batch, so that its loss is one
+
+
+@pytest.mark.parametrize(
+    ("world", "experts", "options"),
+    [
+        (2, 8, ["parallel.experts=2"]),
+        (4, 8, ["parallel.experts=4", "run.recompute=full"]),
+        (4, 8, ["parallel.experts=2", "optimizer.name=muon"]),
+        (4, 6, ["parallel.experts=2", "parallel.reshard_after_forward=false"]),
+        (
+            4,
+            8,
+            ["parallel.experts=2", "parallel.shard=2", "parallel.micro_batch=1", *GLOBAL],
+        ),
+    ],
+)
+def test_expert_parallelism_gives_the_curve_of_one_plain_rank(
+    train, tiny_config, tmp_path, world, experts, options
+):
+    """Alone, with FSDP2 over what is left (by expert, by row where they do not divide), with HSDP."""
+    common = [
+        *EP,
+        f"model.moe.experts={experts}",
+        *(o for o in options if o.startswith(("model", "optim", "budget"))),
+    ]
+    one = train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=6", *common)
+    many = train(world, tiny_config, tmp_path / "many", *common, *options)
+    assert (column(many) / column(one) - 1).abs().max() < 1e-12
+    assert (column(many, "grad_norm") / column(one, "grad_norm") - 1).abs().max() < 1e-10
+
+
+def test_resume_with_other_ranks_for_the_experts(train, tiny_config, tmp_path):
+    """4 processes that share experts two by two, then 2 that all hold all, then 4 by fours."""
+    options = [*EP, "checkpoint.every=4", "checkpoint.keep=9"]
+    straight = train(1, tiny_config, tmp_path / "one", *options)
+    folder = tmp_path / "resized"
+    train(4, tiny_config, folder, *options, "parallel.experts=2")
+    for world, degree, keep_until in ((2, 1, 4), (4, 4, 8)):
+        for path in complete_checkpoints(folder):
+            if int(path.name.removeprefix("step-")) > keep_until:
+                shutil.rmtree(path)
+        layout = [f"parallel.experts={degree}", "parallel.shard=auto"]
+        rows = train(world, tiny_config, folder, *options, *layout, resume="auto")
+    assert (column(rows) / column(straight) - 1).abs().max() < 1e-12
+
+
 def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path):
     options = [*MOE, "model.num_layers=1", "budget.steps=8"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
