@@ -100,12 +100,8 @@ class Half:
         iterations: int = 0,
         on_residual: Callable[[Tensor], None] | None = None,
     ):
-        self.branch, self.streams, self.iterations, self.on_residual = (
-            branch,
-            streams,
-            iterations,
-            on_residual,
-        )
+        self.branch, self.streams = branch, streams
+        self.iterations, self.on_residual = iterations, on_residual
         self.routed = routed if hasattr(routed, "record") and hasattr(routed, "replay") else None
         self.holders: list[weakref.ref[_Holder]] = []
         self.filled = 0
@@ -129,7 +125,7 @@ class Half:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_random_numbers(own.device, self.rng))
             for kind, dtype, enabled in self.autocast:
-                # a weight cast under no_grad and cached would lose its place in the graph
+                # a cache would keep the cast copy of every weight until an autocast around backward ends
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             if self.routed is not None:
                 stack.enter_context(self.routed.replay(self.routing))

@@ -144,4 +144,4 @@ def test_fixed_point_under_fsdp(pool):
     for found, after_forward, after_backward in pool.run(2, train, options):
         assert not any(after_forward + after_backward)
         for name, gradient in reference.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-4)  # of up to 70
