@@ -29,7 +29,7 @@ import torch.multiprocessing
 from stepline.comm.mesh import build_mesh
 from stepline.kernels.cross_entropy import linear_cross_entropy
 from stepline.models.attention import rope_tables
-from stepline.models.config import ModelConfig
+from stepline.models.config import ModelConfig, MoEConfig
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
 from stepline.trainer.plan.memory import Layout, estimate
@@ -47,6 +47,7 @@ BLOCKS = {
     "ffn_size": 768,
 }
 """Activations of the blocks are most of it."""
+MIXTURE = {"ffn": "moe", "ffn_size": 256, "moe": MoEConfig(experts=12, top_k=3, shared_size=128)}
 LOGITS = {"vocab_size": 16384, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
 """Logits and embedding are most of it."""
 
@@ -106,6 +107,8 @@ CASES = [
     Case("muon's update", BLOCKS, micro_batch=1, settings=MUON),
     Case("reversible", BLOCKS, reversible=True),
     Case("reversible, 24 blocks, qk-norm", BLOCKS | {"num_layers": 24, "qk_norm": True}, reversible=True),
+    Case("experts", BLOCKS | MIXTURE),
+    Case("experts, recompute full, two ranks", BLOCKS | MIXTURE, world=2, settings=FULL),
     Case("logits", LOGITS, micro_batch=8),
     Case("logits, tied, recompute full", LOGITS | {"tied_embeddings": True}, micro_batch=8, settings=FULL),
     Case("mixed precision", BLOCKS | {"num_layers": 3}, micro_batch=2, settings=MIXED),
@@ -182,7 +185,7 @@ def _half(read, written, gradient, function):
     return before, read.grad
 
 
-def reversible_forward(model, tokens, targets, doc_ids=None):
+def reversible_forward(model, tokens, targets, doc_ids=None, loss_scale=None):
     """Transformer.forward with its blocks as a reversible stack."""
     x = model.embed(tokens)
     cos, sin = rope_tables(model.config, torch.arange(tokens.shape[1]), x.dtype)

@@ -1,6 +1,6 @@
 """FSDP2 sharding of a model handed over as a list of blocks, with sums instead of means over ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ def shard_model(
     replicate: bool = True,
     experts: Iterable[nn.Module] = (),
     expert_mesh: DeviceMesh | None = None,
+    keep_matrices: bool = False,
 ) -> None:
     """`fully_shard` on each block, then on the root (embedding, final norm, head), in place.
 
@@ -37,7 +38,10 @@ def shard_model(
     A small model whose parameters stay gathered anyway is one group: one collective each way, not one a block.
 
     experts: modules whose parameters lie on `expert_mesh["ep"]` already: they are sharded over the ranks that hold the
-    same experts, by expert, or by row where there are fewer experts than such ranks.
+    same experts.
+
+    Stacks of matrices are cut into matrices, or by row where that comes out even and the other does not; by matrix
+    always with `keep_matrices`, as an optimizer may need them whole.
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if not reshard_after_forward and size <= ONE_GROUP_BYTES:
@@ -50,26 +54,33 @@ def shard_model(
     )
     for module in experts:
         cut = expert_mesh["replicate", "shard_mod_ep"] if replicate else expert_mesh["shard_mod_ep"]
-        ranks, by_row = expert_mesh["shard_mod_ep"].size(), None
-        if any(local(p).shape[0] % ranks for p in module.parameters()):
-            by_row = _by_row  # FSDP2 cuts evenly where another dimension is not
+        place = _stacks(expert_mesh["shard_mod_ep"].size(), keep_matrices)
         fully_shard(
-            module, mesh=cut, mp_policy=policy, reshard_after_forward=reshard_after_forward,
-            shard_placement_fn=by_row,
+            module, mesh=cut, mp_policy=policy, reshard_after_forward=reshard_after_forward, shard_placement_fn=place
         )  # fmt: skip
+    place = _stacks(mesh.size(-1) if mesh.ndim > 1 else mesh.size(), keep_matrices)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, shard_placement_fn=place
+        )  # fmt: skip
     # The root's parameters are used at both ends of the step: they stay gathered between forward and backward.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, shard_placement_fn=place)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
-def _by_row(_parameter: nn.Parameter) -> Shard:
-    """Of a stack of matrices."""
-    return Shard(1)
+def _stacks(ranks: int, keep_matrices: bool) -> Callable[[nn.Parameter], Shard | None]:
+    """Stacks of matrices are cut into matrices; by row where `ranks` divide the rows and not the matrices."""
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        if parameter.ndim < 3 or keep_matrices:
+            return None
+        matrices, rows = local(parameter).shape[:2]
+        return Shard(1) if matrices % ranks and rows % ranks == 0 else None
+
+    return place
 
 
 def forget_gathered(model: nn.Module) -> None:

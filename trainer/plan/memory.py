@@ -97,7 +97,9 @@ def fit_layout(
     if memory_bytes is None:
         return shards[-1], micro_batch, []
     if auto_shard and device == "cuda" and not slow_links:
-        shards = [n for n in range(parallel.experts, world + 1) if world % n == 0 and n % parallel.experts == 0]
+        shards = [
+            n for n in range(parallel.experts, world + 1) if world % n == 0 and n % parallel.experts == 0
+        ]
     share = math.ceil(batch_windows / world)
 
     def need(shard: int, windows: int) -> int:

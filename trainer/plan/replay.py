@@ -13,7 +13,7 @@ from collections import Counter
 
 from stepline.trainer.config import Config
 from stepline.trainer.plan.sync_memory import SyncMemory
-from stepline.trainer.plan.tensors import Group, Sizes, block_group, root_group
+from stepline.trainer.plan.tensors import Group, Sizes, block_group, ffn_shapes, root_group
 
 CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
 """Of kernels/cross_entropy.py, which imports torch."""
@@ -242,17 +242,24 @@ class Replay:
 
     def ffn_backward(self, first: bool) -> None:
         """Gradients of the feed-forward half; its product goes, the rest of what it saved is still there."""
-        tally, sizes, model = self.tally, self.sizes, self.model
-        self.gradient(model.hidden_size * model.ffn_size, first)  # w2
+        tally, sizes = self.tally, self.sizes
+        weights, mixture = Group(ffn_shapes(self.model)).numel, self.model.ffn == "moe"
+        if mixture:  # gradients of the rows that the experts made: scored, in the scores' type, and not
+            tally.brief(
+                "activations", sizes.copies * (sizes.hidden + sizes.statistics(self.model.hidden_size))
+            )
+        self.gradient(weights // 3, first)  # w2
         tally.add("activations", sizes.ffn)  # of the product
         tally.drop("activations", sizes.ffn)  # the product
-        tally.brief("activations", (1 if sizes.compiled else 2) * sizes.ffn)  # of silu and of w3 x
-        self.gradient(2 * model.hidden_size * model.ffn_size, first)  # w1, w3
+        tally.brief(
+            "activations", (1 if sizes.compiled and not mixture else 2) * sizes.ffn
+        )  # of silu and of w3 x
+        self.gradient(weights - weights // 3, first)  # w1, w3
 
     def attention_backward(self, first: bool) -> None:
         """Gradients of the attention half and of the block's norms."""
         sizes, model = self.sizes, self.model
-        self.gradient(block_group(model).numel - 3 * model.hidden_size * model.ffn_size, first)
+        self.gradient(block_group(model).numel - Group(ffn_shapes(model)).numel, first)
         # of attention's result, of q, k and v; flash attention on CUDA sums q's in fp32
         beside = 2 * sizes.width(sizes.query) + 2 * sizes.width(sizes.key)
         beside += sizes.statistics(sizes.query) if sizes.cuda else 0

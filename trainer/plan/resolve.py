@@ -163,6 +163,19 @@ def check_experts(config: Config, world: int) -> None:
             f"the {config.model.moe.experts} experts cannot be dealt evenly to {parts} ranks (parallel.experts); the "
             f"nearest possible: {nearest_divisor(both, parts)}"
         )
+    held, rest = config.model.moe.experts // parts, ranks // parts
+    rows = (config.model.ffn_size, config.model.hidden_size)
+    if held % rest and (whole_matrices(config) or any(n % rest for n in rows)):
+        raise UserError(
+            f"the {held} experts that each of {parts} ranks holds (parallel.experts) cannot be sharded evenly over "
+            f"{rest} more; set parallel.experts to {nearest_divisor(math.gcd(ranks, config.model.moe.experts), ranks)}"
+        )
+
+
+def whole_matrices(config: Config) -> bool:
+    """Whether an update orthogonalises matrices, so that those of stacks may not be cut."""
+    parallel = config.parallel
+    return config.optimizer.name == "muon" or (parallel.sync == "demo" and parallel.demo.phi == "muon")
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

@@ -23,11 +23,20 @@ class Group:
 
     def shard(self, ranks: int) -> int:
         """Elements that one of `ranks` holds: equal chunks of dimension 0, the last ones padded (FSDP2)."""
-        return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in self.shapes)
+        return sum(_shard(shape, ranks) for shape in self.shapes)
 
     def matrices(self) -> list[Shape]:
-        """The parameters with two dimensions."""
-        return [shape for shape in self.shapes if len(shape) == 2]
+        """The parameters with two dimensions, and each matrix of those with three."""
+        stacks = [shape[1:] for shape in self.shapes if len(shape) == 3 for _ in range(shape[0])]
+        return [shape for shape in self.shapes if len(shape) == 2] + stacks
+
+
+def _shard(shape: Shape, ranks: int) -> int:
+    """comm/fsdp.py: stacks of matrices that the ranks do not divide are cut by row where they divide that."""
+    size = math.prod(shape)
+    if len(shape) == 3 and shape[0] % ranks and shape[1] % ranks == 0:
+        return size // ranks
+    return -(-shape[0] // ranks) * (size // shape[0])
 
 
 def root_group(model: ModelConfig) -> Group:
@@ -38,11 +47,21 @@ def root_group(model: ModelConfig) -> Group:
 
 def block_group(model: ModelConfig) -> Group:
     """One block, in the order of its modules."""
-    dim, ffn, head = model.hidden_size, model.ffn_size, model.dim_per_head
+    dim, head = model.hidden_size, model.dim_per_head
     query, key = model.num_heads * head, model.kv_heads * head
     norms = ((head,), (head,)) if model.qk_norm else ()
     attention = ((query, dim), (key, dim), (key, dim), (dim, query), *norms)
-    return Group(((dim,), *attention, (dim,), (ffn, dim), (ffn, dim), (dim, ffn)))
+    return Group(((dim,), *attention, (dim,), *ffn_shapes(model)))
+
+
+def ffn_shapes(model: ModelConfig) -> tuple[Shape, ...]:
+    """The feed-forward layer's parameters: a SwiGLU's, or router, experts and shared expert."""
+    dim, ffn = model.hidden_size, model.ffn_size
+    if model.ffn == "dense":
+        return ((ffn, dim), (ffn, dim), (dim, ffn))
+    experts, shared = model.moe.experts, model.moe.shared_size
+    always = ((shared, dim), (shared, dim), (dim, shared)) if shared else ()
+    return ((experts, dim), (experts, ffn, dim), (experts, ffn, dim), (experts, dim, ffn), *always)
 
 
 class Sizes:
@@ -63,7 +82,13 @@ class Sizes:
         self.batch, self.seq = micro_batch, config.data.seq_len
         self.tokens = micro_batch * self.seq
         self.query, self.key = (n * model.dim_per_head for n in (model.num_heads, model.kv_heads))
-        self.hidden, self.ffn = self.width(model.hidden_size), self.width(model.ffn_size)
+        self.hidden = self.width(model.hidden_size)
+        mixture = model.ffn == "moe"
+        self.copies = model.moe.top_k if mixture else 1
+        """Rows of the feed-forward layer for each token."""
+        self.ffn = self.copies * self.width(model.ffn_size) + self.width(
+            model.moe.shared_size if mixture else 0
+        )
 
     def width(self, columns: int) -> int:
         """`[batch, seq, columns]` in the compute dtype."""
@@ -104,13 +129,26 @@ class Sizes:
 
     def ffn_saved(self) -> dict[str, int]:
         """What the feed-forward half of a block keeps for backward."""
-        return {
+        mixture = self.model.ffn == "moe"
+        compiled = self.compiled and not mixture  # build.py: around a mixture the attention alone is compiled
+        saved = {
             "input": self.hidden + self.statistics(1),
-            "normed": self.hidden + (0 if self.compiled else self.wide_norm(self.model.hidden_size)),
+            "normed": self.hidden + (0 if compiled else self.wide_norm(self.model.hidden_size)),
             "w1, w3, product": 3 * self.ffn,
             # the backward kernel of a compiled block computes silu(w1 x) again
-            "silu": 0 if self.compiled else self.ffn,
+            "silu": 0 if compiled else self.ffn,
         }
+        if mixture:
+            experts, rows = self.model.moe.experts, self.copies * self.tokens
+            saved |= {
+                # the copies that go to the experts, and what comes back, which the scores multiply
+                "rows": 2 * self.copies * self.hidden,
+                # logits, scores, their product with the valid tokens, and the input in fp32
+                "router": 4 * self.statistics(experts)
+                + (0 if self.compute == self.master else self.statistics(self.model.hidden_size)),
+                "indices": 8 * (3 * rows),
+            }
+        return saved
 
     def saved(self) -> int:
         """What the backward of one block needs."""

@@ -17,6 +17,7 @@ from stepline.models.init import init_parameter
 from stepline.models.moe import MoE
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
+from stepline.trainer.plan.resolve import whole_matrices
 from stepline.trainer.run.step import all_sum
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -64,6 +65,7 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
             reshard_after_forward=config.parallel.reshard_after_forward,
             experts=experts if cut is not None else (),
             expert_mesh=cut,
+            keep_matrices=whole_matrices(config),
         )
     model.to_empty(device=device)
     initialise(model, config)
