@@ -1,5 +1,6 @@
 """Which `parallel.sync` a link between replicas asks for, in words, as a table and as JSON. Imports no torch."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.resolve import check_layout
 from stepline.trainer.plan.screen import short
-from stepline.trainer.plan.sync_cost import HARMLESS, Exchange, SyncBytes, link_bytes
+from stepline.trainer.plan.sync_cost import HARMLESS, Exchange, SyncBytes, link_bytes, model_parameters
 
 MBIT_RANGE = (1e-3, 1e7)
 MOST_REPLICAS = 1_000_000
@@ -182,6 +183,11 @@ def asked_layout(
         raise UserError(f"--replicas is {replicas}; it must be between 2 and {MOST_REPLICAS}")
     if config is None:
         raise UserError("--link-mbit needs a config: what crosses the link depends on the model's shapes")
+    known = sum(math.prod(shape) for shape, _ in model_parameters(config.model))
+    if known != parameter_counts(config.model).total:
+        raise UserError(
+            "--link-mbit does not know all parameters of this model's layers yet (model.ffn, model.blocks)"
+        )
     shard = config.parallel.shard
     if world is None or (shard == "auto" and replicas is None):
         if replicas is None:

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config_io import load_config
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan import sync_choice
 from stepline.trainer.plan.command import Request, run_plan
 from stepline.trainer.plan.sync_choice import Choice, Link, bytes_text, rate_text, seconds_text
 
@@ -160,6 +162,13 @@ def test_mistakes(arguments, sentence, capsys, monkeypatch):
     assert error.startswith("error: ")
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_parameters_that_the_planner_does_not_know_are_refused(monkeypatch):
+    known = sync_choice.model_parameters
+    monkeypatch.setattr(sync_choice, "model_parameters", lambda model: known(model)[:-1])
+    with pytest.raises(UserError, match="does not know all parameters"):
+        run_plan(ask("dense-1b", link_mbit=9.0, replicas=2), as_json=True)
 
 
 def test_numbers_as_text():

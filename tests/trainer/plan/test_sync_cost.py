@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from stepline.comm import diloco, packets
+from stepline.comm.dct import Chunking
 from stepline.comm.mesh import build_mesh
 from stepline.models.config import ModelConfig
 from stepline.models.flops import parameter_counts
@@ -15,7 +16,7 @@ from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.plan import sync_cost
-from stepline.trainer.plan.sync_cost import Exchange, SyncBytes, link_bytes, model_parameters
+from stepline.trainer.plan.sync_cost import Exchange, SyncBytes, cut, link_bytes, model_parameters
 from stepline.trainer.run import synchronize
 from stepline.trainer.run.build import build_model
 
@@ -126,6 +127,15 @@ def test_parameters_come_in_the_models_order(tied):
     assert model_parameters(model) == [
         (tuple(p.shape), end) for p, end in zip(named.values(), ends, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    "shape", [(257, 50257), (0, 36), (1, 1), (64, 64), (65, 7), (3, 65, 130), (0, 5, 7), (9,), (257,), (0,)]
+)
+@pytest.mark.parametrize("divisors", [False, True])
+def test_chunks_are_those_of_the_synchroniser(shape, divisors):
+    chunking = Chunking.of(shape, 64, divisors=divisors)
+    assert cut(shape, 64, divisors) == (chunking.count, chunking.height, chunking.width)
 
 
 def test_a_square_matrix_by_hand():
