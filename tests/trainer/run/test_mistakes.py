@@ -15,6 +15,7 @@ from stepline.trainer.run.launch import dry_run, run_training
 from stepline.trainer.run.start import pick_device, start_job
 
 ONE = World(0, 1, 0, 1)
+MIXTURE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=48"]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,19 @@ ONE = World(0, 1, 0, 1)
         (
             ["data.seq_len=900000", "budget.batch_tokens=900000"],
             "fewer than seq_len 900000 + 1; prepare more text",
+        ),
+        (["model.moe.top_k=9"], "top_k 9 is more than the 8 experts there are; the nearest possible: 8"),
+        (["model.ffn=moe"], "hidden_size gives experts a width of 36"),
+        ([*MIXTURE, "model.ffn_size=50"], "ffn_size gives experts a width of 50"),
+        ([*MIXTURE, "model.ffn_size=50"], "the nearest: 48"),
+        (["parallel.experts=2"], "set it to 1, or model.ffn to moe"),
+        (
+            [*MIXTURE, "parallel.experts=2"],
+            "does not divide the 1 ranks of a replica; the nearest that does: 1",
+        ),
+        (
+            ["model.blocks=revffn", "model.num_heads=4"],
+            "not divisible by the streams' heads, 2 x num_heads 4; the nearest width that is: 32",
         ),
         (["run.init_from={tmp}/nothing"], "nothing is neither a run with a complete checkpoint"),
     ],
@@ -241,3 +255,22 @@ def test_saved_config_is_complete(tiny_config, tmp_path):
     assert "auto" not in [v for s in saved.values() for k, v in s.items() if k not in ("wandb", "verify")]
     for name in ("metrics.jsonl", "environment.json", "outcome.json", "logs/attempt-1/rank-0.log"):
         assert (folder / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "sentence"),
+    [
+        (4, ["model.moe.experts=6", "parallel.experts=4"], "6 experts cannot be dealt evenly to 4 ranks"),
+        (4, ["model.moe.experts=6", "parallel.experts=4"], "the nearest possible: 2"),
+        (6, ["parallel.experts=4"], "does not divide the 6 ranks of a replica; the nearest that does: 3"),
+        (
+            4,
+            ["model.moe.experts=6", "parallel.experts=2", "optimizer.name=muon"],
+            "sharded evenly over 2 more",
+        ),
+    ],
+)
+def test_experts_that_ranks_cannot_share(tiny_config, tmp_path, world, overrides, sentence):
+    options = [f"run.folder={tmp_path / 'run'}", *MIXTURE, *overrides]
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        start_job(str(tiny_config), options, "never", World(0, world, 0, world))
