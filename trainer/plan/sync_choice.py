@@ -12,7 +12,7 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.resolve import check_layout
+from stepline.trainer.plan.resolve import check_experts, check_layout
 from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.sync_cost import HARMLESS, Exchange, SyncBytes, link_bytes, model_parameters
 
@@ -188,7 +188,12 @@ def asked_layout(
         raise UserError(
             "--link-mbit does not know all parameters of this model's layers yet (model.ffn, model.blocks)"
         )
-    shard = config.parallel.shard
+    replicas, shard = _layout(replicas, config.parallel.shard, world)
+    check_experts(config, shard)
+    return replicas, shard
+
+
+def _layout(replicas: int | None, shard: int | str, world: int | None) -> tuple[int, int]:
     if world is None or (shard == "auto" and replicas is None):
         if replicas is None:
             raise UserError("--link-mbit needs --replicas, or --world-size and parallel.shard")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from stepline.comm.traffic import ring_bytes
 from stepline.models.config import ModelConfig
 from stepline.trainer.config import Config
+from stepline.trainer.plan.resolve import whole_matrices
 from stepline.trainer.plan.sync_memory import BATCH_ELEMENTS
 from stepline.trainer.plan.tensors import Shape, block_group, root_group
 
@@ -102,7 +103,7 @@ class SyncBytes:
         self.parallel, self.replicas, self.replica = config.parallel, replicas, replica % replicas
         self.item = 8 if config.precision.compute == "fp64" else 4
         self.whole = model_parameters(config.model)
-        self.local = [(local_shape(shape, shard, rank), end) for shape, end in self.whole]
+        self.local = [(local_shape(shape, config, shard, rank), end) for shape, end in self.whole]
         self.sizes = [math.prod(shape) for shape, _ in self.local]
 
     def every(self) -> list[Exchange]:
@@ -194,16 +195,17 @@ def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
     # A parameter's rows end in one rank: those before hold equal parts, those after nothing.
     edges = {0, shard}
     for shape, _ in model_parameters(config.model):
-        last = shape[0] // -(-shape[0] // shard)
-        edges |= {min(last, shard), min(last + 1, shard)}
+        parts = config.parallel.experts if len(shape) > 2 else 1
+        last = shape[0] // parts // -(-shape[0] // shard)
+        edges |= {min(last * parts, shard), min((last + 1) * parts, shard)}
     alike = [(end - start, start) for start, end in itertools.pairwise(sorted(edges))]
-    parts = [(number, SyncBytes(config, shard, replicas, rank).every()) for number, rank in alike]
+    found = [(number, SyncBytes(config, shard, replicas, rank).every()) for number, rank in alike]
 
     def whole(i: int, way: str) -> float:
-        return sum(number * getattr(every[i], way) for number, every in parts)
+        return sum(number * getattr(every[i], way) for number, every in found)
 
     ways = ("sent", "received", "overlapped")
-    first = parts[0][1]
+    first = found[0][1]
     return [replace(exchange, **{way: whole(i, way) for way in ways}) for i, exchange in enumerate(first)]
 
 
@@ -213,8 +215,17 @@ def model_parameters(model: ModelConfig) -> list[tuple[Shape, bool]]:
     return [first, *([(shape, False) for shape in block_group(model).shapes] * model.num_layers), *last]
 
 
-def local_shape(shape: Shape, shard: int, rank: int) -> Shape:
-    """The rows of a rank: chunks of ceil(rows / shard), the last ones shorter or empty (FSDP2)."""
+def local_shape(shape: Shape, config: Config, shard: int, rank: int) -> Shape:
+    """What a rank of `shard` holds: chunks of ceil(rows / shard), the last ones shorter or empty (FSDP2).
+
+    Stacks of experts are dealt to `parallel.experts` ranks first, and then cut into matrices, or by row where that
+    alone comes out even (comm/fsdp.py).
+    """
+    if len(shape) > 2:
+        parts = config.parallel.experts
+        shard, rank, shape = shard // parts, rank // parts, (shape[0] // parts, *shape[1:])
+        if shape[0] % shard and shape[1] % shard == 0 and not whole_matrices(config):
+            return (shape[0], shape[1] // shard, *shape[2:])
     rows = -(-shape[0] // shard)
     return (max(0, min(rows, shape[0] - rank * rows)), *shape[1:])
 

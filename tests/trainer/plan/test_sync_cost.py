@@ -30,6 +30,8 @@ MODEL = {
 }
 """No number of ranks divides its rows, and no chunk its columns."""
 DEMO = {"chunk": 16}
+MIXTURE = {"hidden_size": 48, "ffn": "moe", "ffn_size": 32, "moe": {"experts": 3, "shared_size": 20}}
+"""Three experts, which two ranks share by row."""
 CASES = {
     "all-reduce": {},
     "bf16": {"precision": {"reduce": "bf16"}},
@@ -49,18 +51,26 @@ CASES = {
     "diloco": {"sync": "diloco", "diloco": {"every": 4, "fragments": 3}},
     "diloco, int8": {"sync": "diloco", "diloco": {"every": 3, "fragments": 2, "codec": "int8"}},
     "diloco, bf16": {"sync": "diloco", "diloco": {"every": 2, "codec": "bf16"}},
+    "mixture": {"sync": "demo", "demo": DEMO, "model": MIXTURE},
+    "mixture, bf16": {"precision": {"reduce": "bf16"}, "model": MIXTURE},
+    "mixture, muon": {"sync": "demo", "demo": DEMO, "model": MIXTURE, "optimizer": "muon"},
 }
+DEALT = {
+    "dealt": {"sync": "demo", "demo": DEMO, "experts": 2, "model": MIXTURE | {"moe": {"experts": 6}}},
+    "dealt, all-reduce": {"experts": 2, "model": MIXTURE | {"moe": {"experts": 6}}},
+}
+"""For two shards."""
 STEPS = 12  # whole turns of every DiLoCo
 
 
 def config_of(case: dict) -> Config:
-    parallel = {key: value for key, value in case.items() if key not in ("precision", "model")}
+    parallel = {key: value for key, value in case.items() if key not in ("precision", "model", "optimizer")}
     config = Config(
         model=MODEL | case.get("model", {}),
         parallel=parallel,
         precision={"compute": "fp32"} | case.get("precision", {}),
         budget={"steps": 1000, "batch_tokens": 192},
-        optimizer={"lr": 1e-3, "weight_decay": 0.1},
+        optimizer={"lr": 1e-3, "weight_decay": 0.1, "name": case.get("optimizer", "adamw")},
     )
     config.run.device, config.run.compile = "cpu", False
     return config
@@ -98,11 +108,12 @@ def counted(case: dict, shard: int, replicas: int, rank: int, replica: int) -> E
 )
 def test_bytes_are_those_that_the_synchronisers_declare(pool, monkeypatch, world, shard, batch_elements):
     monkeypatch.setattr(sync_cost, "BATCH_ELEMENTS", batch_elements)
-    seen = pool.run(world, declare, CASES, shard, batch_elements)
+    cases = CASES | (DEALT if shard == 2 else {})
+    seen = pool.run(world, declare, cases, shard, batch_elements)
     for global_rank, found in enumerate(seen):
         replica, rank = divmod(global_rank, shard)
         for name, steps in found.items():
-            exchange = counted(CASES[name], shard, world // shard, rank, replica)
+            exchange = counted(cases[name], shard, world // shard, rank, replica)
             sent, received = (sum(way) / len(steps) for way in zip(*steps, strict=True))
             if name == "random-k":  # whether the last run of a parameter has a value is drawn
                 assert exchange.sent == exchange.received == pytest.approx(sent, rel=2e-3)
@@ -160,9 +171,13 @@ def test_rates_of_a_large_model_are_those_of_the_documentation():
         assert int8 == pytest.approx((replicas - 1) / 32, rel=0.01)
 
 
-@pytest.mark.parametrize("shard", [1, 3, 5, 40, 200, 1000])
-def test_the_ranks_of_a_replica_share_its_link(shard):
-    config = config_of({"sync": "demo", "demo": DEMO | {"delay": 1}})
+@pytest.mark.parametrize(
+    ("parts", "shard"),
+    [*((parts, n) for parts in (None, 1) for n in (1, 3, 5, 40, 200, 1000)), (2, 6), (2, 40)],
+)
+def test_the_ranks_of_a_replica_share_its_link(shard, parts):
+    model = {} if parts is None else MIXTURE | {"moe": {"experts": 6}}
+    config = config_of({"sync": "demo", "demo": DEMO | {"delay": 1}, "experts": parts or 1, "model": model})
     ranks = [SyncBytes(config, shard, 2, rank).every() for rank in range(shard)]
     for i, link in enumerate(link_bytes(config, shard, 2)):
         for way in ("sent", "received", "overlapped"):
