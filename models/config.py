@@ -121,7 +121,7 @@ class ModelConfig(Section):
     z_loss: float = Field(0.0, ge=0)
     """Weight of the z-loss, mean(logsumexp(logits)^2) (PaLM, arXiv 2204.02311, section 5)."""
     init_std: float | None = Field(None, gt=0)
-    """Standard deviation of the initial weights; default sqrt(2 / (5 * hidden_size)) ("small init",
+    """Standard deviation of the initial weights; default sqrt(2 / (5 * width)) of what layers read ("small init",
     arXiv 1910.05895); the projections that write to the residual stream are divided by sqrt(2 * num_layers)."""
 
     @model_validator(mode="after")
@@ -172,4 +172,4 @@ class ModelConfig(Section):
     @property
     def std(self) -> float:
         """Standard deviation of the initial weights."""
-        return self.init_std if self.init_std is not None else (2 / (5 * self.hidden_size)) ** 0.5
+        return self.init_std if self.init_std is not None else (2 / (5 * self.inner_size)) ** 0.5

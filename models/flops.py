@@ -48,7 +48,11 @@ class FlopsPerToken:
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Numbers of weights of the model with this shape."""
-    dim, head_dim, layers = config.hidden_size, config.dim_per_head, config.num_layers
+    dim, head_dim, layers = config.inner_size, config.dim_per_head, config.num_layers
+    reversible = config.blocks == "revffn"
+    width = config.hidden_size // 2 if reversible else config.hidden_size  # of a stream
+    adapters = 4 * width * config.hidden_size if reversible and config.revffn.adapters else 0
+    norms = 3 if reversible and config.coupling == "revffn" else 2
     attention = 2 * dim * head_dim * (config.num_heads + config.kv_heads)  # wq and wo, wk and wv
     expert = 3 * dim * config.ffn_size
     if config.ffn == "moe":
@@ -56,9 +60,9 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
         held, used = config.moe.experts * expert + always, config.moe.top_k * expert + always
     else:
         held = used = expert
-    linear = layers * (attention + held)
-    embedding = config.vocab_size * dim * (1 if config.tied_embeddings else 2)
-    norm = layers * (2 * dim + (2 * head_dim if config.qk_norm else 0)) + dim
+    linear = layers * (attention + held + adapters)
+    embedding = config.vocab_size * config.hidden_size * (1 if config.tied_embeddings else 2)
+    norm = layers * (norms * width + (2 * head_dim if config.qk_norm else 0)) + config.hidden_size
     active = linear - layers * (held - used)
     return ParameterCounts(linear + embedding + norm, embedding, linear, norm, active)
 
@@ -66,5 +70,9 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 def flops_per_token(config: ModelConfig, seq_len: int) -> FlopsPerToken:
     """Operations of one training step for each token of sequences of `seq_len` tokens."""
     weights = parameter_counts(config).active + config.vocab_size * config.hidden_size
+    if config.blocks == "revffn" and config.revffn.adapters and config.coupling == "revffn":
+        weights += (
+            config.num_layers * config.hidden_size**2 // 2
+        )  # the adapter of queries takes keys and values too
     full = 12 * config.num_layers * config.num_heads * config.dim_per_head * seq_len
     return FlopsPerToken(6 * weights, full, full // 2)

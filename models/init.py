@@ -4,9 +4,10 @@ A rank that holds a slice of a parameter computes that slice and nothing else, a
 of ranks starts from the same bits. Only exactly rounded operations are used (integer products, and IEEE
 + - * / sqrt in float64), so that the values do not depend on the device or on vector widths either.
 
-Linear and embedding weights are normal with standard deviation `config.std` (default sqrt(2 / (5 hidden)),
-"small init", arXiv 1910.05895), the router's too; the projections that write to the residual stream (attn.wo, ffn.w2,
-those of experts) have `config.std / sqrt(2 num_layers)` (GPT-2); norm weights are 1.
+Linear and embedding weights are normal with standard deviation `config.std` (default sqrt(2 / (5 width)) of what
+the layers read, "small init", arXiv 1910.05895), the router's too; the projections that write to the residual stream
+(attn.wo, ffn.w2, those of experts; the adapters down) have `config.std / sqrt(2 num_layers)` (GPT-2); norm weights
+are 1.
 """
 
 import hashlib
@@ -26,8 +27,10 @@ GAMMA = 0x9E3779B97F4A7C15
 
 def parameter_std(name: str, config: ModelConfig) -> float:
     """Standard deviation of a matrix's initial values."""
-    residual = name.endswith(("attn.wo.weight", "ffn.w2.weight", "ffn.experts.w2", "ffn.shared.w2.weight"))
-    return config.std / math.sqrt(2 * config.num_layers) if residual else config.std
+    residual = ("attn.wo.weight", "ffn.w2.weight", "ffn.experts.w2", "ffn.shared.w2.weight")
+    if config.blocks == "revffn" and config.revffn.adapters:
+        residual = ("attn_down.weight", "ffn_down.weight")
+    return config.std / math.sqrt(2 * config.num_layers) if name.endswith(residual) else config.std
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A Llama-family decoder-only transformer (arXiv 2302.13971)."""
+"""A Llama-family decoder-only transformer (arXiv 2302.13971), of standard or of reversible blocks."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,6 +12,12 @@ from stepline.models.config import ModelConfig
 from stepline.models.ffn import SwiGLU
 from stepline.models.moe import MoE, Routing
 from stepline.models.norm import RMSNorm
+from stepline.models.revffn import RevBlock, norm_cast, run_reversible
+
+
+def make_ffn(config: ModelConfig) -> nn.Module:
+    """The feed-forward layer that `config` asks for, of width `config.hidden_size`."""
+    return MoE(config) if config.ffn == "moe" else SwiGLU(config)
 
 
 class Block(nn.Module):
@@ -22,7 +28,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = MoE(config) if config.ffn == "moe" else SwiGLU(config)
+        self.ffn = make_ffn(config)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, *routing: Routing
@@ -55,7 +61,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Block(config) if config.blocks == "standard" else RevBlock(config, make_ffn)
+            for _ in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = (
             None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -86,9 +95,13 @@ class Transformer(nn.Module):
         moes = [module for module in self.modules() if isinstance(module, MoE)]
         routing = [] if loss_scale is None or not moes else [Routing(targets != -100, loss_scale)]
         with _counting(moes):
-            for layer in self.layers:
-                x = layer(x, cos, sin, mask, *routing)
-        x = self.norm(x)
+            if self.config.blocks == "revffn":
+                x = run_reversible(self.layers, x, self.config.revffn, cos, sin, mask, *routing)
+                x = norm_cast(self.norm, x)
+            else:
+                for layer in self.layers:
+                    x = layer(x, cos, sin, mask, *routing)
+                x = self.norm(x)
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
             return nn.functional.linear(x, weight)

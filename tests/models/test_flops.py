@@ -1,5 +1,6 @@
 """Counts from the shape against modules on the meta device and torch's own operation counter."""
 
+import functools
 import subprocess
 import sys
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from stepline.models import transformer
 from stepline.models.config import ModelConfig
 from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.models.init import init_model
+from stepline.models.revffn import run_reversible
 from stepline.models.transformer import Transformer
 
 SMALL = {"vocab_size": 96, "hidden_size": 48, "num_layers": 3, "num_heads": 6, "ffn_size": 80}
@@ -17,6 +20,11 @@ SHAPES = {
     "mha": ModelConfig(**SMALL),
     "gqa tied": ModelConfig(**SMALL, num_kv_heads=2, tied_embeddings=True),
     "wide heads": ModelConfig(**SMALL, num_kv_heads=3, head_dim=16, qk_norm=True),
+    "reversible": ModelConfig(**SMALL, blocks="revffn"),
+    "reversible, adapters": ModelConfig(
+        **SMALL, blocks="revffn", coupling="revffn", qk_norm=True, revffn={"adapters": True}
+    ),
+    "reversible experts": ModelConfig(**SMALL, blocks="revffn", ffn="moe", moe={"experts": 6, "top_k": 2}),
     "experts": ModelConfig(**SMALL, ffn="moe", moe={"experts": 6, "top_k": 2, "shared_size": 24}),
 }
 LLAMA3_8B = ModelConfig(
@@ -43,7 +51,9 @@ def test_llama3_8b_has_its_published_size():
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-def test_flops_equal_torch_counter(config):
+def test_flops_equal_torch_counter(config, monkeypatch):
+    # the recompute of reversible blocks is no work that must be done
+    monkeypatch.setattr(transformer, "run_reversible", functools.partial(run_reversible, stored=True))
     batch, seq = 2, 32
     tokens = torch.randint(0, config.vocab_size, (batch, seq))
     experts = config.ffn == "moe"  # whose products need their tokens' numbers: real tensors

@@ -101,6 +101,8 @@ def resolve(
     if parallel.shard != "auto":
         check_layout(parallel.shard, world)
     check_experts(config, world)
+    if config.model.blocks == "revffn" and config.run.recompute != "none":
+        raise UserError("reversible blocks recompute their activations themselves; set run.recompute to none")
 
     law = config_law(config)
     inputs = config_inputs(config, world, corpus_tokens)

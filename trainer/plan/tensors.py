@@ -47,16 +47,21 @@ def root_group(model: ModelConfig) -> Group:
 
 def block_group(model: ModelConfig) -> Group:
     """One block, in the order of its modules."""
-    dim, head = model.hidden_size, model.dim_per_head
+    dim, head = model.inner_size, model.dim_per_head
     query, key = model.num_heads * head, model.kv_heads * head
     norms = ((head,), (head,)) if model.qk_norm else ()
     attention = ((query, dim), (key, dim), (key, dim), (dim, query), *norms)
-    return Group(((dim,), *attention, (dim,), *ffn_shapes(model)))
+    if model.blocks == "standard":
+        return Group(((dim,), *attention, (dim,), *ffn_shapes(model)))
+    full, stream = model.hidden_size, model.hidden_size // 2
+    adapter = ((full, stream), (stream, full)) if model.revffn.adapters else ()
+    norms = ((stream,),) * (3 if model.coupling == "revffn" else 2)
+    return Group((*norms, *adapter, *attention, *adapter, *ffn_shapes(model)))
 
 
 def ffn_shapes(model: ModelConfig) -> tuple[Shape, ...]:
     """The feed-forward layer's parameters: a SwiGLU's, or router, experts and shared expert."""
-    dim, ffn = model.hidden_size, model.ffn_size
+    dim, ffn = model.inner_size, model.ffn_size
     if model.ffn == "dense":
         return ((ffn, dim), (ffn, dim), (dim, ffn))
     experts, shared = model.moe.experts, model.moe.shared_size

@@ -99,10 +99,13 @@ def initialise(model: Transformer, config: Config) -> None:
 def _compile(block: nn.Module, config: Config) -> None:
     """The forward alone: FSDP's hooks, which surround it, stay outside of the compiled graph.
 
-    How many tokens an expert gets is known only as it runs: around a mixture the attention alone is compiled.
+    A reversible block runs its halves twice, by hooks that no graph holds: each is compiled by itself. How many tokens
+    an expert gets is known only as it runs: a mixture is not compiled.
     """
-    module = block.attn if config.model.ffn == "moe" else block
-    module.forward = torch.compile(module.forward)
+    dense, standard = config.model.ffn == "dense", config.model.blocks == "standard"
+    modules = [block] if dense and standard else [block.attn, block.ffn] if dense else [block.attn]
+    for module in modules:
+        module.forward = torch.compile(module.forward)
 
 
 def _recompute(block: nn.Module, mode: str) -> None:

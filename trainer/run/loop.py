@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from stepline.comm.mesh import build_mesh
 from stepline.models.flops import parameter_counts
+from stepline.models.revffn import streams_of, take_max
+from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import write_config
 from stepline.trainer.data.verify import start_verifying
@@ -27,6 +29,9 @@ from stepline.trainer.run.step import StepMeasures, train_step
 from stepline.trainer.watch.loggers import run_id
 
 log = logging.getLogger("stepline")
+
+RESIDUAL = 1e-2
+"""Of a fixed point in the units of a stream: beyond it a warning is due."""
 
 
 def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, float]:
@@ -146,7 +151,28 @@ def step_row(state: TrainState, result: StepMeasures, lr: float) -> dict[str, fl
         "skipped_in_a_row": int(guard.skipped_in_a_row),
         **state.traffic.lap(),
         **state.balance.row(),
+        **stream_row(state.model),
     }
+
+
+def stream_row(model: Transformer) -> dict[str, float]:
+    """What reversible blocks say of themselves since the last row, on this rank."""
+    if model.config.blocks != "revffn":
+        return {}
+    row = {name: take_max(model.layers, name) for name in ("stream_max", "residual")}
+    row = {name: value.item() for name, value in row.items() if value is not None}
+    limit = streams_of(model.config.revffn).limit()
+    if row.get("stream_max", 0.0) >= limit:
+        log.warning(
+            "a stream reached %.3g: beyond %g sums on the grid are rounded, and gradients are no longer exact; lower "
+            "model.revffn.grid_bits", row["stream_max"], limit,
+        )  # fmt: skip
+    if row.get("residual", 0.0) > RESIDUAL:
+        log.warning(
+            "the inverse of a block is off by %.2g: its gradients are too; raise model.revffn.iterations, lower the "
+            "learning rate, or use model.coupling=exact", row["residual"],
+        )  # fmt: skip
+    return row
 
 
 def stop_after_skips(in_a_row: int, config: Config) -> None:

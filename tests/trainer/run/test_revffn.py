@@ -1,0 +1,98 @@
+"""Runs of reversible blocks: every layout, compile, mixture and synchroniser against one plain rank."""
+
+import functools
+import shutil
+
+import pytest
+import torch
+
+from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.watch.metrics import read_metrics
+
+REVFFN = ["model.blocks=revffn", "model.hidden_size=48", "model.num_layers=3", "model.ffn_size=48"]
+MOE = ["model.ffn=moe", "model.ffn_size=24", "model.moe.experts=6", "model.moe.shared_size=8"]
+
+
+def column(rows: list[dict], key: str = "loss") -> torch.Tensor:
+    return torch.tensor([r[key] for r in rows if "loss" in r], dtype=torch.float64)
+
+
+COMMON = ("optimizer", "data.", "budget", "model")
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, []),
+        (2, ["parallel.reshard_after_forward=false", "optimizer.name=muon"]),
+        (
+            4,
+            [
+                "parallel.shard=2", "parallel.micro_batch=1", "data.confine_attention=true", "budget.batch_tokens=512",
+                "model.revffn.anchor_every=2", *MOE,
+            ],
+        ),
+        (
+            4,
+            [
+                "parallel.shard=4", "parallel.experts=2", "model.revffn.adapters=true", "optimizer.name=muon", *MOE,
+                "model.moe.experts=8",
+            ],
+        ),
+        (
+            2,
+            [
+                "model.coupling=revffn", "model.qk_norm=false", "model.revffn.streams=fp32",
+                "model.revffn.iterations=40",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options):
+    """In float64, in which the grid's sums are exact, to 1e-12 (the fixed point: 1e-6)."""
+    common = [*REVFFN, "precision.compute=fp64", *(o for o in options if o.startswith(COMMON))]
+    one = train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=16", *common)
+    many = train(world, tiny_config, tmp_path / "many", *common, *options)
+    assert column(one)[-1] < column(one)[0] - 0.4
+    fixed_point = "model.coupling=revffn" in options
+    assert (column(many) / column(one) - 1).abs().max() < (1e-6 if fixed_point else 1e-12)
+    if fixed_point:
+        assert 0 < column(one, "residual").max() < 1e-5
+    else:
+        assert 0 < column(one, "stream_max").max() < 1024
+
+
+def test_compiled_halves_give_the_same_curve(train, tiny_config, tmp_path):
+    options = [*REVFFN, "model.num_layers=2", "budget.steps=8"]
+    plain = train(1, tiny_config, tmp_path / "plain", *options)
+    compiled = train(2, tiny_config, tmp_path / "compiled", "run.compile=true", *options)
+    assert (column(compiled) / column(plain) - 1).abs().max() < 1e-5
+
+
+def test_backward_from_streams_is_that_from_stored_activations(train, tiny_config, tmp_path, monkeypatch):
+    """Bit by bit over 20 steps, in fp32: the reference stores activations in the same arithmetic."""
+    from stepline.models import transformer
+    from stepline.trainer.run.launch import run_training
+
+    rows = train(1, tiny_config, tmp_path / "reversible", *REVFFN)
+    monkeypatch.setattr(
+        transformer, "run_reversible", functools.partial(transformer.run_reversible, stored=True)
+    )
+    assert run_training(str(tiny_config), [*REVFFN, f"run.folder={tmp_path / 'stored'}"], "never") == 0
+    stored = read_metrics(tmp_path / "stored" / "metrics.jsonl")
+    for key in ("loss", "grad_norm"):
+        assert torch.equal(column(rows, key), column(stored, key))
+
+
+@pytest.mark.parametrize("sync", [["demo", "parallel.demo.chunk=8"], ["diloco", "parallel.diloco.every=3"]])
+def test_replicas_across_slow_links(train, tiny_config, tmp_path, sync):
+    """With a mixture inside: bit-identical replicas, a bitwise resume."""
+    options = [*REVFFN, *MOE, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2", "budget.steps=12"]
+    options += ["parallel.check_replicas_every=1", "checkpoint.every=5"]
+    straight = train(4, tiny_config, tmp_path / "straight", *options)
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
+        shutil.rmtree(checkpoint)
+    again = train(4, tiny_config, tmp_path / "again", *options, resume="auto")
+    for key in ("loss", "grad_norm", "val_loss", "expert_load"):
+        assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
