@@ -15,6 +15,11 @@ from stepline.trainer.plan import sync_choice
 from stepline.trainer.plan.command import Request, run_plan
 from stepline.trainer.plan.sync_choice import Choice, Link, bytes_text, rate_text, seconds_text
 
+DEMO = [
+    "parallel.demo.codec=int8", "parallel.demo.density=0.0078125", "parallel.demo.chunk=64",
+    "parallel.demo.owner_reduce_above=8",
+]  # fmt: skip
+"""82 bytes for each 64 x 64 values: .0200 a parameter."""
 NAMES = ("link_mbit", "replicas", "world_size", "device", "mfu", "params", "tokens", "seq_len", "micro_batch")
 
 
@@ -24,7 +29,7 @@ def ask(config: str | None, *overrides: str, **options) -> Request:
 
 
 def sync_of(capsys, *arguments: str, **options) -> dict:
-    run_plan(ask(*arguments, **options), as_json=True)
+    run_plan(ask(*arguments, *DEMO, **options), as_json=True)
     return json.loads(capsys.readouterr().out)
 
 
@@ -96,7 +101,7 @@ def test_an_exchange_that_overlaps_is_said_so(capsys):
 
 
 def test_the_table_fits_80_columns_and_is_printed_after_the_plan():
-    config = load_config("dense-8b", ["parallel.sync=demo", "parallel.diloco.fragments=3"])[0]
+    config = load_config("dense-8b", [*DEMO, "parallel.sync=demo", "parallel.diloco.fragments=3"])[0]
     console = Console(width=80, file=io.StringIO())
     Choice(config, Link(123.4, 64, 8, 2.5, 0.1, "on 512 x H100 SXM at MFU 40% (assumed)")).show(console)
     lines = console.file.getvalue().splitlines()
