@@ -45,15 +45,15 @@ class DeMoSettings:
     version: int = 1
     faithful: bool = False
     """The published algorithm: divisor chunks, every parameter transformed."""
-    chunk: int = 64
-    density: float = 1 / 128
+    chunk: int = 32
+    density: float = 1 / 50
     kept: int | None = None
     """Coefficients of a chunk, instead of the density."""
     beta: float = 0.999
     alpha: float = 1.0
     """Version 2: how much of what was sent leaves the momentum."""
     phi: str = "sign"
-    codec: str = "int8"
+    codec: str = "sign"
     delay: int = 0
     """Steps by which the update lags, so that the exchange overlaps the next forward and backward."""
     owner_reduce_above: int = 8

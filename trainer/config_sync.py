@@ -16,10 +16,11 @@ class DeMoConfig(Section):
     version: Literal[1, 2] = 1
     """Of gradients. 1: as published, the learning rate inside the momentum; 2: a mean of gradients, of which alpha of
     what was sent is taken out."""
-    density: float = Field(1 / 128, gt=0, le=1)
+    density: float = Field(1 / 50, gt=0, le=1)
     """Share of the coefficients that travel."""
-    chunk: int = Field(64, ge=2, le=1024)
-    """Largest side of the chunks that are transformed; every rank holds two chunk x chunk matrices."""
+    chunk: int | None = Field(None, ge=2, le=1024)
+    """Largest side of the chunks that are transformed; every rank holds two chunk x chunk matrices. Default: 32, and
+    the published 64 where faithful."""
     kept: int | None = Field(None, ge=1)
     """Coefficients of each chunk that travel, instead of the density."""
     beta: float = Field(0.999, ge=0, lt=1)
@@ -28,7 +29,7 @@ class DeMoConfig(Section):
     """Version 2: share of what was sent that leaves the momentum."""
     phi: Literal["sign", "identity", "muon"] = "sign"
     """Of gradients: what makes an update of the decoded momentum."""
-    codec: Literal["fp32", "int8", "sign"] = "int8"
+    codec: Literal["fp32", "int8", "sign"] = "sign"
     """How values travel: as they are; a byte and a scale for each chunk; their sign and a scale for each chunk."""
     delay: Literal[0, 1] = 0
     """1: updates are applied a step late, so that the exchange overlaps the next forward and backward."""
@@ -38,6 +39,11 @@ class DeMoConfig(Section):
     faithful: bool = False
     """The published algorithm to the letter, on gradients: chunks by the largest divisor, vectors and embeddings
     transformed too, `kept` (32) coefficients of each chunk as they are."""
+
+    @property
+    def side(self) -> int:
+        """Largest side of a chunk."""
+        return self.chunk or (64 if self.faithful else 32)
 
     @model_validator(mode="after")
     def _published(self) -> "DeMoConfig":

@@ -153,7 +153,7 @@ class SyncBytes:
         """Packets gathered by all, or reduced by owners beyond `owner_reduce_above` replicas (comm/exchange.py)."""
         setting, packet, others = self.parallel.demo, self.packet(), self.replicas - 1
         kept = self._kept()
-        label = f"demo {packet.codec}, {share(kept / setting.chunk**2 if kept else setting.density)}"
+        label = f"demo {packet.codec}, {share(kept / setting.side**2 if kept else setting.density)}"
         options = ("parallel.sync=demo",)
         if setting.faithful or self.replicas <= setting.owner_reduce_above:
             size = others * packet.num_bytes(0, 1)
@@ -171,7 +171,7 @@ class SyncBytes:
     def packet(self) -> Packet:
         """DeMo's, of this rank."""
         setting = self.parallel.demo
-        limit, faithful, kept = setting.chunk, setting.faithful, self._kept()
+        limit, faithful, kept = setting.side, setting.faithful, self._kept()
         chunks: list[tuple[int, int, int]] = []
         flat: list[tuple[int, int, int]] = []
         dense = 0

@@ -79,7 +79,7 @@ class SyncMemory:
 
     def _by_chunk(self) -> Counter[Shape]:
         """Elements that are transformed together (comm/packets.py), by the shape of their chunks."""
-        limit, found = self.parallel.demo.chunk, Counter()
+        limit, found = self.parallel.demo.side, Counter()
         for rows, cols in self.matrices.shapes:
             mine = -(-rows // self.shard)
             height, width = (-(-n // -(-n // limit)) for n in (mine, cols))

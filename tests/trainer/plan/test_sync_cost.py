@@ -166,7 +166,7 @@ def test_rates_of_a_large_model_are_those_of_the_documentation():
         fp32, bf16, demo, random_k, int8 = (e.received / total for e in link_bytes(config, 1, replicas))
         assert fp32 == pytest.approx(8 * (replicas - 1) / replicas, rel=1e-6)
         assert bf16 == pytest.approx(fp32 / 2)
-        assert demo == pytest.approx(0.02 * (replicas - 1) if replicas <= 8 else 0.04, rel=0.02)
+        assert demo == pytest.approx(0.029 * (replicas - 1) if replicas <= 8 else 0.058, rel=0.02)
         assert random_k == pytest.approx(fp32 / 2 / 32, rel=0.01)
         assert int8 == pytest.approx((replicas - 1) / 32, rel=0.01)
 

@@ -126,7 +126,7 @@ def test_validation_and_checkpoint_hold_the_model_that_replicas_agree_on(train, 
         (["parallel.sync=random_k", "parallel.random_k.density=2"], "parallel.random_k.density"),
         (["parallel.sync=demo", "parallel.demo.chunk=1000000"], "parallel.demo.chunk"),
         (
-            ["parallel.sync=demo", "parallel.demo.faithful=true", "parallel.demo.codec=sign"],
+            ["parallel.sync=demo", "parallel.demo.faithful=true", "parallel.demo.codec=int8"],
             "published algorithm",
         ),
         (["parallel.sync=diloco", "parallel.diloco.fragments=40"], "cannot take turns"),
