@@ -27,9 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from stepline.comm.mesh import build_mesh
-from stepline.kernels.cross_entropy import linear_cross_entropy
-from stepline.models.attention import rope_tables
-from stepline.models.config import ModelConfig, MoEConfig
+from stepline.models.config import ModelConfig, MoEConfig, RevFFNConfig
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
 from stepline.trainer.plan.memory import Layout, estimate
@@ -48,6 +46,8 @@ BLOCKS = {
 }
 """Activations of the blocks are most of it."""
 MIXTURE = {"ffn": "moe", "ffn_size": 256, "moe": MoEConfig(experts=12, top_k=3, shared_size=128)}
+REVERSIBLE = BLOCKS | {"blocks": "revffn"}
+PUBLISHED = REVERSIBLE | {"coupling": "revffn", "revffn": RevFFNConfig(adapters=True)}
 LOGITS = {"vocab_size": 16384, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
 """Logits and embedding are most of it."""
 
@@ -66,8 +66,6 @@ class Case:
     accumulation: int = 1
     settings: dict[str, object] = field(default_factory=dict)
     """`section.key` of the config."""
-    reversible: bool = False
-    """With the blocks' halves in a reversible stack (`ReversibleBlock`)."""
 
     def config(self, device: str) -> Config:
         """The resolved config, as far as a step and its estimate read it."""
@@ -105,8 +103,16 @@ CASES = [
     Case("blocks, compiled", BLOCKS | {"num_layers": 3}, settings={"run.compile": True}),
     Case("blocks, muon", BLOCKS, settings=MUON),
     Case("muon's update", BLOCKS, micro_batch=1, settings=MUON),
-    Case("reversible", BLOCKS, reversible=True),
-    Case("reversible, 24 blocks, qk-norm", BLOCKS | {"num_layers": 24, "qk_norm": True}, reversible=True),
+    Case("reversible", REVERSIBLE),
+    Case("reversible, 24 blocks, qk-norm", REVERSIBLE | {"num_layers": 24, "qk_norm": True}),
+    Case("reversible, anchors", REVERSIBLE | {"revffn": RevFFNConfig(anchor_every=1)}, micro_batch=16),
+    Case("reversible, fp32 streams", REVERSIBLE | {"revffn": RevFFNConfig(streams="fp32")}),
+    Case("reversible, adapters", REVERSIBLE | {"revffn": RevFFNConfig(adapters=True)}),
+    Case("reversible, coupling revffn, adapters", PUBLISHED),
+    Case("reversible, experts", REVERSIBLE | MIXTURE),
+    Case("reversible, confined attention", REVERSIBLE, settings={"data.confine_attention": True}),
+    Case("reversible, compiled", REVERSIBLE | {"num_layers": 3}, settings={"run.compile": True}),
+    Case("reversible, mixed precision", REVERSIBLE, settings=MIXED),
     Case("experts", BLOCKS | MIXTURE),
     Case("experts, recompute full, two ranks", BLOCKS | MIXTURE, world=2, settings=FULL),
     Case("logits", LOGITS, micro_batch=8),
@@ -114,6 +120,8 @@ CASES = [
     Case("mixed precision", BLOCKS | {"num_layers": 3}, micro_batch=2, settings=MIXED),
     Case("mixed precision, logits", LOGITS, settings=MIXED),
     Case("fsdp", BLOCKS, world=2),
+    Case("fsdp, reversible", REVERSIBLE, world=2),
+    Case("fsdp, reversible, experts, mixed precision", REVERSIBLE | MIXTURE, world=2, settings=MIXED),
     Case("fsdp, parameters", BLOCKS, world=2, micro_batch=1),
     Case("fsdp, kept gathered", BLOCKS, world=2, micro_batch=1, settings=GATHERED),
     Case("fsdp, kept gathered, one group", BLOCKS | {"num_layers": 3}, world=2, settings=GATHERED),
@@ -141,64 +149,6 @@ CASES = [
 ]
 
 
-class Streams:
-    """The two streams behind the last block that ran, forward, or the next one to run, backward."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.pair = (x, x)
-
-
-class ReversibleBlock(torch.autograd.Function):
-    """y1 = x1 + attention(norm x2), y2 = x2 + ffn(norm y1); nothing is kept but the streams behind the last block.
-
-    The plainest form, for one process: backward runs each half again and its gradients at once.
-    """
-
-    @staticmethod
-    def forward(ctx, x1, x2, streams, block, cos, sin):
-        ctx.streams, ctx.block, ctx.tables = streams, block, (cos, sin)
-        y1 = x1 + block.attn(block.attn_norm(x2), cos, sin)
-        y2 = x2 + block.ffn(block.ffn_norm(y1))
-        streams.pair = (y1.detach(), y2.detach())
-        return y1, y2
-
-    @staticmethod
-    def backward(ctx, g1, g2):
-        block, (y1, y2) = ctx.block, ctx.streams.pair
-        ctx.streams.pair = None
-        x2, from_ffn = _half(y1, y2, g2, lambda x: block.ffn(block.ffn_norm(x)))
-        del y2
-        g1 = g1 + from_ffn
-        del from_ffn
-        x1, from_attention = _half(x2, y1, g1, lambda x: block.attn(block.attn_norm(x), *ctx.tables))
-        ctx.streams.pair = (x1, x2)
-        return g1, g2 + from_attention, None, None, None, None
-
-
-def _half(read, written, gradient, function):
-    """(the written stream before, the gradient of the one that was read); the weights' gradients are added."""
-    read = read.detach().requires_grad_()
-    with torch.enable_grad():
-        out = function(read)
-    before = written - out.detach()
-    out.backward(gradient)
-    return before, read.grad
-
-
-def reversible_forward(model, tokens, targets, doc_ids=None, loss_scale=None):
-    """Transformer.forward with its blocks as a reversible stack."""
-    x = model.embed(tokens)
-    cos, sin = rope_tables(model.config, torch.arange(tokens.shape[1]), x.dtype)
-    streams = Streams(x.detach())
-    x1 = x2 = x
-    del x
-    for block in model.layers:
-        x1, x2 = ReversibleBlock.apply(x1, x2, streams, block, cos, sin)
-    x = x1 + x2
-    del x1, x2
-    return linear_cross_entropy(model.norm(x), model.head.weight, targets, 0.0)
-
-
 def measure(case: Case, device: torch.device) -> dict:
     """Estimated and measured peak in bytes, of this rank. The process group of `case.world` ranks is there."""
     config, layout = case.config(device.type), case.layout()
@@ -207,8 +157,6 @@ def measure(case: Case, device: torch.device) -> dict:
     if record is not None:
         record.start()
     state = Trainee.build(config, device, mesh)
-    if case.reversible:
-        state.model.forward = functools.partial(reversible_forward, state.model)
     draw = torch.Generator().manual_seed(dist.get_rank())
     shape = (layout.accumulation, layout.micro_batch, case.seq_len)
     peaks = []
@@ -227,7 +175,7 @@ def measure(case: Case, device: torch.device) -> dict:
     if record is not None:
         record.stop()
         peaks = [record.peak(f"step {step}") for step in range(STEPS)]
-    memory = estimate(config, layout, case.reversible)
+    memory = estimate(config, layout)
     measured = int(statistics.median(peaks))
     return {
         "case": case.name,

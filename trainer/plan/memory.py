@@ -61,12 +61,9 @@ class Memory:
         return asdict(self) | {"total": self.total, "device_bytes": device_bytes}
 
 
-def estimate(config: Config, layout: Layout, reversible: bool = False) -> Memory:
-    """The step of a config with device, compute dtype and compile settled; ValueError where they are `auto`.
-
-    reversible: with blocks that keep no activations (replay.py), in place of the standard ones.
-    """
-    replay = Replay(config, layout.world, layout.shard, layout.micro_batch, layout.accumulation, reversible)
+def estimate(config: Config, layout: Layout) -> Memory:
+    """The step of a config with device, compute dtype and compile settled; ValueError where they are `auto`."""
+    replay = Replay(config, layout.world, layout.shard, layout.micro_batch, layout.accumulation)
     replay.run()
     tally = replay.tally
     return Memory({p: tally.peak[p] for p in PARTS}, {p: tally.largest[p] for p in PARTS}, tally.peak_moment)
@@ -119,7 +116,8 @@ def fit_layout(
     advice = ["start more ranks"] if shard == world else ["shard over more ranks (parallel.shard)"]
     if not auto_micro_batch and micro_batch > 1:
         advice.insert(0, "lower parallel.micro_batch")
-    if config.run.recompute != "full":
+    # reversible blocks recompute as it is
+    if config.run.recompute != "full" and config.model.blocks == "standard":
         advice.insert(0, "set run.recompute=full")
     sentence = (
         f"a step of {micro_batch} x {config.data.seq_len} tokens needs an estimated "

@@ -4,9 +4,8 @@ The order is that of trainer/run/step.py: forward block by block, loss in chunks
 gathers and reductions between them. A tensor is in the replay when it can live at the peak; what is small
 beside its neighbours (scalars, one number a token) is left out.
 
-Reversible blocks, y1 = x1 + attention(norm x2), y2 = x2 + ffn(norm y1) (in the spirit of RevFFN, arXiv 2512.20920),
-keep the last two streams only; backward rebuilds a block's inputs half by half. Their streams are in the compute
-dtype here. No config chooses them yet.
+Reversible blocks (models/revffn.py) keep the last two streams and those at anchors; backward rebuilds the others half
+by half, where its recompute makes what the half would have kept.
 """
 
 from collections import Counter
@@ -59,9 +58,8 @@ class Replay:
         shard: int,
         micro_batch: int,
         accumulation: int,
-        reversible: bool = False,
     ) -> None:
-        self.tally, self.sizes, self.reversible = Tally(), Sizes(config, micro_batch), reversible
+        self.tally, self.sizes = Tally(), Sizes(config, micro_batch)
         self.config, self.model, self.shard, self.accumulation = config, config.model, shard, accumulation
         self.compute, self.master = self.sizes.compute, self.sizes.master
         self.replicas = world // shard
@@ -78,7 +76,9 @@ class Replay:
         whole = Group(self.root.shapes + self.block.shapes * self.layers)
         if self.fsdp and not self.reshards and whole.numel * self.master <= ONE_GROUP_BYTES:
             self.root, self.block = whole, Group(())  # comm/fsdp.py: a small model is one group
-        self.norm = self.sizes.wide_norm(self.model.hidden_size)
+        standard = self.sizes.hidden + self.sizes.wide_norm(self.model.hidden_size)
+        self.last = 2 * self.sizes.stream if self.sizes.reversible else standard
+        """The last block's output, or the two streams joined, as the final norm keeps it."""
         self.reduced = 0  # bytes of the reductions' buffer, which FSDP2 keeps until it needs the next one
 
     def run(self) -> None:
@@ -164,18 +164,16 @@ class Replay:
         self.finish_gather(self.root)
         tally.add("activations", self.sizes.tables())
         before = self.root
-        for _ in range(self.layers):
+        for layer in range(self.layers):
             if self.block.shapes:
                 self.start_gather(self.block)
                 self.finish_gather(self.block)
                 self.free_flat(before)
                 before = self.block
-            tally.add("activations", 0 if self.reversible else self.sizes.kept())
+            tally.add("activations", self.sizes.kept() + self.sizes.anchors(layer))
             if self.reshards:
                 self.reshard(self.block)
-        if self.reversible:
-            tally.add("activations", 2 * self.sizes.hidden)  # the streams, whose sum is the last output
-        tally.add("activations", self.sizes.hidden + self.norm)  # the last output, kept by the norm
+        tally.add("activations", self.last)
         self.last_gathered = before
 
     def loss(self, first: bool) -> None:
@@ -200,10 +198,11 @@ class Replay:
 
     def backward(self, first: bool) -> None:
         """From the final norm to the embedding."""
-        tally, hidden = self.tally, self.sizes.hidden
+        tally, sizes, hidden = self.tally, self.sizes, self.sizes.hidden
+        behind = 2 * sizes.stream if sizes.reversible else hidden  # gradient behind a block
         self.gradient(self.model.hidden_size, first)  # the norm's
-        tally.brief("activations", hidden)
-        tally.drop("activations", hidden + self.norm)  # the last output
+        tally.add("activations", behind)
+        tally.drop("activations", hidden + self.last)
         for layer in reversed(range(self.layers)):
             tally.moment = f"backward of block {layer + 1} of {self.layers}"
             if self.reshards:
@@ -211,17 +210,18 @@ class Replay:
                 self.free_flat(self.block)
                 if layer:
                     self.start_gather(self.block)
-            if self.reversible:
-                self.reversible_backward(first)
+            if sizes.reversible:
+                self.reversible_backward(layer, first)
             else:
                 self.block_backward(first)
             self.reshard(self.block)
             self.reduce(self.block, first)
-        if self.reversible:
-            tally.drop("activations", 2 * hidden)
+            tally.drop("activations", sizes.anchors(layer - 1 if layer else self.layers - 1))
         tally.moment = "backward of the embedding"
+        tally.add("activations", hidden)
+        tally.drop("activations", behind)
         self.gradient(self.model.vocab_size * self.model.hidden_size, first)
-        tally.drop("activations", hidden + self.sizes.tables())
+        tally.drop("activations", hidden + sizes.tables())
         if self.model.tied_embeddings:  # the head's gradient, which waited for this one
             self.tally.drop("gradients", self.model.vocab_size * self.model.hidden_size * self.compute)
         self.reshard(self.root)
@@ -245,9 +245,7 @@ class Replay:
         tally, sizes = self.tally, self.sizes
         weights, mixture = Group(ffn_shapes(self.model)).numel, self.model.ffn == "moe"
         if mixture:  # gradients of the rows that the experts made: scored, in the scores' type, and not
-            tally.brief(
-                "activations", sizes.copies * (sizes.hidden + sizes.statistics(self.model.hidden_size))
-            )
+            tally.brief("activations", sizes.copies * (sizes.inner + sizes.statistics(self.model.inner_size)))
         self.gradient(weights // 3, first)  # w2
         tally.add("activations", sizes.ffn)  # of the product
         tally.drop("activations", sizes.ffn)  # the product
@@ -265,18 +263,23 @@ class Replay:
         beside += sizes.statistics(sizes.query) if sizes.cuda else 0
         self.tally.brief("activations", beside)
 
-    def reversible_backward(self, first: bool) -> None:
+    def reversible_backward(self, layer: int, first: bool) -> None:
         """Each half again, from the stream that it read, and the other stream by subtraction."""
         tally, sizes = self.tally, self.sizes
-        tally.add("activations", sizes.hidden)  # the second stream's gradient, beside the first's
+        tally.drop("activations", sizes.kept())  # which the recompute keeps in its turn
+        cast = 0 if self.compute == self.master else sizes.width(self.model.hidden_size // 2)
         for saved, half in (
             (sizes.ffn_saved(), self.ffn_backward),
             (sizes.attention_saved(), self.attention_backward),
         ):
-            # Its input is a stream, which is there; beside it are its result and the rebuilt stream.
-            made = sum(saved.values()) + sizes.hidden
+            made = sum(saved.values()) + cast  # cast: the gradient of the half's result
             tally.add("activations", made)
+            tally.brief("activations", sizes.inverting())
             half(first)
-            tally.brief("activations", 2 * sizes.hidden)
-            tally.drop("activations", made)  # the rebuilt stream takes the place of the one behind it
-        tally.drop("activations", sizes.hidden)
+            tally.brief("activations", 2 * sizes.stream)  # gradient of the stream that was read, and its sum
+            tally.drop("activations", made)
+            if layer == self.layers - 1 and half == self.ffn_backward:
+                # the gradient of the joined streams is one tensor, until each stream's is another
+                tally.add("activations", sizes.stream)
+        if layer == self.layers - 1:
+            tally.drop("activations", sizes.stream)

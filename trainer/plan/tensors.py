@@ -87,7 +87,12 @@ class Sizes:
         self.batch, self.seq = micro_batch, config.data.seq_len
         self.tokens = micro_batch * self.seq
         self.query, self.key = (n * model.dim_per_head for n in (model.num_heads, model.kv_heads))
+        self.reversible = model.blocks == "revffn"
         self.hidden = self.width(model.hidden_size)
+        self.inner = self.width(model.inner_size)
+        """What attention and feed-forward layers read and write: `hidden` but in reversible blocks without adapters."""
+        self.stream = self.statistics(model.hidden_size // 2)
+        """One of the two streams of reversible blocks, `[batch, seq, hidden_size / 2]` in the master dtype."""
         mixture = model.ffn == "moe"
         self.copies = model.moe.top_k if mixture else 1
         """Rows of the feed-forward layer for each token."""
@@ -100,7 +105,7 @@ class Sizes:
         return self.tokens * columns * self.compute
 
     def statistics(self, columns: int) -> int:
-        """`[batch, seq, columns]` in fp32: 1 / RMS of a norm, logsumexp of attention."""
+        """`[batch, seq, columns]` in the master dtype: 1 / RMS of a norm, logsumexp of attention."""
         return self.tokens * columns * self.master
 
     def wide_norm(self, columns: int) -> int:
@@ -112,15 +117,26 @@ class Sizes:
             return 0
         return 2 * self.statistics(columns) - self.width(columns)
 
+    def around_layer(self, compiled: bool, reads: int = 1) -> dict[str, int]:
+        """What a half keeps around its attention or feed-forward layer, which reads `reads` tensors, each normed."""
+        if not self.reversible:
+            wide = 0 if compiled else self.wide_norm(self.model.hidden_size)
+            return {"input": self.hidden, "normed": self.hidden + self.statistics(1) + wide}
+        # its input is a stream, which is there; the norm is in the stream's type, which CPUs too have fused
+        saved = {"normed": reads * (self.width(self.model.hidden_size // 2) + self.statistics(1))}
+        if reads > 1:
+            saved["fixed point"] = self.stream  # not the same tensor as the stream that is then rebuilt
+        if self.model.revffn.adapters:
+            saved["adapters"] = (reads + 1) * self.inner  # what the layer reads, and its result
+        return saved
+
     def attention_saved(self) -> dict[str, int]:
         """What the attention half of a block keeps for backward."""
         model, confined = self.model, self.config.data.confine_attention
         # models/attention.py: CUDA's fp32 and masked kernels get a copy of the keys for each query head
         native = not self.cuda or (self.compute == 2 and not confined)
-        wide = 0 if self.compiled else self.wide_norm(model.hidden_size)
-        saved = {
-            "input": self.hidden,
-            "normed": self.hidden + self.statistics(1) + wide,
+        own_queries = self.reversible and model.coupling == "revffn"
+        saved = self.around_layer(self.compiled, reads=2 if own_queries else 1) | {
             "q, k, v": self.width(self.query + 2 * (self.key if native else self.query)),
             "out": self.width(self.query) + self.statistics(model.num_heads),
         }
@@ -136,9 +152,7 @@ class Sizes:
         """What the feed-forward half of a block keeps for backward."""
         mixture = self.model.ffn == "moe"
         compiled = self.compiled and not mixture  # build.py: around a mixture the attention alone is compiled
-        saved = {
-            "input": self.hidden + self.statistics(1),
-            "normed": self.hidden + (0 if compiled else self.wide_norm(self.model.hidden_size)),
+        saved = self.around_layer(compiled) | {
             "w1, w3, product": 3 * self.ffn,
             # the backward kernel of a compiled block computes silu(w1 x) again
             "silu": 0 if compiled else self.ffn,
@@ -147,10 +161,10 @@ class Sizes:
             experts, rows = self.model.moe.experts, self.copies * self.tokens
             saved |= {
                 # the copies that go to the experts, and what comes back, which the scores multiply
-                "rows": 2 * self.copies * self.hidden,
+                "rows": 2 * self.copies * self.inner,
                 # logits, scores, their product with the valid tokens, and the input in fp32
                 "router": 4 * self.statistics(experts)
-                + (0 if self.compute == self.master else self.statistics(self.model.hidden_size)),
+                + (0 if self.compute == self.master else self.statistics(self.model.inner_size)),
                 "indices": 8 * (3 * rows),
             }
         return saved
@@ -161,6 +175,8 @@ class Sizes:
 
     def kept(self) -> int:
         """What of it lives from a block's forward to its backward; the rest is recomputed."""
+        if self.reversible:  # the experts of each token, int64, which the recompute repeats
+            return 8 * self.tokens * self.copies if self.model.ffn == "moe" else 0
         if self.config.run.recompute == "none":
             return self.saved()
         if self.config.run.recompute == "full":
@@ -168,6 +184,18 @@ class Sizes:
         # the results of attention and of the products (run/build.py), wo's and w2's among them
         products = self.width(self.query + 2 * self.key) + 2 * self.ffn + 2 * self.hidden
         return self.hidden + self.attention_saved()["out"] + products
+
+    def anchors(self, layer: int) -> int:
+        """The two streams kept behind reversible block `layer`, from which backward rebuilds those before it."""
+        if not self.reversible:
+            return 0
+        every = self.model.revffn.anchor_every or self.model.num_layers
+        return 2 * self.stream if layer == self.model.num_layers - 1 or (layer + 1) % every == 0 else 0
+
+    def inverting(self) -> int:
+        """Beside what a reversible half has recomputed: its result, as steps of the grid too, and the stream before."""
+        rounded = self.stream if self.model.revffn.streams == "grid" else 0
+        return self.width(self.model.hidden_size // 2) + rounded + self.stream
 
     def tables(self) -> int:
         """Rotary tables, and the boolean mask of confined attention: once for all blocks."""

@@ -14,7 +14,7 @@ import torch
 from stepline.comm import packets
 from stepline.comm.fsdp import ONE_GROUP_BYTES
 from stepline.kernels.cross_entropy import CPU_LOGITS, CUDA_LOGITS
-from stepline.models.config import ModelConfig
+from stepline.models.config import ModelConfig, RevFFNConfig
 from stepline.models.flops import parameter_counts
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
@@ -99,6 +99,20 @@ def test_all_that_is_made_is_dropped(device, world, recompute, reshard):
     assert held["gradients"] == held["parameters"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("coupling", ["exact", "revffn"])
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+@pytest.mark.parametrize("anchor_every", [None, 1, 3, 16])
+def test_all_that_reversible_blocks_make_is_dropped(device, coupling, ffn, anchor_every):
+    revffn = RevFFNConfig(anchor_every=anchor_every, adapters=coupling == "revffn")
+    model = BIG.model_copy(update={"blocks": "revffn", "coupling": coupling, "ffn": ffn, "revffn": revffn})
+    replayed = replay.Replay(config(model, device), 2, 2, 2, 2)
+    replayed.run()
+    left = replayed.tally.live
+    assert left["activations"] == left["logits"] == left["all-gather"] == 0
+    assert left["gradients"] == left["parameters"]
+
+
 def test_constants_are_those_of_the_code():
     assert replay.CHUNK_LOGITS == {"cuda": CUDA_LOGITS, "cpu": CPU_LOGITS}
     assert (replay.ONE_GROUP_BYTES, update.BUCKET_ELEMENTS) == (ONE_GROUP_BYTES, muon.BUCKET_ELEMENTS)
@@ -115,7 +129,14 @@ def close(row: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "world"), [("logits", 1), ("reversible", 1), ("fsdp, recompute full, accumulation 2", 2)]
+    ("case", "world"),
+    [
+        ("logits", 1),
+        ("reversible, anchors", 1),
+        ("reversible, coupling revffn, adapters", 1),
+        ("reversible, experts", 1),
+        ("fsdp, recompute full, accumulation 2", 2),
+    ],
 )
 def test_measured(pool, benchmark_cases, case, world):
     found = next(c for c in benchmark_cases.CASES if c.name == case)
@@ -138,17 +159,24 @@ def test_recompute_and_sharding_save_what_they_promise():
 
 
 def test_reversible_blocks_keep_no_activations():
-    """Flat in depth, while a recomputed block keeps its input."""
+    """Flat in depth, while a recomputed block keeps its input, an anchor two streams and a router its choices."""
 
-    def activations(layers: int, recompute: str, reversible: bool) -> int:
-        model = BIG.model_copy(update={"num_layers": layers})
-        run = config(model, "cpu", run={"recompute": recompute})
-        return estimate(run, Layout(1, 1, 8, 1), reversible).largest["activations"]
+    def activations(layers: int, recompute: str = "none", **model) -> int:
+        shape = BIG.model_copy(update={"num_layers": layers} | model)
+        settled = config(shape, "cpu", run={"recompute": recompute})
+        return estimate(settled, Layout(1, 1, 8, 1)).largest["activations"]
 
-    assert activations(4, "none", True) == activations(64, "none", True)
-    hidden = 8 * 1024 * BIG.hidden_size * 4
-    assert activations(64, "full", False) - activations(4, "full", False) == 60 * hidden
-    assert activations(4, "none", True) < activations(4, "full", False) < activations(4, "none", False)
+    tokens = 8 * 1024
+    hidden = tokens * BIG.hidden_size * 4
+    reversible = {"blocks": "revffn"}
+    assert activations(4, **reversible) == activations(64, **reversible)
+    assert activations(64, "full") - activations(4, "full") == 60 * hidden
+    assert activations(4, **reversible) < activations(4, "full") < activations(4)
+    anchors = reversible | {"revffn": RevFFNConfig(anchor_every=8)}
+    assert activations(64, **anchors) - activations(8, **anchors) == 7 * hidden
+    experts = reversible | {"ffn": "moe"}
+    ids = 8 * tokens * BIG.moe.top_k
+    assert activations(64, **experts) - activations(4, **experts) == 60 * ids
 
 
 def decide(memory: float | None, world: int = 8, device: str = "cuda", model: ModelConfig = BIG, **sections):
@@ -257,6 +285,9 @@ def test_when_nothing_fits():
     assert (run.parallel.micro_batch, run.parallel.shard) == (4, 2)
     assert len(warnings) == 1
     assert "lower parallel.micro_batch or shard over more ranks (parallel.shard)" in warnings[0]
+    reversible = BIG.model_copy(update={"blocks": "revffn"})
+    with pytest.raises(UserError, match=r"stay free\); start more ranks, or set parallel.micro_batch=1"):
+        decide(1e9, model=reversible, run={})
 
 
 def test_plan_of_a_config_tells_the_memory_without_torch():
