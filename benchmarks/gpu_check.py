@@ -20,7 +20,7 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests" / "gpu")]
     code = subprocess.run(tests, check=False).returncode
-    for script in ("gpu_step.py", "memory.py"):
+    for script in ("gpu_step.py", "moe_step.py", "memory.py", "activation_memory.py"):
         subprocess.run([sys.executable, str(HERE / script)], check=False)
     return code
 
