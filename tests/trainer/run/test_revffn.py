@@ -6,7 +6,10 @@ import shutil
 import pytest
 import torch
 
+from stepline.comm.mesh import World
+from stepline.trainer.errors import UserError
 from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.run.start import start_job
 from stepline.trainer.watch.metrics import read_metrics
 
 REVFFN = ["model.blocks=revffn", "model.hidden_size=48", "model.num_layers=3", "model.ffn_size=48"]
@@ -96,3 +99,9 @@ def test_replicas_across_slow_links(train, tiny_config, tmp_path, sync):
     again = train(4, tiny_config, tmp_path / "again", *options, resume="auto")
     for key in ("loss", "grad_norm", "val_loss", "expert_load"):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
+
+
+def test_recompute_beside_it_is_refused(tiny_config, tmp_path):
+    options = [*REVFFN, "run.recompute=full", f"run.folder={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="recompute their activations themselves"):
+        start_job(str(tiny_config), options, "never", World(0, 1, 0, 1))
