@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from stepline.trainer.cli_cluster import doctor, submit
+from stepline.trainer.cli_hf import export, import_folder
 from stepline.trainer.cli_laws import laws_app, sweep
 from stepline.trainer.cli_options import Json
 from stepline.trainer.errors import UserError
@@ -167,6 +168,8 @@ def train(
 app.command()(sweep)
 app.command()(submit)
 app.command()(doctor)
+app.command()(export)
+app.command(name="import")(import_folder)
 
 
 @app.command(name="eval")

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from stepline.models.config import ModelConfig
-from stepline.models.hf import from_hf_name, from_hf_state, hf_config_dict, to_hf_name, to_hf_state
+from stepline.models.hf import (
+    config_from_hf,
+    from_hf_name,
+    from_hf_state,
+    hf_config_dict,
+    to_hf_name,
+    to_hf_state,
+)
 from stepline.models.init import init_model
 from stepline.models.transformer import Transformer
 
@@ -47,29 +54,30 @@ def pair(config):
     return ours, theirs.eval()
 
 
-def test_experts_equal_qwen3_moe(tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_equal_stock_mixtures(tmp_path, family):
     """Through files, as transformers fuses the experts' matrices when it loads them."""
     import transformers
     from safetensors.torch import load_file, save_file
 
-    moe = {"experts": 6, "top_k": 2, "balance": "none"}
     shape = SMALL | {
         "num_kv_heads": 2,
         "head_dim": 24,
-        "qk_norm": True,
+        "qk_norm": family == "qwen3_moe",
         "ffn": "moe",
         "ffn_size": 40,
-        "moe": moe,
+        "moe": {"experts": 6, "top_k": 2, "balance": "none"},
     }
     config = ModelConfig(**shape)
     ours = Transformer(config)
     init_model(ours, config, seed=0)
-    state = to_hf_state(ours.state_dict())
+    state = to_hf_state(ours.state_dict(), family)
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(hf_config_dict(config, max_positions=256)))
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
+    assert theirs.config.model_type == family
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(1))
@@ -83,9 +91,39 @@ def test_experts_equal_qwen3_moe(tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in back.items())
 
 
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_config_round_trip(config):
+    back, positions = config_from_hf(hf_config_dict(config, max_positions=256))
+    explicit = {"num_kv_heads": config.kv_heads, "head_dim": config.dim_per_head, "init_std": None}
+    if config.rope_scaling is not None and config.rope_scaling.type == "linear":
+        explicit["rope_scaling"] = back.rope_scaling  # of llama3's values none is kept
+    assert back == config.model_copy(update=explicit)
+    assert positions == 256
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn'.*linear, llama3"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ],
+)
+def test_what_stepline_does_not_compute_is_named(changed, named):
+    raw = hf_config_dict(SHAPES["mha"], max_positions=256) | changed
+    with pytest.raises(ValueError, match=named):
+        config_from_hf(raw)
+
+
 @pytest.mark.parametrize(
     "changed",
-    [{"qk_norm": False}, {"moe": {"shared_size": 8}}, {"moe": {"score": "sigmoid"}}, {"blocks": "revffn"}],
+    [
+        {"qk_norm": False, "moe": {"renormalise": False}},
+        {"moe": {"shared_size": 8}},
+        {"moe": {"score": "sigmoid"}},
+        {"blocks": "revffn"},
+    ],
 )
 def test_what_no_stock_architecture_computes_is_refused(changed):
     shape = SMALL | {"qk_norm": True, "ffn": "moe"} | changed

@@ -1,0 +1,100 @@
+"""Small random models: runs of Stepline with a checkpoint, and folders that transformers has saved."""
+
+import json
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stepline.models.config import ModelConfig
+from stepline.models.init import init_model
+from stepline.models.transformer import Transformer
+from stepline.trainer.run.manifest import COMPLETE, MANIFEST, STATE, checkpoint_path, file_entry
+from stepline.trainer.run.state import model_tensors
+
+SMALL = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_size": 48,
+    "init_std": 0.15,
+}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """120 documents of a small grammar."""
+    draw = random.Random(0)
+    folder = tmp_path_factory.mktemp("hf") / "texts"
+    folder.mkdir()
+    names, verbs = ["alice", "bob", "carol", "dave"], ["sees", "finds", "sends", "keeps"]
+    things = ["the tree", "a letter", "nine stones", "the old map"]
+    for i in range(120):
+        sentences = (
+            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)} at {draw.randint(0, 99)}."
+            for _ in range(60)
+        )
+        (folder / f"{i:03}.txt").write_text(" ".join(sentences))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(texts) -> Path:
+    """The prepared documents, vocabulary 330."""
+    from stepline.trainer.data.prepare import prepare
+
+    prepare([texts], texts.parent / "data", vocab_size=330, workers=1, val_share=0.1, progress=False)
+    return texts.parent / "data"
+
+
+def stir(model: torch.nn.Module) -> None:
+    """Norm weights that are not 1, balance biases that move choices."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+        for name, b in model.named_buffers():
+            if name.endswith("balance_bias"):
+                b.copy_(torch.linspace(-0.05, 0.05, b.numel()))
+
+
+@pytest.fixture
+def make_run(tmp_path, data):
+    """Writes a run with the checkpoint of a random model; returns both."""
+
+    def make(name: str = "run", *, balanced: bool = False, **changed) -> tuple[Path, Transformer]:
+        config = ModelConfig(**SMALL | changed)
+        torch.manual_seed(0)
+        model = Transformer(config)
+        init_model(model, config, seed=0)
+        stir(model)
+        for key, buffer in model.named_buffers():
+            if not balanced and key.endswith("balance_bias"):
+                buffer.zero_()
+        run = tmp_path / name
+        path = checkpoint_path(run, 7)
+        path.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.distributed.checkpoint.save(model_tensors(model), checkpoint_id=path, no_dist=True)
+        state = {"step": 7, "tokens": 700, "fingerprints": ["abc123"]}
+        (path / STATE).write_text(json.dumps(state))
+        files = {file.name: file_entry(file) for file in path.iterdir()}
+        (path / MANIFEST).write_text(json.dumps({"kind": "permanent", "step": 7, "files": files}))
+        (path / COMPLETE).touch()
+        sections = {"model": config.model_dump(mode="json"), "data": {"path": str(data), "seq_len": 64}}
+        sections["precision"] = {"compute": "fp32"}
+        (run / "config.yaml").write_text(yaml.safe_dump(sections))
+        return run, model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 330, (2, 60), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,167 @@
+"""A run as a folder that `transformers` loads."""
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepline.models.hf import hf_config_dict, stock_family, to_hf_names
+from stepline.models.transformer import Transformer
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import read_run_config
+from stepline.trainer.data.dataset import load_meta
+from stepline.trainer.data.tokenizer import load_tokenizer
+from stepline.trainer.errors import UserError
+from stepline.trainer.files import write_whole
+from stepline.trainer.hf.card import model_card
+from stepline.trainer.hf.custom import custom_config_dict, custom_name, write_code
+from stepline.trainer.hf.shards import INDEX, Unit, deal, open_shard
+from stepline.trainer.hf.tokenizer import write_tokenizer
+from stepline.trainer.run.checkpoint import load_tensors
+from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
+from stepline.trainer.run.state import model_tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BIAS = ".balance_bias"
+KIND = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@dataclass
+class Exported:
+    """What was written."""
+
+    folder: Path
+    architecture: str
+    remote_code: bool
+    """Whether the folder needs `trust_remote_code`."""
+    shards: int
+    bytes: int
+    notes: list[str]
+    """What could not be written, one sentence each."""
+
+
+def export_run(path: Path, output: Path, dtype: str = "fp32", shard_bytes: int = 5 * 10**9) -> Exported:
+    """Writes the newest checkpoint of a run, or one of its checkpoints, into the new folder `output`.
+
+    One parameter at a time is in memory, as pieces as large as the checkpoint holds it in. dtype: fp32, the weights
+    bit for bit, or bf16, rounded to nearest. Raises UserError.
+    """
+    checkpoint = find_checkpoint(path)
+    run = run_of(checkpoint)
+    config, state = read_run_config(run), read_state(checkpoint)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty; choose a new folder")
+    partial = output.with_name(output.name + ".partial")
+    with suppress(FileNotFoundError):
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True)
+        exported = _write(checkpoint, run, config, state, partial, DTYPES[dtype], shard_bytes)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    exported.folder = output
+    return exported
+
+
+def _write(
+    checkpoint: Path,
+    run: Path,
+    config: Config,
+    state: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    limit: int,
+) -> Exported:
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    shapes = {name.removeprefix("model."): tuple(t.shape) for name, t in model_tensors(model).items()}
+    positions = state.get("max_positions", config.data.seq_len)
+    family = _stock(checkpoint, config, shapes)
+    if family is None:
+        raw = custom_config_dict(config.model, positions)
+        write_code(folder)
+    else:
+        raw = hf_config_dict(config.model, positions)
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith(BIAS)}
+    architecture = raw["architectures"][0]
+    units = []
+    for name, shape in shapes.items():
+        names = [custom_name(name)] if family is None else to_hf_names(name, config.model.moe.experts, family)
+        # what moves a choice between experts is not rounded
+        units.append(Unit(name, tuple(names), shape, torch.float32 if name.endswith(BIAS) else dtype))
+    shards, total = write_weights(checkpoint, units, folder, limit)
+    eod_id, notes = _write_tokenizer(config, folder)
+    raw |= {"torch_dtype": KIND[dtype]}
+    if eod_id is not None:
+        ends = {"bos_token_id": eod_id, "eos_token_id": eod_id}
+        raw |= ends
+        _write_json(folder / "generation_config.json", ends)
+    _write_json(folder / "config.json", raw)
+    card = model_card(run, config, state, kind=architecture, remote=family is None, eod_id=eod_id)
+    write_whole(folder / "README.md", card)
+    return Exported(folder, architecture, family is None, shards, total, notes)
+
+
+def _stock(checkpoint: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The stock family that computes the same; None where there is none."""
+    try:
+        family = stock_family(config.model)
+    except ValueError:
+        return None
+    biases = {f"model.{name}": torch.empty(s) for name, s in shapes.items() if name.endswith(BIAS)}
+    if biases:
+        load_tensors(checkpoint, biases)
+    return None if any(bias.any() for bias in biases.values()) else family
+
+
+def write_weights(checkpoint: Path, units: list[Unit], folder: Path, limit: int) -> tuple[int, int]:
+    """Streams parameters of a checkpoint into shards of at most `limit` bytes; returns their number and bytes.
+
+    Raises UserError where the checkpoint is damaged or does not fit, OSError on a full disk.
+    """
+    shards = deal(units, limit)
+    several = len(shards) > 1
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors"
+        with open_shard(folder / name, shard) as places:
+            for unit, place in places:
+                _load(checkpoint, unit.source, place)
+                del place
+        weight_map |= {n: name for unit in shard for n in unit.names}
+        total += sum(unit.nbytes for unit in shard)
+    if several:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return len(shards), total
+
+
+def _load(checkpoint: Path, name: str, place: Tensor) -> None:
+    """Each piece that the checkpoint holds is copied, and cast, to its part of `place`."""
+    load_tensors(checkpoint, {f"model.{name}": place})
+
+
+def _write_tokenizer(config: Config, folder: Path) -> tuple[int | None, list[str]]:
+    """Id that ends documents, and what was not written."""
+    sources = config.data.folders()
+    if not sources:
+        return None, ["the run has no data, so that there is no tokenizer"]
+    try:
+        tokenizer = load_tokenizer(load_meta(sources[0].path).tokenizer_path)
+    except UserError as error:
+        return None, [f"the tokenizer is left out: {error}"]
+    note = write_tokenizer(tokenizer, folder)
+    return tokenizer.eod_id, [note] if note else []
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
