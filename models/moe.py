@@ -56,11 +56,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """`x` and result `[rows, width]`, sorted by expert; counts: `[experts]` int64, rows of each."""
-        weights = (self.w1, self.w3, self.w2)
-        if self.exchange is None:
-            return grouped_swiglu(x, *weights, counts)
-        x, counts, back = self.exchange.to_owners(x, counts)
-        return back(grouped_swiglu(x, *map(self.exchange.own_weight, weights), counts))
+        weights, back = (self.w1, self.w3, self.w2), None
+        if self.exchange is not None:
+            x, counts, back = self.exchange.to_owners(x, counts)
+            weights = tuple(map(self.exchange.own_weight, weights))
+        y = self.product(x, weights, counts)
+        return y if back is None else back(y)
+
+    def product(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], counts: Tensor) -> Tensor:
+        """`x` `[rows, width]` through the experts of these weights (w1, w3, w2), which hold `counts` rows each."""
+        return grouped_swiglu(x, *weights, counts)
 
 
 def grouped_swiglu(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, counts: Tensor) -> Tensor:

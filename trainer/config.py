@@ -173,8 +173,23 @@ class PrecisionConfig(Section):
 
     compute: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """auto: bf16 on a GPU that has it, fp32 on CPUs."""
+    fp8: bool = False
+    """Products of the blocks' linear layers in FP8 (E4M3, gradients E5M2, a scale for each tensor); simulated where the
+    device has none."""
     reduce: Literal["parameters", "bf16"] = "parameters"
     """Type in which gradients are summed over ranks: that of the parameters, or bf16, which halves what is sent."""
+
+
+class SparseConfig(Section):
+    """2:4 sparse feed-forward layers and experts (S-STE, arXiv 2409.09099)."""
+
+    mode: Literal["none", "s-ste"] = "none"
+    """s-ste: soft-thresholded weights with a frozen scale, gradients straight through to the dense master weights."""
+    grad_weight: Literal["dense", "mvue"] = "dense"
+    """The weights' gradients: of the dense gradient of the result, or of its minimum-variance unbiased 2:4 estimate
+    along tokens (arXiv 2203.10991)."""
+    dense_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps, at the end, that train dense."""
 
 
 class CheckpointConfig(Section):
@@ -236,6 +251,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    sparse: SparseConfig = SparseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     run: RunConfig = RunConfig()

@@ -101,6 +101,7 @@ def resolve(
     if parallel.shard != "auto":
         check_layout(parallel.shard, world)
     check_experts(config, world)
+    check_products(config)
     if config.model.blocks == "revffn" and config.run.recompute != "none":
         raise UserError("reversible blocks recompute their activations themselves; set run.recompute to none")
 
@@ -172,6 +173,39 @@ def check_experts(config: Config, world: int) -> None:
             f"the {held} experts that each of {parts} ranks holds (parallel.experts) cannot be sharded evenly over "
             f"{rest} more; set parallel.experts to {nearest_divisor(math.gcd(ranks, config.model.moe.experts), ranks)}"
         )
+
+
+def check_products(config: Config) -> None:
+    """Raises UserError for layers that cannot be 2:4 sparse or multiplied in FP8."""
+    model, sparse, fp8 = config.model, config.sparse.mode == "s-ste", config.precision.fp8
+    ignored = [
+        key
+        for key, set_ in (
+            ("grad_weight", config.sparse.grad_weight == "mvue"),
+            ("dense_fraction", config.sparse.dense_fraction > 0),
+        )
+        if set_
+    ]
+    if ignored and not sparse:
+        raise UserError(f"sparse.{ignored[0]} needs sparse layers; set sparse.mode to s-ste, or leave it out")
+    if model.ffn == "moe" and config.sparse.grad_weight == "mvue":
+        raise UserError(
+            "sparse.grad_weight=mvue is not made for experts, whose products are grouped; set it to dense"
+        )
+    multiple = 16 if fp8 else 4 if sparse else 1
+    kind = "FP8 products" if fp8 else "2:4 sparse layers"
+    widths = {"hidden_size": model.inner_size, "ffn_size": model.ffn_size}
+    if model.ffn == "moe" and model.moe.shared_size:
+        widths["moe.shared_size"] = model.moe.shared_size
+    if fp8:
+        widths |= {"head_dim": model.dim_per_head * math.gcd(model.num_heads, model.kv_heads)}
+    for name, width in widths.items():
+        if width % multiple:
+            near = max(1, round(width / multiple)) * multiple
+            raise UserError(
+                f"model.{name} gives layers a width of {width}, and {kind} take multiples of {multiple}; the nearest "
+                f"width: {near}"
+            )
 
 
 def whole_matrices(config: Config) -> bool:

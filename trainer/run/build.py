@@ -1,6 +1,7 @@
 """The one place that joins models, comm and kernels, in one order:
 
-model on meta -> recompute -> compile per block -> shard -> init -> optimizer -> synchroniser (synchronize.py) ->
+model on meta -> sparse and FP8 layers -> experts on the ep mesh -> recompute -> compile per block (or half) -> shard
+-> init -> beta -> optimizer -> synchroniser (synchronize.py) ->
 checkpoint load (state.py).
 """
 
@@ -15,9 +16,11 @@ from stepline.comm.experts import expert_mesh, place_experts
 from stepline.comm.fsdp import local, shard_model, shard_slice
 from stepline.models.init import init_parameter
 from stepline.models.moe import MoE
+from stepline.models.sparse_linear import Recipe, convert
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.plan.resolve import whole_matrices
+from stepline.trainer.run.sparsity import set_betas
 from stepline.trainer.run.step import all_sum
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -38,6 +41,7 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     compute = COMPUTE_DTYPES[config.precision.compute]
     with torch.device("meta"):
         model = Transformer(config.model).to(master_dtype(config))
+    convert(model, *recipes(config))
     for block in model.layers:
         _recompute(block, config.run.recompute)
         if config.run.compile is True:
@@ -69,7 +73,14 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         )
     model.to_empty(device=device)
     initialise(model, config)
+    set_betas(model, mesh)
     return model
+
+
+def recipes(config: Config) -> tuple[Recipe, Recipe]:
+    """How the linear layers of feed-forward layers, and those of attention, make their products."""
+    fp8, sparse = config.precision.fp8, config.sparse.mode == "s-ste"
+    return Recipe(sparse, sparse and config.sparse.grad_weight == "mvue", fp8), Recipe(fp8=fp8)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.evaluate import evaluate
-from stepline.trainer.run.manifest import find_checkpoint, run_of
+from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
+from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.state import load_weights
 
 
@@ -30,6 +31,7 @@ def load_run(path: Path) -> tuple[Transformer, Config, Path]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device, mesh=None)
     load_weights(model, checkpoint)
+    Sparsity(config, model).begin(read_state(checkpoint)["step"] - 1, watched=False)
     return model.eval(), config, checkpoint
 
 

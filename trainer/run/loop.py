@@ -66,6 +66,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     plan = _describe(job, state, number, group)
 
     steps = config.total_steps()
+    state.sparsity.begin(state.step, watched=False)
     attempt = Attempt(job, state, stop, verifier, group, number, stacks, plan)
     watch, consensus = attempt.watch, attempt.consensus
     validation: dict[str, float] | None = {}
@@ -80,6 +81,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 consensus.begin(attempt.wishes())
                 batch = next(state.loader)
                 lr = config.optimizer.lr * learning_rate_multiplier(config, state.step)
+                state.sparsity.begin(state.step, watched=is_logged(state.step + 1, config))
                 result = train_step(state, batch, lr)
                 state.step += 1
                 state.tokens += config.budget.batch_tokens
@@ -88,7 +90,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 stopping = agreed.stop
 
                 last = state.step == steps
-                if state.step % config.logging.every == 0 or last or state.step == 1:
+                if is_logged(state.step, config):
                     row = step_row(state, result, lr) | attempt.speed.lap(state.step)
                     watch.log(row)
                     stop_after_skips(row["skipped_in_a_row"], config)
@@ -125,6 +127,11 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     return validation | {"train_seconds": round(attempt.speed.total, 1)}
 
 
+def is_logged(step: int, config: Config) -> bool:
+    """Whether finished step `step` gets a row."""
+    return step % config.logging.every == 0 or step in (1, config.total_steps())
+
+
 def learning_rate_multiplier(config: Config, step: int) -> float:
     """The schedule's factor for the update with index `step`."""
     return lr_multiplier(
@@ -152,6 +159,7 @@ def step_row(state: TrainState, result: StepMeasures, lr: float) -> dict[str, fl
         **state.traffic.lap(),
         **state.balance.row(),
         **stream_row(state.model),
+        **state.sparsity.row(),
     }
 
 

@@ -20,6 +20,7 @@ from stepline.trainer.run.balance import ExpertBalance
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.checkpoint import load_tensors, stored_names
 from stepline.trainer.run.manifest import find_checkpoint, read_state
+from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.synchronize import build_synchronizer
 
 log = logging.getLogger("stepline")
@@ -37,6 +38,7 @@ class Trainee:
     synchronizer: Synchronizer
     guard: Guard
     balance: ExpertBalance
+    sparsity: Sparsity
     traffic: Traffic = field(default_factory=Traffic)
 
     @classmethod
@@ -48,6 +50,7 @@ class Trainee:
         return cls(
             config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()),
             synchronizer=build_synchronizer(config, named, mesh), balance=ExpertBalance(model),
+            sparsity=Sparsity(config, model),
             guard=Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device), **more,
         )  # fmt: skip
 

@@ -1,0 +1,80 @@
+"""8-bit floating point with a scale for each tensor: casts, and products of cast operands.
+
+E4M3 for what goes forward, E5M2 for gradients (arXiv 2209.05433). On CUDA (SM 89 and newer) the product is
+`torch._scaled_mm`; elsewhere the same numbers are multiplied in fp32, which is the reference.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16
+"""What CUDA's products want the inner and the outer widths to be multiples of."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`data * scale` is the tensor."""
+
+    data: Tensor
+    """`[rows, cols]` in an 8-bit type."""
+    scale: Tensor
+    """0-dim fp32."""
+
+    @property
+    def mT(self) -> "Scaled":
+        """Transposed."""
+        return Scaled(self.data.mT, self.scale)
+
+    def float(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As numbers of `dtype`."""
+        return self.data.to(dtype) * self.scale.to(dtype)
+
+
+def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale, 0-dim fp32, that takes `amax` to the largest number of `dtype`; 1 where amax is 0."""
+    scale = amax.float() / torch.finfo(dtype).max
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def cast(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Scaled:
+    """Rounds `x` to the nearest numbers of `dtype`, ties to even; what lies beyond `amax` is clipped.
+
+    amax: 0-dim, the largest magnitude; of `x` by default.
+    """
+    amax = x.abs().amax() if amax is None else amax
+    scale, largest = scale_for(amax, dtype), torch.finfo(dtype).max
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scaled = (x.to(wide) / scale.to(wide)).clamp(-largest, largest)
+    return Scaled(scaled.to(dtype), scale)
+
+
+def clipped_share(x: Tensor, amax: Tensor) -> Tensor:
+    """Share of values that lie beyond `amax`, 0-dim."""
+    return (x.abs() > amax).float().mean()
+
+
+def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+    """a b, `[m, k] x [k, n]`, summed in fp32 and rounded to `dtype` once."""
+    check_product(a, b)
+    if a.data.is_cuda and has_fp8(a.data.device):
+        data = b.data.mT.contiguous().mT  # column-major
+        return torch._scaled_mm(a.data.contiguous(), data, a.scale, b.scale, out_dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return ((a.data.to(wide) @ b.data.to(wide)) * (a.scale * b.scale).to(wide)).to(dtype)
+
+
+def check_product(a: Scaled, b: Scaled) -> None:
+    """Raises ValueError for what CUDA refuses, on every device: two E5M2 operands, widths that are not of 16."""
+    if a.data.dtype == E5M2 == b.data.dtype:
+        raise ValueError("a product of two E5M2 operands does not exist; one must be E4M3")
+    k, n = b.data.shape
+    if k % MULTIPLE or n % MULTIPLE:
+        raise ValueError(f"FP8 products take widths that are multiples of {MULTIPLE}, not {k} x {n}")
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies 8-bit numbers itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

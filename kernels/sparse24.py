@@ -1,0 +1,97 @@
+"""2:4 sparsity by soft thresholds, and the minimum-variance unbiased 2:4 estimator: the references, in plain torch.
+
+A group is four neighbours along the last dimension. S-STE (arXiv 2409.09099), t the second smallest |a| of a group:
+
+    S(a)_i = sign(a_i) max(|a_i| - t, 0),     W~ = beta S(W),     beta = <W, S(W)> / <S(W), S(W)>
+"""
+
+import torch
+from torch import Tensor
+
+GROUP = 4
+
+
+def groups(x: Tensor) -> Tensor:
+    """`[..., n]` as `[..., n / 4, 4]`. Raises ValueError where n is no multiple of 4."""
+    if x.shape[-1] % GROUP:
+        near = max(1, round(x.shape[-1] / GROUP)) * GROUP
+        raise ValueError(
+            f"2:4 sparsity takes groups of 4, and {x.shape[-1]} is no multiple; the nearest is {near}"
+        )
+    return x.unflatten(-1, (-1, GROUP))
+
+
+def threshold(x: Tensor) -> Tensor:
+    """t `[..., n / 4, 1]`: the second smallest magnitude of each group of `[..., n]`."""
+    a, b, c, d = groups(x.abs()).unbind(-1)
+    # the smaller ones of two pairs hold the smallest, and the second smallest is one of these two
+    low = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+    high = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    return torch.minimum(low, high).unsqueeze(-1)
+
+
+def soft_threshold(x: Tensor) -> Tensor:
+    """S(x), `[..., n]`: at most two values of a group are not zero, and no zero has a sign."""
+    t, grouped = threshold(x), groups(x)
+    return torch.where(grouped.abs() > t, grouped - grouped.sign() * t, 0).flatten(-2)
+
+
+def scale_sums(x: Tensor) -> Tensor:
+    """(<x, S(x)>, <S(x), S(x)>) over the last two dimensions, `[..., 2]` in float64, which add up over shards."""
+    x, s = x.double(), soft_threshold(x).double()
+    return torch.stack([(x * s).sum((-2, -1)), s.square().sum((-2, -1))], -1)
+
+
+def scale_of(sums: Tensor) -> Tensor:
+    """beta `[...]` of `scale_sums`: the argmin of |W - beta S(W)|^2; 1 where S is zero everywhere."""
+    return torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], 1.0)
+
+
+def keep_probabilities(x: Tensor) -> Tensor:
+    """p `[..., n / 4, 4]` of the estimator of least variance that keeps two of four (arXiv 2203.10991, derived anew).
+
+    p_i = 2 |a_i| / sum |a|, unless one magnitude is more than half of the sum: then it is always kept, and the second
+    is drawn of the others by their magnitudes.
+    """
+    a = groups(x).abs()
+    total, (most, place) = a.sum(-1, keepdim=True), a.max(-1, keepdim=True)
+    tiny = torch.finfo(a.dtype).tiny
+    even = 2 * a / total.clamp_min(tiny)
+    others = a / (total - most).clamp_min(tiny)
+    dominated = others.scatter(-1, place, 1.0)
+    return torch.where(most > total / 2, dominated, even)
+
+
+def mvue24(x: Tensor, uniform: Tensor) -> Tensor:
+    """A random 2:4 sparse tensor `[..., n]` whose mean is `x`, of the least variance that there is.
+
+    uniform: `[..., n / 4]` in [0, 1), one for a group. Index i is kept where u or u + 1 lies in [c_{i-1}, c_i), with c
+    the cumulated probabilities, and becomes x_i / p_i.
+    """
+    p = keep_probabilities(x)
+    ends = p.cumsum(-1)
+    begins = ends - p
+    u = uniform.unsqueeze(-1)
+    kept = ((begins <= u) & (u < ends)) | ((begins <= u + 1) & (u + 1 < ends))
+    return torch.where(kept & (p > 0), groups(x) / p.clamp_min(torch.finfo(p.dtype).tiny), 0).flatten(-2)
+
+
+def pack24(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(values `[..., n / 2]`, positions in their group `[..., n / 2]` uint8) of a 2:4 sparse `[..., n]`.
+
+    Raises ValueError where a group has more than two values.
+    """
+    grouped = groups(x)
+    present = grouped != 0
+    if bool((present.sum(-1) > 2).any()):
+        raise ValueError("a group of 4 has more than two values that are not zero")
+    # those that are not zero first, in their order; zeros fill up
+    places = (~present).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :2].sort(dim=-1).values
+    return grouped.gather(-1, places).flatten(-2), places.to(torch.uint8).flatten(-2)
+
+
+def unpack24(values: Tensor, places: Tensor) -> Tensor:
+    """The inverse of `pack24`."""
+    pairs, indices = values.unflatten(-1, (-1, 2)), places.unflatten(-1, (-1, 2)).long()
+    full = values.new_zeros(*pairs.shape[:-1], GROUP)
+    return full.scatter(-1, indices, pairs).flatten(-2)

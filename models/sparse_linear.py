@@ -1,0 +1,260 @@
+"""Linear layers whose products are 2:4 sparse (S-STE, arXiv 2409.09099), in FP8, or both.
+
+    Y  = X W~^T,   W~ = beta S(W)          E4M3 x E4M3
+    dX = dY W~                             E5M2 x E4M3
+    dW = dY^T X,   or MVUE(dY^T) X         E5M2 x E4M3
+
+The gradient with respect to W~ is taken for that of W, unchanged (straight-through).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, scaled_mm
+from stepline.kernels.grouped import grouped_linear
+from stepline.kernels.sparse24 import GROUP, mvue24, soft_threshold
+from stepline.models.attention import Attention
+from stepline.models.ffn import SwiGLU
+from stepline.models.moe import Experts, MoE, grouped_swiglu
+
+WEIGHTS = ("w1", "w3", "w2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the three products of a layer are made."""
+
+    sparse: bool = False
+    """Weights 2:4 in Y and dX."""
+    mvue: bool = False
+    """The gradient of the result 2:4 along tokens in dW, by the estimator."""
+    fp8: bool = False
+
+
+@dataclass
+class Draws:
+    """Numbers for the estimator: a function of seed, step, rank and the order of draws within the step alone."""
+
+    seed: int = 0
+    rank: int = 0
+    step: int = 0
+    drawn: int = 0
+
+    def begin(self, step: int) -> None:
+        """The draws of a step begin anew, so that a resumed run repeats them."""
+        self.step, self.drawn = step, 0
+
+    def uniform(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Uniform in [0, 1)."""
+        key = hash((self.seed, self.rank, self.step, self.drawn)) & (2**63 - 1)
+        self.drawn += 1
+        generator = torch.Generator(device).manual_seed(key)
+        return torch.rand(shape, generator=generator, device=device, dtype=dtype)
+
+
+@dataclass
+class Mode:
+    """What all layers of a model share: whether they are sparse now, and the estimator's numbers."""
+
+    sparse: bool = True
+    """False in a dense phase at the end."""
+    draws: Draws = field(default_factory=Draws)
+
+
+class SparseLinear(nn.Linear):
+    """A linear layer without bias by `recipe`; its weight is the dense master weight.
+
+    beta, a buffer in at least fp32, is computed once after initialisation (`set_beta`) and frozen.
+    """
+
+    def __init__(self, in_features: int, out_features: int, recipe: Recipe, mode: Mode):
+        super().__init__(in_features, out_features, bias=False)
+        if recipe.sparse and in_features % GROUP:
+            raise ValueError(
+                f"2:4 sparsity takes inputs whose width is a multiple of {GROUP}, not {in_features}"
+            )
+        self.recipe, self.mode = recipe, mode
+        if recipe.sparse:
+            self.register_buffer("beta", torch.zeros(()))
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the forward is sparse now."""
+        return self.recipe.sparse and self.mode.sparse
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        beta = self.beta if self.sparse else None
+        y = _Products.apply(x.flatten(0, -2), self.weight, beta, self.recipe, self.mode.draws)
+        return y.unflatten(0, x.shape[:-1])
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W~, or W in a dense phase: what a forward multiplies by."""
+        return (
+            self.weight * 1
+            if not self.sparse
+            else soft_threshold(self.weight) * self.beta.to(self.weight.dtype)
+        )
+
+    def _apply(self, fn, recurse=True):
+        """A cast of the module leaves beta in at least fp32: bf16 would move every weight by up to .4 %."""
+        kept = self.beta if self.recipe.sparse else None
+        super()._apply(fn, recurse)
+        if kept is not None and self.beta.dtype.itemsize < 4:
+            self.beta = kept.to(self.beta.device)
+        return self
+
+
+class _Products(torch.autograd.Function):
+    """Y = X W~^T and its gradients. `x` `[tokens, in]`, `weight` `[out, in]`, beta None for dense weights."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, beta: Tensor | None, recipe: Recipe, draws: Draws) -> Tensor:
+        ctx.recipe, ctx.draws, ctx.dtypes = recipe, draws, (x.dtype, weight.dtype)
+        w = weight if beta is None else soft_threshold(weight)
+        scale = torch.ones((), device=w.device) if beta is None else beta
+        if recipe.fp8:
+            xq, wq = cast(x, E4M3), cast(w, E4M3)
+            ctx.save_for_backward(xq.data, xq.scale, wq.data, wq.scale * scale)
+            return scaled_mm(xq, Scaled(wq.data, wq.scale * scale).mT, x.dtype)
+        w = w if beta is None else w * scale.to(w.dtype)
+        ctx.save_for_backward(x, w)
+        return x @ w.mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        recipe, (x_dtype, w_dtype) = ctx.recipe, ctx.dtypes
+        dx = dw = None
+        if recipe.fp8:
+            xd, xs, wd, ws = ctx.saved_tensors
+            g = cast(grad, E5M2)
+            if ctx.needs_input_grad[0]:
+                dx = scaled_mm(g, Scaled(wd, ws), x_dtype)
+            if ctx.needs_input_grad[1]:
+                gt = cast(_estimate(grad, ctx.draws), E5M2) if recipe.mvue else g
+                dw = scaled_mm(gt.mT, Scaled(xd, xs), w_dtype)
+            return dx, dw, None, None, None
+        x, w = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            dx = grad @ w
+        if ctx.needs_input_grad[1]:
+            g = _estimate(grad, ctx.draws) if recipe.mvue else grad
+            dw = (g.mT @ x).to(w_dtype)
+        return dx, dw, None, None, None
+
+
+def _estimate(grad: Tensor, draws: Draws) -> Tensor:
+    """MVUE of `[tokens, out]`, 2:4 along tokens, whose number is filled up to a multiple of four."""
+    missing = -len(grad) % GROUP
+    padded = nn.functional.pad(grad, (0, 0, 0, missing)) if missing else grad
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    columns = padded.mT.to(wide)
+    uniform = draws.uniform((columns.shape[0], columns.shape[1] // GROUP), grad.device, wide)
+    return mvue24(columns, uniform).mT[: len(grad)].to(grad.dtype)
+
+
+class SparseExperts(Experts):
+    """A mixture's experts with 2:4 sparse weights, or in simulated FP8, in grouped products.
+
+    No grouped 2:4 product exists: the weights are masked, which is the same function. One beta for each stack.
+    """
+
+    def __init__(self, experts: int, width: int, inner: int, recipe: Recipe, mode: Mode) -> None:
+        super().__init__(experts, width, inner)
+        self.recipe, self.mode = recipe, mode
+        if recipe.sparse:
+            for name in WEIGHTS:
+                self.register_buffer(f"{name}_beta", torch.zeros(()))
+
+    def product(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], counts: Tensor) -> Tensor:
+        """As that of `Experts`, with W~ in the place of W."""
+        made = []
+        for name, weight in zip(WEIGHTS, weights, strict=True):
+            sparse = self.recipe.sparse and self.mode.sparse
+            w = _Straight.apply(weight, getattr(self, f"{name}_beta")) if sparse else weight
+            made.append(_Rounded.apply(w, E4M3, None) if self.recipe.fp8 else w)
+        if not self.recipe.fp8:
+            return grouped_swiglu(x, *made, counts)
+        w1, w3, w2 = made
+        x = _Rounded.apply(x, E4M3, None)
+        gate, up = (_Rounded.apply(grouped_linear(x, w, counts), None, E5M2) for w in (w1, w3))
+        inner = _Rounded.apply(nn.functional.silu(gate) * up, E4M3, None)
+        return _Rounded.apply(grouped_linear(inner, w2, counts), None, E5M2)
+
+
+class _Straight(torch.autograd.Function):
+    """beta S(W), whose gradient is taken for W's."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, beta: Tensor) -> Tensor:
+        return soft_threshold(weight) * beta.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounds to 8 bits and back: what goes forward, the gradient, or neither."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, forward: torch.dtype | None, backward: torch.dtype | None) -> Tensor:
+        ctx.backward_dtype = backward
+        return x.view_as(x) if forward is None else _rounded(x, forward)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad if ctx.backward_dtype is None else _rounded(grad, ctx.backward_dtype), None, None
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not x.numel():
+        return x.clone()
+    return cast(x, dtype).float(torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def sparse_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, master weight, its beta) of every sparse weight of `model`."""
+    for prefix, module in model.named_modules():
+        if not isinstance(module, SparseLinear | SparseExperts) or not module.recipe.sparse:
+            continue
+        names = WEIGHTS if isinstance(module, SparseExperts) else ("weight",)
+        for name in names:
+            beta = module.beta if name == "weight" else getattr(module, f"{name}_beta")
+            yield f"{prefix}.{name}", getattr(module, name), beta
+
+
+def mode_of(model: nn.Module) -> Mode:
+    """What the layers of `model` by recipes share."""
+    layers = (m for m in model.modules() if isinstance(m, SparseLinear | SparseExperts))
+    return next((layer.mode for layer in layers), Mode())
+
+
+def convert(model: nn.Module, ffn: Recipe, attention: Recipe) -> None:
+    """Puts layers by these recipes in the place of the blocks' linear layers and experts, in place, on meta.
+
+    Names of parameters stay. Routers, adapters, embedding and head are left as they are.
+    """
+    mode = Mode()
+    for module in list(model.modules()):
+        if isinstance(module, SwiGLU):
+            _replace(module, ("w1", "w3", "w2"), ffn, mode)
+        elif isinstance(module, Attention):
+            _replace(module, ("wq", "wk", "wv", "wo"), attention, mode)
+        elif isinstance(module, MoE) and ffn != Recipe():
+            dense = module.experts
+            with dense.w1.device:
+                made = SparseExperts(*dense.w1.shape[::2], dense.w1.shape[1], ffn, mode).to(dense.w1.dtype)
+            module.experts = made
+
+
+def _replace(module: nn.Module, names: tuple[str, ...], recipe: Recipe, mode: Mode) -> None:
+    for name in names if recipe != Recipe() else ():
+        linear = getattr(module, name)
+        with linear.weight.device:
+            made = SparseLinear(linear.in_features, linear.out_features, recipe, mode).to(linear.weight.dtype)
+        setattr(module, name, made)
