@@ -209,7 +209,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
         )
     rope = raw.get("rope_parameters") or {}
     values = DEFAULTS[family] | {name: value for name, value in raw.items() if value is not None}
-    values = values | {"rope_theta": rope.get("rope_theta", values["rope_theta"])}
+    values |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     _refuse_options(family, values)
     model: dict[str, Any] = {
         "vocab_size": values["vocab_size"],

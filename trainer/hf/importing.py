@@ -200,6 +200,7 @@ class _Planner(dcp.DefaultSavePlanner):
     def __init__(self, pieces: list[Piece]) -> None:
         super().__init__()
         self.pieces = {(piece.name, piece.offset): piece for piece in pieces}
+        self.written: Tensor | None = None
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -217,16 +218,22 @@ class _Planner(dcp.DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.pieces[write_item.index.fqn, tuple(write_item.index.offset)].read()
+        # The writer keeps what it has written until the file is done: a piece's memory is given back under it. It asks
+        # for the next one when the last is written, as it copies none ahead.
+        if self.written is not None:
+            self.written.untyped_storage().resize_(0)
+        self.written = self.pieces[write_item.index.fqn, tuple(write_item.index.offset)].read()
+        return self.written
 
 
 def write_checkpoint(path: Path, pieces: list[Piece], state: dict[str, Any]) -> None:
     """A checkpoint of `pieces` as the trainer writes them, one piece in memory at a time. Raises OSError, UserError."""
     path.mkdir(parents=True)
+    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.save({}, storage_writer=dcp.FileSystemWriter(path), planner=_Planner(pieces), no_dist=True)
+            dcp.save({}, storage_writer=writer, planner=_Planner(pieces), no_dist=True)
         except dcp.api.CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             if isinstance(reason, OSError | UserError):

@@ -4,6 +4,7 @@ A file is an 8-byte little-endian length, as many bytes of JSON that give each t
 values without gaps. Nothing in it can be code. https://huggingface.co/docs/safetensors
 """
 
+import ctypes
 import json
 import math
 import mmap
@@ -41,7 +42,8 @@ class Stored:
         if part.numel() == 0:
             return part
         row = part.nbytes // (stop - start)
-        target = memoryview(part.view(torch.uint8).reshape(-1).numpy())
+        # not by way of numpy, after which a tensor's memory cannot be given back before the tensor is
+        target = memoryview((ctypes.c_ubyte * part.nbytes).from_address(part.data_ptr())).cast("B")
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.begin + start * row)
             done = 0

@@ -1,0 +1,211 @@
+"""Folders that transformers has saved, as runs of Stepline; and folders that are no model."""
+
+import json
+import pickle
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from stepline.trainer.cli import app
+from stepline.trainer.errors import UserError
+from stepline.trainer.hf import importing
+from stepline.trainer.hf.importing import import_model
+from stepline.trainer.hf.shards import INDEX, read_folder
+from stepline.trainer.run.infer import generate_text, load_run
+
+COMMON = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    "Qwen3": {"head_dim": 24, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "Qwen3Moe": {"head_dim": 24, "moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2},
+    "Mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+}
+
+
+def save(family, folder, **changed):
+    """A random model, saved by transformers in several files."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**COMMON | FAMILIES[family] | changed)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert (folder / INDEX).is_file()
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(family, tokens, tmp_path):
+    theirs = save(family, tmp_path / "hf")
+    done = import_model(tmp_path / "hf", tmp_path / "run")
+    assert done.architecture == f"{family}ForCausalLM"
+    # a stock mixture stays one: it is balanced by its loss
+    model, config, _ = load_run(tmp_path / "run")
+    assert config.model.ffn == "dense" or config.model.moe.balance == "global"
+    expected = theirs(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pieces_of_one_tensor_and_half_precision(tokens, tmp_path, monkeypatch):
+    """Rows are read and written a few at a time; values stay in the type of the files."""
+    from transformers import AutoModelForCausalLM
+
+    save("Llama", tmp_path / "hf").bfloat16().save_pretrained(tmp_path / "half")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
+    monkeypatch.setattr(importing, "PIECE_BYTES", 1000)
+    import_model(tmp_path / "half", tmp_path / "run")
+    model, _, checkpoint = load_run(tmp_path / "run")
+    metadata = torch.distributed.checkpoint.FileSystemReader(checkpoint).read_metadata()
+    embedding = metadata.state_dict_metadata["model.embed.weight"]
+    assert embedding.properties.dtype == torch.bfloat16
+    assert len(embedding.chunks) == -(-331 // (1000 // 128))
+    assert torch.equal(model.embed.weight, theirs.model.embed_tokens.weight)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_the_run_has_the_tokenizer_and_says_what_to_type(data, tmp_path):
+    from stepline.trainer.data.tokenizer import load_tokenizer
+    from stepline.trainer.hf.tokenizer import write_tokenizer
+
+    save("Qwen3", tmp_path / "hf")
+    write_tokenizer(load_tokenizer(data), tmp_path / "hf")
+    result = CliRunner().invoke(app, ["import", str(tmp_path / "hf"), "--output", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    prepare, train = (line.strip() for line in result.output.splitlines()[-2:])
+    assert prepare.startswith("stepline prepare TEXT")
+    assert f"run.init_from={tmp_path / 'run'}" in train
+    assert load_tokenizer(tmp_path / "run" / "data").encode("alice") == load_tokenizer(data).encode("alice")
+    pieces = list(generate_text(tmp_path / "run", "alice", max_tokens=3, temperature=0))
+    assert pieces[0] == "alice"
+
+
+def refused(folder, tmp_path, match):
+    with pytest.raises(UserError, match=match) as caught:
+        import_model(folder, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_folders_that_are_no_model(tmp_path):
+    refused(tmp_path / "nothing", tmp_path, "no config.json")
+    folder = tmp_path / "hf"
+    save("Llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    gpt = config | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    (folder / "config.json").write_text(json.dumps(gpt))
+    refused(folder, tmp_path, "GPT2LMHeadModel is not supported.*Llama.*Qwen3.*Qwen3Moe.*Mixtral")
+    (folder / "config.json").write_text("{")
+    refused(folder, tmp_path, "cannot be read")
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5, "head_dim": 7}))
+    refused(folder, tmp_path, "head_dim 7 is odd")
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32, "head_dim": 16}))
+    refused(folder, tmp_path, "shape")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    refused(folder, tmp_path, "lacks the weights of layers.2")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    refused(folder, tmp_path, "does not have")
+
+
+def test_missing_and_damaged_files(tmp_path):
+    folder = tmp_path / "hf"
+    save("Llama", folder)
+    shards = sorted(folder.glob("*.safetensors"))
+    whole = shards[1].read_bytes()
+    shards[1].unlink()
+    refused(folder, tmp_path, f"{shards[1].name}.*download")
+    shards[1].write_bytes(whole[:-4])
+    refused(folder, tmp_path, "cut off")
+    shards[1].write_bytes(b"\xff" * 64)
+    refused(folder, tmp_path, "no readable safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = "../" + shards[1].name
+    (folder / INDEX).write_text(json.dumps(index))
+    shards[1].write_bytes(whole)
+    refused(folder, tmp_path, "lacks")
+
+
+def test_nothing_in_a_folder_is_run(tmp_path):
+    """Pickled weights are refused by name, remote code is not looked at."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    folder = tmp_path / "hf"
+    save("Llama", folder)
+    for file in (*folder.glob("*.safetensors"), folder / INDEX):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, tmp_path, "no safetensors.*pickled")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_headers_with_places_outside_of_the_file(tmp_path):
+    def file(entry):
+        text = json.dumps({"a": entry}).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+
+    file({"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]})
+    assert read_folder(tmp_path)["a"].read(0, 2).tolist() == [[0, 0], [0, 0]]
+    for entry in (
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [4, 20]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2, 2], "data_offsets": [-16, 0]},
+        {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": "aa", "data_offsets": [0, 16]},
+        [],
+    ):
+        file(entry)
+        with pytest.raises(UserError):
+            read_folder(tmp_path)
+
+
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(tmp_path):
+    import subprocess
+    import sys
+
+    out = subprocess.run(
+        [sys.executable, "-m", "stepline.trainer", "import", str(tmp_path), "--output", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert out.returncode == 2
+    assert out.stderr == f"error: {tmp_path} is no model's folder: it has no config.json\n"
+
+
+def test_the_config_holds_what_the_folder_says(tmp_path):
+    save("Mixtral", tmp_path / "hf", router_aux_loss_coef=0.02)
+    import_model(tmp_path / "hf", tmp_path / "run")
+    sections = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert sections["model"]["moe"] == {
+        "experts": 6, "balance": "global", "balance_loss": 0.02
+    }  # fmt: skip
+    assert sections["data"]["seq_len"] == 256
