@@ -105,6 +105,9 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw; or muon for the blocks' matrices with AdamW for the rest (arXiv 2502.16982)."""
+    only: Literal["all", "adapters"] = "all"
+    """What is trained: all, or of pre-trained layers in reversible blocks the adapters and the streams' norms alone;
+    run.init_from then names the checkpoint of the rest."""
     lr: Auto | Annotated[float, Field(gt=0, le=10)] = "auto"
     """Peak learning rate; auto: by the scaling law."""
     weight_decay: Auto | Annotated[float, Field(ge=0, le=10)] = "auto"

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepline.kernels.sparse24 import soft_threshold
 from stepline.models.hf import hf_config_dict, stock_family, to_hf_names
+from stepline.models.sparse_linear import convert
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
@@ -18,16 +20,21 @@ from stepline.trainer.data.dataset import load_meta
 from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import write_whole
+from stepline.trainer.hf.adapters import holders
 from stepline.trainer.hf.card import model_card
 from stepline.trainer.hf.custom import custom_config_dict, custom_name, write_code
 from stepline.trainer.hf.shards import INDEX, Unit, deal, open_shard
 from stepline.trainer.hf.tokenizer import write_tokenizer
+from stepline.trainer.run.build import recipes
 from stepline.trainer.run.checkpoint import load_tensors
 from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
+from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.state import model_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BIAS = ".balance_bias"
+ROWS = 1024
+"""Of a sparse weight, made at once."""
 KIND = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -99,7 +106,7 @@ def _write(
         names = [custom_name(name)] if family is None else to_hf_names(name, config.model.moe.experts, family)
         # what moves a choice between experts is not rounded
         units.append(Unit(name, tuple(names), shape, torch.float32 if name.endswith(BIAS) else dtype))
-    shards, total = write_weights(checkpoint, units, folder, limit)
+    shards, total = write_weights(checkpoint, units, folder, limit, betas(checkpoint, config, state["step"]))
     eod_id, notes = _write_tokenizer(config, folder)
     raw |= {"torch_dtype": KIND[dtype]}
     if eod_id is not None:
@@ -124,30 +131,60 @@ def _stock(checkpoint: Path, config: Config, shapes: dict[str, tuple[int, ...]])
     return None if any(bias.any() for bias in biases.values()) else family
 
 
-def write_weights(checkpoint: Path, units: list[Unit], folder: Path, limit: int) -> tuple[int, int]:
+def betas(checkpoint: Path, config: Config, step: int) -> dict[str, Tensor]:
+    """The scale of each weight that a forward after `step` steps makes 2:4 sparse, 0-dim by the weight's name."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+        convert(model, *recipes(config))
+    sparsity = Sparsity(config, model)
+    sparsity.begin(step - 1, watched=False)
+    if not sparsity.weights or not sparsity.mode.sparse:
+        return {}
+    scales = {name: torch.zeros(()) for name, _, _ in sparsity.weights}
+    stored = {
+        name: name.removesuffix(".weight") + (".beta" if name.endswith(".weight") else "_beta")
+        for name in scales
+    }
+    load_tensors(checkpoint, {f"model.{stored[name]}": scale for name, scale in scales.items()})
+    return scales
+
+
+def write_weights(
+    checkpoint: Path, units: list[Unit], folder: Path, limit: int, scales: dict[str, Tensor]
+) -> tuple[int, int]:
     """Streams parameters of a checkpoint into shards of at most `limit` bytes; returns their number and bytes.
 
-    Raises UserError where the checkpoint is damaged or does not fit, OSError on a full disk.
+    scales: of `betas`; these weights are written as the forward uses them, half of their values zeros. Raises UserError
+    where the checkpoint is damaged or does not fit, OSError on a full disk.
     """
     shards = deal(units, limit)
     several = len(shards) > 1
     weight_map, total = {}, 0
+    names = [f"model.{unit.source}" for unit in units]
+    held_by = {name: holder for holder, part in holders(checkpoint, names).items() for name in part}
     for i, shard in enumerate(shards):
-        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors"
-        with open_shard(folder / name, shard) as places:
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors"
+        with open_shard(folder / file, shard) as places:
             for unit, place in places:
-                _load(checkpoint, unit.source, place)
+                _load(held_by[f"model.{unit.source}"], unit, place, scales.get(unit.source))
                 del place
-        weight_map |= {n: name for unit in shard for n in unit.names}
+        weight_map |= {name: file for unit in shard for name in unit.names}
         total += sum(unit.nbytes for unit in shard)
     if several:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return len(shards), total
 
 
-def _load(checkpoint: Path, name: str, place: Tensor) -> None:
-    """Each piece that the checkpoint holds is copied, and cast, to its part of `place`."""
-    load_tensors(checkpoint, {f"model.{name}": place})
+def _load(checkpoint: Path, unit: Unit, place: Tensor, beta: Tensor | None) -> None:
+    """Each piece that the checkpoint holds is copied, and cast, to its part of the place."""
+    name = f"model.{unit.source}"
+    if beta is None:
+        load_tensors(checkpoint, {name: place})
+        return
+    master = torch.empty(unit.shape)
+    load_tensors(checkpoint, {name: master})
+    for rows, part in zip(place.split(ROWS, -2), master.split(ROWS, -2), strict=True):
+        rows.copy_(soft_threshold(part) * beta)
 
 
 def _write_tokenizer(config: Config, folder: Path) -> tuple[int | None, list[str]]:

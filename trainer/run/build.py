@@ -19,6 +19,7 @@ from stepline.models.moe import MoE
 from stepline.models.sparse_linear import Recipe, convert
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
+from stepline.trainer.hf.adapters import freeze, load_frozen
 from stepline.trainer.plan.resolve import whole_matrices
 from stepline.trainer.run.sparsity import set_betas
 from stepline.trainer.run.step import all_sum
@@ -41,6 +42,8 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     compute = COMPUTE_DTYPES[config.precision.compute]
     with torch.device("meta"):
         model = Transformer(config.model).to(master_dtype(config))
+    if config.optimizer.only == "adapters":
+        freeze(model, config)
     convert(model, *recipes(config))
     for block in model.layers:
         _recompute(block, config.run.recompute)
@@ -73,6 +76,8 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         )
     model.to_empty(device=device)
     initialise(model, config)
+    if config.optimizer.only == "adapters":
+        load_frozen(model, config)
     set_betas(model, mesh)
     return model
 

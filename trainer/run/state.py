@@ -15,6 +15,7 @@ from stepline.comm.traffic import Traffic
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import TrainLoader
+from stepline.trainer.hf.adapters import holders, pretrained, start_adapters
 from stepline.trainer.optim.guard import Guard
 from stepline.trainer.run.balance import ExpertBalance
 from stepline.trainer.run.build import build_model
@@ -166,8 +167,13 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_weights(model: nn.Module, path: Path) -> Path:
     """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError.
 
-    A synchroniser over the model must be told (`adopt`).
+    A model with adapters may start from a checkpoint of standard blocks (hf/adapters.py). A synchroniser over the model
+    must be told (`adopt`).
     """
-    checkpoint = find_checkpoint(path)
-    load_tensors(checkpoint, model_tensors(model))
+    checkpoint, tensors = find_checkpoint(path), model_tensors(model)
+    if pretrained(model, checkpoint):
+        start_adapters(model, checkpoint, tensors)
+        return checkpoint
+    for holder, names in holders(checkpoint, tensors).items():
+        load_tensors(holder, {name: tensors[name] for name in names})
     return checkpoint

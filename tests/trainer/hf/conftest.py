@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import yaml
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_model
 from stepline.models.transformer import Transformer
+from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import COMPLETE, MANIFEST, STATE, checkpoint_path, file_entry
 from stepline.trainer.run.state import model_tensors
+from stepline.trainer.watch.metrics import read_metrics
 
 SMALL = {
     "vocab_size": 331,
@@ -98,3 +101,25 @@ def make_run(tmp_path, data):
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 330, (2, 60), generator=torch.Generator().manual_seed(1))
+
+
+def one_rank(config: str, overrides: list[str]) -> int:
+    sys.argv = ["stepline"]
+    return run_training(config, overrides, "auto")
+
+
+@pytest.fixture
+def train(pool, data):
+    """Rows of metrics.jsonl of a run on `world` gloo processes."""
+
+    def start(world: int, config: Path, folder: Path, *overrides: str) -> list[dict]:
+        options = [
+            f"run.folder={folder}", f"data.path={data}", "data.seq_len=32", "budget.batch_tokens=192",
+            "parallel.micro_batch=2", "optimizer.weight_decay=0.0", "checkpoint.every=1000", "logging.every=1",
+            "logging.eval_every=0", "logging.wandb=off", *overrides,
+        ]  # fmt: skip
+        codes = pool.run(world, one_rank, str(config), options, init=False, timeout=300)
+        assert codes == [0] * world
+        return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+
+    return start

@@ -8,7 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from stepline.trainer.cli import app
+from stepline.trainer.cli import app, main
 from stepline.trainer.errors import UserError
 from stepline.trainer.hf import importing
 from stepline.trainer.hf.importing import import_model
@@ -189,16 +189,23 @@ def test_headers_with_places_outside_of_the_file(tmp_path):
             read_folder(tmp_path)
 
 
-def test_a_users_mistake_is_one_sentence_and_exit_code_2(tmp_path):
-    import subprocess
-    import sys
-
-    out = subprocess.run(
-        [sys.executable, "-m", "stepline.trainer", "import", str(tmp_path), "--output", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert out.returncode == 2
-    assert out.stderr == f"error: {tmp_path} is no model's folder: it has no config.json\n"
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    for arguments, sentence in (
+        (["import", tmp_path], f"{tmp_path} is no model's folder: it has no config.json"),
+        (["export", tmp_path], f"{tmp_path} is neither a run with a complete checkpoint nor a checkpoint"),
+        (["export", tmp_path, "--dtype", "fp8"], "--dtype is 'fp8'; it must be 'fp32' or 'bf16'"),
+        (
+            ["export", tmp_path, "--shard-size", "5"],
+            "--shard-size is '5'; write a number with KB, MB or GB, such",
+        ),
+    ):
+        monkeypatch.setattr("sys.argv", ["stepline", *map(str, arguments), "--output", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {sentence}")
+        assert said.count("\n") == 1
 
 
 def test_the_config_holds_what_the_folder_says(tmp_path):
