@@ -24,7 +24,14 @@ class TrainingStopped(Exception):
 
 
 class ToBeContinued(Exception):
-    """The run was told to stop and has saved, on all ranks: one sentence, exit code 75."""
+    """The run was told to stop and has saved, on all ranks: one sentence, exit code 75.
+
+    told: the launchers (`StopSignal.launcher`) whose ranks have received a signal.
+    """
+
+    def __init__(self, sentence: str, told: list[str]) -> None:
+        super().__init__(sentence)
+        self.told = told
 
 
 def first_line(error: BaseException) -> str:

@@ -157,9 +157,12 @@ class Attempt:
         )
 
     def to_be_continued(self, number: int) -> ToBeContinued:
-        """What the run says when it leaves by a signal."""
+        """What all ranks say when they leave by a signal, and whose ranks have received one."""
+        told: list = [None] * self.job.world.size
+        dist.all_gather_object(told, self.stop.launcher if self.stop.number else None, group=self.group)
         saved = f"step {self.state.step} is saved" if self.state.step else "no step was made"
-        return ToBeContinued(f"{signal.Signals(number).name}: {saved}; the same command continues the run")
+        message = f"{signal.Signals(number).name}: {saved}; the same command continues the run"
+        return ToBeContinued(message, sorted({launcher for launcher in told if launcher}))
 
     def saved(self) -> dict[str, Any]:
         """What the heartbeat says of checkpoints."""

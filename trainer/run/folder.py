@@ -4,10 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.run.manifest import (
     complete_checkpoints,
     damaged,
+    damaged_checkpoints,
     damages,
     incomplete_checkpoints,
     none_left,
@@ -58,7 +59,7 @@ def checkpoint_to_resume(folder: Path, resume: str) -> tuple[Path | None, list[s
     """Where to go on, and what was passed over. Sizes are checked here, checksums by all ranks together."""
     found = complete_checkpoints(folder)
     if resume == "never":
-        if found:
+        if found or damaged_checkpoints(folder):
             raise UserError(
                 f"{folder} holds a run already; choose another run.folder or resume it (--resume auto)"
             )
@@ -66,10 +67,12 @@ def checkpoint_to_resume(folder: Path, resume: str) -> tuple[Path | None, list[s
     if resume == "auto":
         return _newest_sound(folder, found)
     path = Path(resume)
-    same = [p for p in found if p.resolve() == path.resolve()]
+    same = [p for p in found if resume == p.name or p.resolve() == path.resolve()]
     if not same:
+        modes = nearest(resume, ("auto", "never")) if len(path.parts) == 1 else ""
         raise UserError(
-            f"{path} is no complete checkpoint of {folder}; it has {[p.name for p in found] or 'none'}"
+            f"{path} is no complete checkpoint of {folder}; it has "
+            f"{', '.join(p.name for p in found) or 'none'}{modes}"
         )
     problems = damages(same[0], checksums=False)
     if problems:
@@ -90,4 +93,6 @@ def _newest_sound(folder: Path, found: list[Path]) -> tuple[Path | None, list[st
         notes.append(passed_over(path, problems[0]))
     if found:
         raise none_left(path, problems[0])
+    if marked := damaged_checkpoints(folder):
+        raise none_left(marked[-1], "it was found so before")
     return None, notes

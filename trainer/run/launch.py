@@ -27,9 +27,9 @@ from stepline.trainer.errors import (
 from stepline.trainer.files import locked
 from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
-from stepline.trainer.run.folder import make_folder
+from stepline.trainer.run.folder import checkpoint_to_resume, make_folder
 from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_of
-from stepline.trainer.run.outcome import forget_outcome, stopped_by_this_launcher, write_outcome
+from stepline.trainer.run.outcome import forget_outcome, told_launchers, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, launched_world, start_job
 
@@ -54,21 +54,18 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
         try:
             world = launched_world(rendezvous=False)
             job = start_job(config, overrides, resume, world)
-            if _is_finished(job):
-                if world.rank == 0:
-                    print(
-                        f"{job.folder} is finished; choose another run.folder for a new run", file=sys.stderr
-                    )
-                return DONE
-            if stopped_by_this_launcher(job.folder):
-                if world.rank == 0:
-                    print(f"{job.folder} was told to stop and has saved; start it again", file=sys.stderr)
-                return TO_BE_CONTINUED
+            if (code := _nothing_to_do(job)) is not None:
+                return code
             launched_world()  # raises where the ranks cannot meet
             make_folder(job.folder)
             if world.rank == 0:
                 held.enter_context(_only_one(job.folder))
             _join(job)
+            if _has_moved_on(job, resume):
+                job = start_job(config, overrides, resume, world)
+            if (code := _nothing_to_do(job, stop.launcher)) is not None:
+                dist.destroy_process_group()
+                return code
             number, stacks = _start_logs(job)
         except UserError as error:
             if world.local_rank == 0:
@@ -84,10 +81,34 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
         return code
 
 
-def _is_finished(job: Job) -> bool:
-    """Whether the run to continue has made its last step and its last validation."""
-    steps = job.config.total_steps()
-    return job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
+def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
+    """The exit code, said by rank 0, where the run has made its last step and its last validation, or stays stopped.
+
+    launcher: of this rank; with it all ranks ask each other whether one of theirs was told to stop.
+    """
+    steps, code, says = job.config.total_steps(), None, ""
+    if job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps):
+        code, says = DONE, f"{job.folder} is finished; choose another run.folder for a new run"
+    elif launcher is not None:
+        here: list = [None] * job.world.size
+        dist.all_gather_object(here, (launcher, told_launchers(job.folder)))
+        if {name for name, _ in here} & {name for _, told in here for name in told}:
+            code, says = TO_BE_CONTINUED, f"{job.folder} was told to stop and has saved; start it again"
+    if code is not None and job.world.rank == 0:
+        print(says, file=sys.stderr)
+    return code
+
+
+def _has_moved_on(job: Job, resume: str) -> bool:
+    """Whether a rank would now choose another checkpoint than when it started: the attempt before may have saved while
+    this one waited for its end. A collective, while rank 0 keeps others out of the folder."""
+    seen: list = [None] * job.world.size
+    try:
+        now = checkpoint_to_resume(job.folder, resume)[0] if job.world.rank == 0 else job.resume_from
+    except UserError:  # which start_job raises on all ranks
+        now = "refused"
+    dist.all_gather_object(seen, (now, job.resume_from))
+    return any(chosen != seen[0][0] for _, chosen in seen)
 
 
 @contextlib.contextmanager
@@ -137,6 +158,8 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
     except (UserError, TrainingStopped, ToBeContinued) as error:
         code = {UserError: USER_ERROR, TrainingStopped: FAILED, ToBeContinued: TO_BE_CONTINUED}[type(error)]
         outcome |= {"message": str(error)}
+        if code == TO_BE_CONTINUED:
+            outcome["told"] = error.told
         log.error("%s%s", "" if code == TO_BE_CONTINUED else "error: ", error)
     except BaseException as error:
         outcome |= {"message": f"rank {job.world.rank}: {type(error).__name__}: {error}"}

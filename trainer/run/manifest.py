@@ -123,8 +123,13 @@ def none_left(checkpoint: Path, problem: str) -> UserError:
     """The sentence for a run whose checkpoints are all damaged; `checkpoint` is the last one looked at."""
     return UserError(
         f"every checkpoint of {run_of(checkpoint)} is damaged ({problem} in {checkpoint.name}); "
-        f"restore one, or remove {checkpoint.parent} to start again"
+        f"restore one (and rename its {DAMAGED} to {COMPLETE}), or remove {checkpoint.parent} to start again"
     )
+
+
+def damaged_checkpoints(run: Path) -> list[Path]:
+    """Those that were found damaged, oldest first."""
+    return sorted((p.parent for p in (run / "checkpoints").glob(f"step-*/{DAMAGED}")), key=step_of)
 
 
 def remove(checkpoint: Path) -> None:

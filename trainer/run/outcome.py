@@ -31,16 +31,16 @@ def write_outcome(folder: Path, attempt: int, exit_code: int, **more: Any) -> No
         log.error("outcome.json cannot be written (%s): %s", error.strerror, outcome)
 
 
-def stopped_by_this_launcher(folder: Path) -> bool:
-    """Whether this process is a restart, by torchrun, of ranks that were told to stop and have saved.
+def told_launchers(folder: Path) -> list[str]:
+    """Where this process is a restart, by torchrun, of ranks that have saved: the launchers whose ranks were told to.
 
-    torchrun takes exit code 75 of its ranks for a failure. A new membership (a node came or left) is no restart in
-    its count, and the run goes on then.
+    torchrun takes exit code 75 of its ranks for a failure. While one of these launchers is still there, the run stays
+    stopped; once they have left an elastic launch, it goes on without them.
     """
     outcome, now = read_outcome(folder), _launcher()
     before = outcome.get("launcher") or {}
     again = now and before.get("run_id") == now["run_id"] and now["restarts"] > before.get("restarts", 0)
-    return outcome.get("status") == STATUS[TO_BE_CONTINUED] and bool(again)
+    return outcome.get("told", []) if again and outcome.get("status") == STATUS[TO_BE_CONTINUED] else []
 
 
 def forget_outcome(folder: Path) -> None:

@@ -22,6 +22,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.launcher = f"{socket.gethostname()}:{os.getppid()}"
+        """Whoever has started this process; taken down at the start, as it may die."""
 
     @classmethod
     def install(cls) -> "StopSignal":

@@ -23,7 +23,8 @@ def world_size(folder: Path) -> int:
         return 0
 
 
-def test_a_node_leaves_and_comes_back(start, tmp_path):
+@pytest.mark.parametrize("leaves", ["killed", "told to stop"])
+def test_a_node_leaves_and_comes_back(start, tmp_path, leaves):
     """2 -> 1 -> 2 ranks at the same global batch: the curve of two ranks that nobody disturbed, every step once.
 
     The node that hosts the rendezvous stays: with it the job would end.
@@ -51,8 +52,11 @@ def test_a_node_leaves_and_comes_back(start, tmp_path):
     first, second = node(1), node(0)
     first.reach(25)
     assert world_size(folder) == 2
-    for pid in (*second.ranks(), second.processes[0].pid):
-        os.kill(pid, signal.SIGKILL)
+    if leaves == "killed":
+        for pid in (*second.ranks(), second.processes[0].pid):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        second.send(signal.SIGTERM)  # its ranks, and with them those of the other node, save and leave
     second.processes[0].wait()
     first.until(lambda: world_size(folder) == 1).reach(40)
     third = node(0)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,11 @@ def test_every_checkpoint_is_damaged(start, tmp_path):
     assert run.end() == [2, 2]
     assert run.text().count("every checkpoint of") >= 1
     assert "Traceback" not in run.text()
+    before = sorted(p.name for p in folder.glob("checkpoints/*/DAMAGED"))
+    again = start(folder, ranks=1)  # not a new start either
+    assert again.end() == [2]
+    assert "every checkpoint of" in again.text()
+    assert sorted(p.name for p in folder.glob("checkpoints/*/DAMAGED")) == before
 
 
 def test_a_damaged_shard_of_data(start, same, data, tmp_path):
@@ -240,6 +246,21 @@ def test_two_runs_in_one_folder(start, same, tmp_path):
     assert second.processes[0].wait(60) == 2
     assert "another process trains in" in second.text()
     assert first.end() == [0, 0]
+    same(folder)
+
+
+def test_a_start_that_waits_goes_on_where_the_run_before_has_saved(start, same, tmp_path):
+    """It has looked for a checkpoint while there was none."""
+    folder = tmp_path / "run"
+    first = start(folder, faults={"sleep": {"step": 1.5}})
+    first.reach(1)
+    second = start(folder)
+    time.sleep(10)  # until it waits
+    assert not list(folder.glob("checkpoints/*/COMPLETE"))
+    first.send(signal.SIGTERM)
+    assert [process.wait(60) for process in first.processes] == [75, 75]
+    assert second.end() == [0, 0]
+    assert "continuing" in second.text()
     same(folder)
 
 
