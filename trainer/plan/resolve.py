@@ -132,6 +132,11 @@ def resolve(
     settle("schedule", "warmup_steps", min(2000, max(1, steps // 10)), "10 % of the steps")
     settle("checkpoint", "every", max(1, steps // 10), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
+    if config.schedule.warmup_steps >= steps > 1:
+        crowded.append(
+            f"schedule.warmup_steps {config.schedule.warmup_steps} is not below the run's {steps} steps: the learning "
+            "rate never reaches its peak"
+        )
     # Who sets lr and weight decay by hand has no use for what is wrong with the laws.
     return plan, crowded + (list(plan.warnings) if planned else [])
 

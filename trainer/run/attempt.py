@@ -166,7 +166,8 @@ class Attempt:
 
     def saved(self) -> dict[str, Any]:
         """What the heartbeat says of checkpoints."""
-        return {"last_checkpoint": self.saver.name, "failed_saves": self.saver.failed}
+        resumed = None if self.job.resume_from is None else self.job.resume_from.name
+        return {"last_checkpoint": self.saver.name or resumed, "failed_saves": self.saver.failed}
 
     def refuse_damaged_data(self) -> None:
         """Ends all ranks where one of them has found a damaged shard while training (UserError).

@@ -1,0 +1,125 @@
+"""Runs of 2:4 sparse and FP8 layers: layouts, other features, resume, phases, evaluation."""
+
+import shutil
+
+import pytest
+import torch
+
+from stepline.comm.fsdp import local
+from stepline.comm.mesh import World, build_mesh
+from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
+from stepline.models.sparse_linear import sparse_weights
+from stepline.trainer.errors import UserError
+from stepline.trainer.run.build import build_model
+from stepline.trainer.run.infer import evaluate_run
+from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.run.start import start_job
+
+SPARSE = ["sparse.mode=s-ste", "model.hidden_size=48", "model.ffn_size=64"]
+FP8 = [*SPARSE, "precision.fp8=true", "model.head_dim=16"]
+MOE = ["model.ffn=moe", "model.ffn_size=32", "model.moe.experts=4", "model.moe.shared_size=16"]
+
+
+def column(rows: list[dict], key: str = "loss") -> torch.Tensor:
+    return torch.tensor([r[key] for r in rows if "loss" in r], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, []),
+        (4, ["parallel.shard=2", "parallel.micro_batch=1", "run.recompute=full", "optimizer.name=muon"]),
+        (4, ["parallel.experts=2", *MOE]),
+        (2, ["model.blocks=revffn", *MOE]),
+        (2, ["model.blocks=revffn", "parallel.reshard_after_forward=false"]),
+    ],
+)
+def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options):
+    """In float64 to 1e-10 over 20 steps: a threshold's tie may fall to the other side of a rounding."""
+    common = [
+        *SPARSE,
+        "precision.compute=fp64",
+        *(o for o in options if o.startswith(("model", "optimizer"))),
+    ]
+    one = train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=6", *common)
+    many = train(world, tiny_config, tmp_path / "many", *common, *options)
+    assert column(one)[-1] < column(one)[0] - 0.3
+    assert (column(many) / column(one) - 1).abs().max() < 1e-10
+    assert (column(many, "flip_rate") - column(one, "flip_rate")).abs().max() < 1e-4
+    assert 0 < column(one, "flip_rate")[:5].mean() < 0.2
+
+
+def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tiny_config, tmp_path):
+    """Activations are scaled by a micro-batch's own largest value: alike in the first loss, close afterwards."""
+    one = train(1, tiny_config, tmp_path / "one", *FP8, "parallel.micro_batch=6")
+    two = train(2, tiny_config, tmp_path / "two", *FP8, "parallel.micro_batch=3")
+    assert (column(two) / column(one) - 1).abs().max() < 2e-2
+    assert column(two)[-1] < column(two)[0] - 0.3
+
+
+@pytest.mark.parametrize("sync", ["all_reduce", "demo"])
+def test_a_resume_repeats_draws_and_keeps_betas(train, tiny_config, tmp_path, sync):
+    options = [*FP8, "sparse.grad_weight=mvue", "checkpoint.every=5", f"parallel.sync={sync}"]
+    straight = train(2, tiny_config, tmp_path / "straight", *options)
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
+        shutil.rmtree(checkpoint)
+    again = train(2, tiny_config, tmp_path / "again", *options, resume="auto")
+    for key in ("loss", "grad_norm", "flip_rate", "beta_min", "beta_max", "val_loss"):
+        assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
+
+
+def test_the_dense_phase_at_the_end_is_what_evaluation_sees(train, tiny_config, tmp_path, tiny_data):
+    sparse = train(1, tiny_config, tmp_path / "sparse", *SPARSE)
+    dense = train(1, tiny_config, tmp_path / "dense", *SPARSE, "sparse.dense_fraction=0.25")
+    assert torch.equal(column(sparse)[:15], column(dense)[:15])  # 15 of 20 steps
+    assert (column(sparse)[15:] != column(dense)[15:]).all()
+    for name, rows in (("sparse", sparse), ("dense", dense)):
+        said = evaluate_run(tmp_path / name, tiny_data)["val_loss"]
+        assert said == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
+
+
+def betas(config: str, shard: int) -> dict[str, tuple[float, float]]:
+    job = start_job(config, [*SPARSE, *MOE, f"parallel.shard={shard}"], "never", World.from_environment())
+    mesh = build_mesh(job.device, job.world.size, shard)
+    model = build_model(job.config, job.device, mesh)
+    return {name: (beta.item(), local(weight.data).numel()) for name, weight, beta in sparse_weights(model)}
+
+
+def test_betas_of_shards_are_those_of_whole_weights(pool, tiny_config):
+    (whole,) = pool.run(1, betas, str(tiny_config), 1)
+    job = start_job(str(tiny_config), [*SPARSE, *MOE], "never", World(0, 1, 0, 1))
+    model = build_model(job.config, torch.device("cpu"), None)
+    for name, weight, beta in sparse_weights(model):
+        w, s = weight.detach().double(), soft_threshold(weight.detach().double())
+        assert beta.item() == pytest.approx(((w * s).sum() / s.square().sum()).item(), rel=1e-6)
+        assert beta.item() == whole[name][0]
+        if weight.ndim == 2:
+            assert beta.item() == pytest.approx(scale_of(scale_sums(weight.detach())).item(), rel=1e-6)
+    for world, shard in ((2, 2), (4, 4), (4, 2)):
+        for found in pool.run(world, betas, str(tiny_config), shard):
+            assert found.keys() == whole.keys()
+            for name, (beta, size) in found.items():
+                assert beta == pytest.approx(whole[name][0], rel=1e-6)
+                assert size < whole[name][1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["sparse.mode=s-ste", "model.ffn_size=50"],
+            "ffn_size gives layers a width of 50, and 2:4 sparse layers take",
+        ),
+        (["sparse.mode=s-ste", "model.ffn_size=50"], "the nearest width: 48"),
+        (["precision.fp8=true", "model.hidden_size=48"], "FP8 products take multiples of 16"),
+        (["sparse.grad_weight=mvue"], "sparse.grad_weight needs sparse layers"),
+        (["sparse.dense_fraction=0.1"], "sparse.dense_fraction needs sparse layers"),
+        ([*SPARSE, *MOE, "sparse.grad_weight=mvue"], "not made for experts"),
+    ],
+)
+def test_what_cannot_be_sparse_is_refused(tiny_config, tmp_path, overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        start_job(
+            str(tiny_config), [f"run.folder={tmp_path / 'run'}", *overrides], "never", World(0, 1, 0, 1)
+        )
