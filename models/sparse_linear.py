@@ -85,6 +85,7 @@ class SparseLinear(nn.Linear):
         """Whether the forward is sparse now."""
         return self.recipe.sparse and self.mode.sparse
 
+    @torch.compiler.disable  # the estimator's numbers are drawn by the host
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         beta = self.beta if self.sparse else None

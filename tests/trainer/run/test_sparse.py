@@ -49,6 +49,15 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
     assert 0 < column(one, "flip_rate")[:5].mean() < 0.2
 
 
+def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path):
+    options = [*SPARSE, "model.num_layers=1", "budget.steps=6"]
+    plain = train(1, tiny_config, tmp_path / "plain", *options)
+    for recompute in ("none", "full"):
+        compiled = ["run.compile=true", f"run.recompute={recompute}"]
+        rows = train(2, tiny_config, tmp_path / recompute, *options, *compiled)
+        assert (column(rows) / column(plain) - 1).abs().max() < 1e-5
+
+
 def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tiny_config, tmp_path):
     """Activations are scaled by a micro-batch's own largest value: alike in the first loss, close afterwards."""
     one = train(1, tiny_config, tmp_path / "one", *FP8, "parallel.micro_batch=6")
