@@ -167,10 +167,17 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_weights(model: nn.Module, path: Path) -> Path:
     """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError.
 
-    A model with adapters may start from a checkpoint of standard blocks (hf/adapters.py). A synchroniser over the model
-    must be told (`adopt`).
+    Betas that the checkpoint lacks are left to `set_betas`. A model with adapters may start from a checkpoint of standard
+    blocks (hf/adapters.py). A synchroniser over the model must be told (`adopt`).
     """
     checkpoint, tensors = find_checkpoint(path), model_tensors(model)
+    known = stored_names(
+        checkpoint
+    )  # a dense run has no betas: those of the model follow from what is loaded
+    dense = {name for name in tensors if name.endswith("beta") and name not in known}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dense}
+    if dense:
+        log.info("%s was dense: the scales of sparse weights are computed from its weights", checkpoint)
     if pretrained(model, checkpoint):
         start_adapters(model, checkpoint, tensors)
         return checkpoint

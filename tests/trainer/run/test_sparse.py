@@ -11,7 +11,7 @@ from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
 from stepline.models.sparse_linear import sparse_weights
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
-from stepline.trainer.run.infer import evaluate_run
+from stepline.trainer.run.infer import evaluate_run, load_run
 from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
 
@@ -86,6 +86,20 @@ def test_the_dense_phase_at_the_end_is_what_evaluation_sees(train, tiny_config, 
     for name, rows in (("sparse", sparse), ("dense", dense)):
         said = evaluate_run(tmp_path / name, tiny_data)["val_loss"]
         assert said == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
+
+
+def test_a_dense_run_goes_on_sparse(train, tiny_config, tmp_path, tiny_data):
+    """From its weights: beta is theirs, not that of the initial values."""
+    dense = [o for o in SPARSE if not o.startswith("sparse")]
+    train(1, tiny_config, tmp_path / "dense", *dense, "budget.steps=40")
+    rows = train(2, tiny_config, tmp_path / "sparse", *SPARSE, f"run.init_from={tmp_path / 'dense'}")
+    loaded, _, _ = load_run(tmp_path / "dense")
+    expected = [
+        scale_of(scale_sums(p.detach())).item() for n, p in loaded.named_parameters() if ".ffn.w" in n
+    ]
+    assert rows[0]["beta_min"] == pytest.approx(min(expected), rel=1e-6)
+    assert rows[0]["beta_max"] == pytest.approx(max(expected), rel=1e-6)
+    assert column(rows)[-1] < column(rows)[0]
 
 
 def betas(config: str, shard: int) -> dict[str, tuple[float, float]]:
