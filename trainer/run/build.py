@@ -78,7 +78,7 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     initialise(model, config)
     if config.optimizer.only == "adapters":
         load_frozen(model, config)
-    set_betas(model, mesh)
+    set_betas(model)
     return model
 
 

@@ -23,7 +23,6 @@ from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due
 from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.signals import StopSignal
-from stepline.trainer.run.sparsity import set_betas
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepMeasures, train_step
@@ -59,7 +58,6 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         go_on(job, state, group)
     elif config.run.init_from is not None:
         log.info("weights from %s", load_weights(state.model, config.run.init_from))
-        set_betas(state.model, mesh)
         state.synchronizer.adopt()
     if (name := state.synchronizer.first_difference()) is not None:
         raise UserError(

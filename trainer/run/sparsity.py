@@ -5,7 +5,6 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from stepline.comm.fsdp import local
 from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
@@ -15,14 +14,16 @@ from stepline.trainer.run.step import all_sum
 
 
 @torch.no_grad()
-def set_betas(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """beta of every sparse weight from its values now: one all-reduce over the ranks of a replica."""
+def set_betas(model: nn.Module) -> None:
+    """beta of every sparse weight from its values now: one all-reduce over all ranks.
+
+    Every value is there as often as there are replicas, which their quotient does not show.
+    """
     found = list(sparse_weights(model))
     if not found:
         return
     sums = torch.stack([_sums(local(weight)) for _, weight, _ in found])
-    if mesh is not None and mesh["shard"].size() > 1:
-        dist.all_reduce(sums, group=mesh["shard"].get_group())
+    all_sum(sums)
     for (_, _, beta), value in zip(found, scale_of(sums), strict=True):
         beta.copy_(value)
 

@@ -21,7 +21,7 @@ from stepline.trainer.run.balance import ExpertBalance
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.checkpoint import load_tensors, stored_names
 from stepline.trainer.run.manifest import find_checkpoint, read_state
-from stepline.trainer.run.sparsity import Sparsity
+from stepline.trainer.run.sparsity import Sparsity, set_betas
 from stepline.trainer.run.synchronize import build_synchronizer
 
 log = logging.getLogger("stepline")
@@ -167,20 +167,21 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_weights(model: nn.Module, path: Path) -> Path:
     """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError.
 
-    Betas that the checkpoint lacks are left to `set_betas`. A model with adapters may start from a checkpoint of standard
-    blocks (hf/adapters.py). A synchroniser over the model must be told (`adopt`).
+    The weights of a dense run may become sparse: their betas are computed then. A model with adapters may start from a
+    checkpoint of standard blocks (hf/adapters.py). A synchroniser over the model must be told (`adopt`).
     """
     checkpoint, tensors = find_checkpoint(path), model_tensors(model)
-    known = stored_names(
-        checkpoint
-    )  # a dense run has no betas: those of the model follow from what is loaded
-    dense = {name for name in tensors if name.endswith("beta") and name not in known}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in dense}
-    if dense:
-        log.info("%s was dense: the scales of sparse weights are computed from its weights", checkpoint)
+    held = holders(checkpoint, tensors)
+    known = set().union(*(stored_names(holder) for holder in {checkpoint, *held}))
+    without_beta = {name for name in tensors if name.endswith("beta") and name not in known}
+    for name in without_beta:
+        del tensors[name]
     if pretrained(model, checkpoint):
         start_adapters(model, checkpoint, tensors)
-        return checkpoint
-    for holder, names in holders(checkpoint, tensors).items():
-        load_tensors(holder, {name: tensors[name] for name in names})
+    else:
+        for holder, names in holders(checkpoint, tensors).items():
+            load_tensors(holder, {name: tensors[name] for name in names})
+    if without_beta:
+        log.info("%s was dense: the scales of sparse weights are computed from its weights", checkpoint)
+        set_betas(model)
     return checkpoint
