@@ -84,6 +84,7 @@ def test_expert_parallelism_gives_the_curve_of_one_plain_rank(
     assert (column(many, "grad_norm") / column(one, "grad_norm") - 1).abs().max() < 1e-10
 
 
+@pytest.mark.e2e
 def test_resume_with_other_ranks_for_the_experts(train, tiny_config, tmp_path):
     """4 processes that share experts two by two, then 2 that all hold all, then 4 by fours."""
     options = [*EP, "checkpoint.every=4", "checkpoint.keep=9"]
@@ -99,6 +100,7 @@ def test_resume_with_other_ranks_for_the_experts(train, tiny_config, tmp_path):
     assert (column(rows) / column(straight) - 1).abs().max() < 1e-12
 
 
+@pytest.mark.e2e
 def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path):
     options = [*MOE, "model.num_layers=1", "budget.steps=8"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
@@ -108,6 +110,7 @@ def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path):
     assert (column(compiled) / column(plain) - 1).abs().max() < 1e-5
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("balance", ["global", "switch"])
 def test_balance_losses_even_the_load(train, tiny_config, tmp_path, balance):
     """`global` sees the micro-batches of all ranks: on two ranks it is what one rank with both sees."""
@@ -122,6 +125,7 @@ def test_balance_losses_even_the_load(train, tiny_config, tmp_path, balance):
     assert 1 <= tail[0] < tail[1]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "sync",
     [
@@ -145,6 +149,7 @@ def test_replicas_across_slow_links(train, tiny_config, tmp_path, sync):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
 
+@pytest.mark.e2e
 def test_resume_with_other_ranks(train, tiny_config, tmp_path):
     """2 -> 4 processes: biases and experts go on where they were."""
     straight = train(

@@ -65,6 +65,7 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
         assert 0 < column(one, "stream_max").max() < 1024
 
 
+@pytest.mark.e2e
 def test_compiled_halves_give_the_same_curve(train, tiny_config, tmp_path):
     options = [*REVFFN, "model.num_layers=2", "budget.steps=8"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
@@ -87,6 +88,7 @@ def test_backward_from_streams_is_that_from_stored_activations(train, tiny_confi
         assert torch.equal(column(rows, key), column(stored, key))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("sync", [["demo", "parallel.demo.chunk=8"], ["diloco", "parallel.diloco.every=3"]])
 def test_replicas_across_slow_links(train, tiny_config, tmp_path, sync):
     """With a mixture inside: bit-identical replicas, a bitwise resume."""

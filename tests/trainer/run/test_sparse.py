@@ -49,6 +49,7 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
     assert 0 < column(one, "flip_rate")[:5].mean() < 0.2
 
 
+@pytest.mark.e2e
 def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path):
     options = [*SPARSE, "model.num_layers=1", "budget.steps=6"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
@@ -66,6 +67,7 @@ def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tin
     assert column(two)[-1] < column(two)[0] - 0.3
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("sync", ["all_reduce", "demo"])
 def test_a_resume_repeats_draws_and_keeps_betas(train, tiny_config, tmp_path, sync):
     options = [*FP8, "sparse.grad_weight=mvue", "checkpoint.every=5", f"parallel.sync={sync}"]
@@ -78,6 +80,7 @@ def test_a_resume_repeats_draws_and_keeps_betas(train, tiny_config, tmp_path, sy
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
 
+@pytest.mark.e2e
 def test_the_dense_phase_at_the_end_is_what_evaluation_sees(train, tiny_config, tmp_path, tiny_data):
     sparse = train(1, tiny_config, tmp_path / "sparse", *SPARSE)
     dense = train(1, tiny_config, tmp_path / "dense", *SPARSE, "sparse.dense_fraction=0.25")
