@@ -75,7 +75,7 @@ def _usage(remote: bool, eod_id: int | None) -> list[str]:
     ]
     if eod_id is not None:
         lines += [
-            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            f'tokenizer = AutoTokenizer.from_pretrained("."{code})',
             "# a text begins where another ends: this token stood before every document in training",
             f'ids = [{eod_id}, *tokenizer("Once", add_special_tokens=False).input_ids]',
             "print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=40)[0]))",

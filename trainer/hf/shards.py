@@ -78,7 +78,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             found[name] = Stored(path, 8 + length + begin, shape, dtype)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); download it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}); download it again") from error
     return found
 
