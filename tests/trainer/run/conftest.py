@@ -1,6 +1,7 @@
 """A tiny prepared corpus and a tiny config for tests of whole runs."""
 
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 
 from stepline.trainer.plan.grid import Grid
 from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.sweep import Request
 from stepline.trainer.watch.metrics import read_metrics
 
@@ -109,3 +111,28 @@ def request_of(tiny_config, tuned_data, tmp_path):
         return Request(overrides=every, grid=Grid(**given) if options["config"] else Grid(), **options)
 
     return make
+
+
+@pytest.fixture
+def column():
+    """A value of every step's row, as a float64 tensor."""
+    import torch
+
+    def values(rows: list[dict], key: str = "loss") -> "torch.Tensor":
+        return torch.tensor([r[key] for r in rows if "loss" in r], dtype=torch.float64)
+
+    return values
+
+
+@pytest.fixture
+def interrupted(train, tiny_config, tmp_path):
+    """(rows of a run, rows of the same run resumed from its first checkpoint) on `world` processes."""
+
+    def both(world: int, *options: str) -> tuple[list[dict], list[dict]]:
+        straight = train(world, tiny_config, tmp_path / "straight", *options)
+        shutil.copytree(tmp_path / "straight", tmp_path / "again")
+        for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
+            shutil.rmtree(checkpoint)
+        return straight, train(world, tiny_config, tmp_path / "again", *options, resume="auto")
+
+    return both

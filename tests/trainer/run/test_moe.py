@@ -13,10 +13,6 @@ MOE = [
 ]  # fmt: skip
 
 
-def column(rows: list[dict], key: str = "loss") -> torch.Tensor:
-    return torch.tensor([r[key] for r in rows if "loss" in r], dtype=torch.float64)
-
-
 TOGETHER = ["data.confine_attention=true", "budget.batch_tokens=512"]
 
 
@@ -35,7 +31,7 @@ TOGETHER = ["data.confine_attention=true", "budget.batch_tokens=512"]
         ),
     ],
 )  # fmt: skip
-def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options):
+def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options, column):
     """In float64 to 1e-12 over 20 steps, the experts' loads to the token."""
     common = [*MOE, "precision.compute=fp64", *(o for o in options if o in TOGETHER or "optimizer" in o)]
     one = train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=16", *common)
@@ -70,7 +66,7 @@ GLOBAL = ["model.moe.balance=global", "budget.batch_tokens=128"]  # one micro-ba
     ],
 )
 def test_expert_parallelism_gives_the_curve_of_one_plain_rank(
-    train, tiny_config, tmp_path, world, experts, options
+    train, tiny_config, tmp_path, world, experts, options, column
 ):
     """Alone, with FSDP2 over what is left (by expert, by row where they do not divide), with HSDP."""
     common = [
@@ -85,7 +81,7 @@ def test_expert_parallelism_gives_the_curve_of_one_plain_rank(
 
 
 @pytest.mark.e2e
-def test_resume_with_other_ranks_for_the_experts(train, tiny_config, tmp_path):
+def test_resume_with_other_ranks_for_the_experts(train, tiny_config, tmp_path, column):
     """4 processes that share experts two by two, then 2 that all hold all, then 4 by fours."""
     options = [*EP, "checkpoint.every=4", "checkpoint.keep=9"]
     straight = train(1, tiny_config, tmp_path / "one", *options)
@@ -101,7 +97,7 @@ def test_resume_with_other_ranks_for_the_experts(train, tiny_config, tmp_path):
 
 
 @pytest.mark.e2e
-def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path):
+def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path, column):
     options = [*MOE, "model.num_layers=1", "budget.steps=8"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
     compiled = train(
@@ -112,7 +108,7 @@ def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path):
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("balance", ["global", "switch"])
-def test_balance_losses_even_the_load(train, tiny_config, tmp_path, balance):
+def test_balance_losses_even_the_load(train, tiny_config, tmp_path, balance, column):
     """`global` sees the micro-batches of all ranks: on two ranks it is what one rank with both sees."""
     options = [*MOE, "precision.compute=fp64", "budget.batch_tokens=128", f"model.moe.balance={balance}"]
     options += ["model.moe.balance_loss=0.1", "budget.steps=40"]
@@ -135,22 +131,18 @@ def test_balance_losses_even_the_load(train, tiny_config, tmp_path, balance):
         ["random_k"],
     ],
 )
-def test_replicas_across_slow_links(train, tiny_config, tmp_path, sync):
+def test_replicas_across_slow_links(interrupted, sync, column):
     """Bit-identical replicas (they are compared in every step), biases alike, a bitwise resume."""
     options = [*MOE, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2", "budget.steps=12"]
     options += ["parallel.check_replicas_every=1", "checkpoint.every=5"]
-    straight = train(4, tiny_config, tmp_path / "straight", *options)
+    straight, again = interrupted(4, *options)
     assert column(straight)[-3:].mean() < column(straight)[0] - 0.1
-    shutil.copytree(tmp_path / "straight", tmp_path / "again")
-    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
-        shutil.rmtree(checkpoint)
-    again = train(4, tiny_config, tmp_path / "again", *options, resume="auto")
     for key in ("loss", "grad_norm", "router_bias_range", "expert_load"):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
 
 @pytest.mark.e2e
-def test_resume_with_other_ranks(train, tiny_config, tmp_path):
+def test_resume_with_other_ranks(train, tiny_config, tmp_path, column):
     """2 -> 4 processes: biases and experts go on where they were."""
     straight = train(
         2, tiny_config, tmp_path / "straight", *MOE, "checkpoint.every=10", "precision.compute=fp64"

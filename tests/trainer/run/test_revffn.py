@@ -1,23 +1,17 @@
 """Runs of reversible blocks: every layout, compile, mixture and synchroniser against one plain rank."""
 
 import functools
-import shutil
 
 import pytest
 import torch
 
 from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
-from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
 from stepline.trainer.watch.metrics import read_metrics
 
 REVFFN = ["model.blocks=revffn", "model.hidden_size=48", "model.num_layers=3", "model.ffn_size=48"]
 MOE = ["model.ffn=moe", "model.ffn_size=24", "model.moe.experts=6", "model.moe.shared_size=8"]
-
-
-def column(rows: list[dict], key: str = "loss") -> torch.Tensor:
-    return torch.tensor([r[key] for r in rows if "loss" in r], dtype=torch.float64)
 
 
 COMMON = ("optimizer", "data.", "budget", "model")
@@ -51,7 +45,7 @@ COMMON = ("optimizer", "data.", "budget", "model")
         ),
     ],
 )  # fmt: skip
-def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options):
+def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options, column):
     """In float64, in which the grid's sums are exact, to 1e-12 (the fixed point: 1e-6)."""
     common = [*REVFFN, "precision.compute=fp64", *(o for o in options if o.startswith(COMMON))]
     one = train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=16", *common)
@@ -66,14 +60,16 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
 
 
 @pytest.mark.e2e
-def test_compiled_halves_give_the_same_curve(train, tiny_config, tmp_path):
+def test_compiled_halves_give_the_same_curve(train, tiny_config, tmp_path, column):
     options = [*REVFFN, "model.num_layers=2", "budget.steps=8"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
     compiled = train(2, tiny_config, tmp_path / "compiled", "run.compile=true", *options)
     assert (column(compiled) / column(plain) - 1).abs().max() < 1e-5
 
 
-def test_backward_from_streams_is_that_from_stored_activations(train, tiny_config, tmp_path, monkeypatch):
+def test_backward_from_streams_is_that_from_stored_activations(
+    train, tiny_config, tmp_path, monkeypatch, column
+):
     """Bit by bit over 20 steps, in fp32: the reference stores activations in the same arithmetic."""
     from stepline.models import transformer
     from stepline.trainer.run.launch import run_training
@@ -90,15 +86,11 @@ def test_backward_from_streams_is_that_from_stored_activations(train, tiny_confi
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("sync", [["demo", "parallel.demo.chunk=8"], ["diloco", "parallel.diloco.every=3"]])
-def test_replicas_across_slow_links(train, tiny_config, tmp_path, sync):
+def test_replicas_across_slow_links(interrupted, sync):
     """With a mixture inside: bit-identical replicas, a bitwise resume."""
     options = [*REVFFN, *MOE, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2", "budget.steps=12"]
     options += ["parallel.check_replicas_every=1", "checkpoint.every=5"]
-    straight = train(4, tiny_config, tmp_path / "straight", *options)
-    shutil.copytree(tmp_path / "straight", tmp_path / "again")
-    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
-        shutil.rmtree(checkpoint)
-    again = train(4, tiny_config, tmp_path / "again", *options, resume="auto")
+    straight, again = interrupted(4, *options)
     for key in ("loss", "grad_norm", "val_loss", "expert_load"):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 

@@ -1,7 +1,5 @@
 """Runs of 2:4 sparse and FP8 layers: layouts, other features, resume, phases, evaluation."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -12,16 +10,11 @@ from stepline.models.sparse_linear import sparse_weights
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.infer import evaluate_run, load_run
-from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
 
 SPARSE = ["sparse.mode=s-ste", "model.hidden_size=48", "model.ffn_size=64"]
 FP8 = [*SPARSE, "precision.fp8=true", "model.head_dim=16"]
 MOE = ["model.ffn=moe", "model.ffn_size=32", "model.moe.experts=4", "model.moe.shared_size=16"]
-
-
-def column(rows: list[dict], key: str = "loss") -> torch.Tensor:
-    return torch.tensor([r[key] for r in rows if "loss" in r], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +27,7 @@ def column(rows: list[dict], key: str = "loss") -> torch.Tensor:
         (2, ["model.blocks=revffn", "parallel.reshard_after_forward=false"]),
     ],
 )
-def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options):
+def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options, column):
     """In float64 to 1e-10 over 20 steps: a threshold's tie may fall to the other side of a rounding."""
     common = [
         *SPARSE,
@@ -50,7 +43,7 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
 
 
 @pytest.mark.e2e
-def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path):
+def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path, column):
     options = [*SPARSE, "model.num_layers=1", "budget.steps=6"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
     for recompute in ("none", "full"):
@@ -59,7 +52,7 @@ def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path):
         assert (column(rows) / column(plain) - 1).abs().max() < 1e-5
 
 
-def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tiny_config, tmp_path):
+def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tiny_config, tmp_path, column):
     """Activations are scaled by a micro-batch's own largest value: alike in the first loss, close afterwards."""
     one = train(1, tiny_config, tmp_path / "one", *FP8, "parallel.micro_batch=6")
     two = train(2, tiny_config, tmp_path / "two", *FP8, "parallel.micro_batch=3")
@@ -69,19 +62,15 @@ def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tin
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("sync", ["all_reduce", "demo"])
-def test_a_resume_repeats_draws_and_keeps_betas(train, tiny_config, tmp_path, sync):
+def test_a_resume_repeats_draws_and_keeps_betas(interrupted, sync):
     options = [*FP8, "sparse.grad_weight=mvue", "checkpoint.every=5", f"parallel.sync={sync}"]
-    straight = train(2, tiny_config, tmp_path / "straight", *options)
-    shutil.copytree(tmp_path / "straight", tmp_path / "again")
-    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
-        shutil.rmtree(checkpoint)
-    again = train(2, tiny_config, tmp_path / "again", *options, resume="auto")
+    straight, again = interrupted(2, *options)
     for key in ("loss", "grad_norm", "flip_rate", "beta_min", "beta_max", "val_loss"):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
 
 @pytest.mark.e2e
-def test_the_dense_phase_at_the_end_is_what_evaluation_sees(train, tiny_config, tmp_path, tiny_data):
+def test_the_dense_phase_at_the_end_is_what_evaluation_sees(train, tiny_config, tmp_path, tiny_data, column):
     sparse = train(1, tiny_config, tmp_path / "sparse", *SPARSE)
     dense = train(1, tiny_config, tmp_path / "dense", *SPARSE, "sparse.dense_fraction=0.25")
     assert torch.equal(column(sparse)[:15], column(dense)[:15])  # 15 of 20 steps
@@ -91,7 +80,7 @@ def test_the_dense_phase_at_the_end_is_what_evaluation_sees(train, tiny_config, 
         assert said == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
 
 
-def test_a_dense_run_goes_on_sparse(train, tiny_config, tmp_path, tiny_data):
+def test_a_dense_run_goes_on_sparse(train, tiny_config, tmp_path, tiny_data, column):
     """From its weights: beta is theirs, not that of the initial values."""
     dense = [o for o in SPARSE if not o.startswith("sparse")]
     train(1, tiny_config, tmp_path / "dense", *dense, "budget.steps=40")

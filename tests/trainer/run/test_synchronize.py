@@ -54,7 +54,7 @@ def test_the_layout_of_a_replica_does_not_matter_and_training_learns(train, tiny
 
 
 @pytest.mark.parametrize("sync", ["demo", "delayed", "owners", "diloco", "random_k"])
-def test_resume_is_bitwise_at_the_same_world_size(train, tiny_config, tmp_path, sync):
+def test_resume_is_bitwise_at_the_same_world_size(interrupted, sync):
     options = [
         *SYNCS[sync],
         "parallel.shard=2",
@@ -62,11 +62,7 @@ def test_resume_is_bitwise_at_the_same_world_size(train, tiny_config, tmp_path, 
         "checkpoint.every=5",
         "logging.eval_every=4",
     ]
-    straight = train(4, tiny_config, tmp_path / "straight", *options)
-    shutil.copytree(tmp_path / "straight", tmp_path / "again")
-    for checkpoint in complete_checkpoints(tmp_path / "again")[1:]:
-        shutil.rmtree(checkpoint)
-    again = train(4, tiny_config, tmp_path / "again", *options, resume="auto")
+    straight, again = interrupted(4, *options)
     keys = ("step", "loss", "grad_norm", "val_loss")
     assert [[r.get(k) for k in keys] for r in again] == [[r.get(k) for k in keys] for r in straight]
 
