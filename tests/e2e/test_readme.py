@@ -27,7 +27,7 @@ SMALLER = {
 """What is added to a command so that it is done in seconds."""
 
 
-VERBS = ("doctor", "prepare", "plan", "sweep", "laws", "train", "eval", "generate")
+VERBS = ("doctor", "prepare", "plan", "sweep", "laws", "train", "eval", "generate", "export", "import")
 
 
 def commands() -> list[str]:
@@ -67,6 +67,8 @@ def test_every_command_of_the_readme(sh, corpus, tmp_path):
     assert "law: Step Law" in said["train"][0][0]  # the dry run
     assert "is finished" in said["train"][2][1]  # the same command again
     assert "bits per byte" in said["eval"][0][0]
+    assert (tmp_path / "hf" / "mine" / "config.json").is_file()
+    assert "run.init_from=" in said["import"][0][0]
 
 
 def test_the_readme_shows_what_the_quickstart_prints():

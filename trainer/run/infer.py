@@ -26,7 +26,7 @@ def load_run(path: Path) -> tuple[Transformer, Config, Path]:
     checkpoint = find_checkpoint(path)
     config = read_run_config(run_of(checkpoint))
     config.run.compile, config.run.recompute = False, "none"
-    if config.precision.compute == "bf16":
+    if config.precision.compute in ("bf16", "auto"):
         config.precision.compute = "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device, mesh=None)
