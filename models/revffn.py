@@ -105,7 +105,8 @@ class RevBlock(nn.Module):
             y2 = chain.run(feed, x2, y1)
         if self.streams.bits is not None:
             for y in (y1, y2):
-                self.stream_max = _maximum(self.stream_max, torch.linalg.vector_norm(y.detach(), torch.inf))
+                low, high = y.detach().aminmax()  # a tenth of the time of an infinity norm
+                self.stream_max = _maximum(self.stream_max, torch.maximum(high, -low))
         return y1, y2
 
     def _attend(self, x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
