@@ -83,5 +83,5 @@ def place_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     """Cuts the experts' weights `[experts, ...]` over `mesh["ep"]`, before FSDP cuts what is left; in place."""
     for name, weight in list(experts.named_parameters(recurse=False)):
         cut = distribute_tensor(weight.data, mesh["ep"], [Shard(0)], src_data_rank=None)
-        setattr(experts, name, nn.Parameter(cut))
+        setattr(experts, name, nn.Parameter(cut, requires_grad=weight.requires_grad))
     experts.exchange = ExpertExchange(mesh["ep"].get_group(), len(weight))

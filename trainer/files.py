@@ -2,8 +2,9 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stepline.trainer.errors import UserError
@@ -22,6 +23,29 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yields an empty folder whose content becomes `output` at the end, or nothing where that fails.
+
+    Raises UserError where `output` is not empty or cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is not empty; choose a new folder")
+    partial = output.with_name(output.name + ".partial")
+    with suppress(FileNotFoundError):
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

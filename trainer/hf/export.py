@@ -1,8 +1,6 @@
 """A run as a folder that `transformers` loads."""
 
 import json
-import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from stepline.trainer.config_io import read_run_config
 from stepline.trainer.data.dataset import load_meta
 from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import UserError
-from stepline.trainer.files import write_whole
+from stepline.trainer.files import new_folder, write_whole
 from stepline.trainer.hf.adapters import holders
 from stepline.trainer.hf.card import model_card
 from stepline.trainer.hf.custom import custom_config_dict, custom_name, write_code
@@ -61,21 +59,8 @@ def export_run(path: Path, output: Path, dtype: str = "fp32", shard_bytes: int =
     checkpoint = find_checkpoint(path)
     run = run_of(checkpoint)
     config, state = read_run_config(run), read_state(checkpoint)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty; choose a new folder")
-    partial = output.with_name(output.name + ".partial")
-    with suppress(FileNotFoundError):
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(output) as partial:
         exported = _write(checkpoint, run, config, state, partial, DTYPES[dtype], shard_bytes)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     exported.folder = output
     return exported
 

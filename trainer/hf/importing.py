@@ -3,9 +3,7 @@
 import json
 import math
 import re
-import shutil
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from stepline.models.hf import IN_OLD_FILES, config_from_hf, from_hf_matrix
 from stepline.models.transformer import Transformer
 from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import UserError, first_line
-from stepline.trainer.files import write_whole
+from stepline.trainer.files import new_folder, write_whole
 from stepline.trainer.hf.custom import MODEL_TYPE, from_custom_name
 from stepline.trainer.hf.shards import Stored, read_folder
 from stepline.trainer.run.checkpoint import PERMANENT
@@ -80,13 +78,7 @@ def import_model(folder: Path, output: Path) -> Imported:
     config, positions = _model_config(raw, folder)
     custom = raw.get("model_type") == MODEL_TYPE
     pieces = plan_pieces(folder, config, custom=custom)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty; choose a new folder")
-    partial = output.with_name(output.name + ".partial")
-    with suppress(FileNotFoundError):
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(output) as partial:
         note = _write_tokenizer(folder, partial)
         _write_run_config(config, positions, partial, None if note else output.absolute() / "data")
         state = {
@@ -94,13 +86,6 @@ def import_model(folder: Path, output: Path) -> Imported:
             "max_positions": positions,
         }  # fmt: skip
         write_checkpoint(checkpoint_path(partial, 0), pieces, state)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     tokenizer = "" if note else f" --tokenizer {output}/data"
     commands = [
         f"stepline prepare TEXT --output DATA{tokenizer}",

@@ -42,9 +42,9 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     compute = COMPUTE_DTYPES[config.precision.compute]
     with torch.device("meta"):
         model = Transformer(config.model).to(master_dtype(config))
+    convert(model, *recipes(config))
     if config.optimizer.only == "adapters":
         freeze(model, config)
-    convert(model, *recipes(config))
     for block in model.layers:
         _recompute(block, config.run.recompute)
         if config.run.compile is True:
