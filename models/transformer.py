@@ -92,7 +92,7 @@ class Transformer(nn.Module):
             positions, mask = document_positions(doc_ids), document_mask(doc_ids)
         # bf16 tables would round the angles' cosines to 8 bits; rotation is done in at least fp32
         cos, sin = rope_tables(self.config, positions, torch.promote_types(x.dtype, torch.float32))
-        moes = [module for module in self.modules() if isinstance(module, MoE)]
+        moes = [layer.ffn for layer in self.layers] if self.config.ffn == "moe" else []
         routing = [] if loss_scale is None or not moes else [Routing(targets != -100, loss_scale)]
         with _counting(moes):
             if self.config.blocks == "revffn":

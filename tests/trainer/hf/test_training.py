@@ -67,6 +67,7 @@ def test_training_goes_on_and_comes_out_again(imported, train, tmp_path):
         assert (back(tokens).logits - theirs(tokens).logits).abs().max() > 0.5
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("family", "world"), [("Llama", 2), ("Qwen3Moe", 1)])
 def test_two_stages_in_reversible_blocks(imported, train, tmp_path, family, world):
     """The first loss is finite and falls; the first stage leaves the pre-trained layers bit by bit as they were."""
@@ -99,6 +100,7 @@ def test_two_stages_in_reversible_blocks(imported, train, tmp_path, family, worl
     assert all(torch.equal(value, after[name]) for name, value in weights(tmp_path / "back")[0].items())
 
 
+@pytest.mark.e2e
 def test_a_first_stage_is_resumed(imported, train, tmp_path):
     """On other ranks, from where it stands: the frozen weights are read again."""
     run, _ = imported("Llama")
@@ -144,6 +146,7 @@ def test_mistakes_of_the_first_stage(imported, data, tmp_path, options, message)
         build_model(config, torch.device("cpu"), None)
 
 
+@pytest.mark.e2e
 def test_sparse_runs_are_exported_as_they_compute(train, imported, tmp_path):
     """2:4 weights: half of an exported matrix is zeros, and the logits are those of the sparse forward."""
     from transformers import AutoModelForCausalLM

@@ -51,6 +51,7 @@ EP = [*MOE, "precision.compute=fp64", "model.moe.experts=8", "budget.steps=12"]
 GLOBAL = ["model.moe.balance=global", "budget.batch_tokens=128"]  # one micro-batch, so that its loss is one
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("world", "experts", "options"),
     [

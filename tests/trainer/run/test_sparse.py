@@ -17,6 +17,7 @@ FP8 = [*SPARSE, "precision.fp8=true", "model.head_dim=16"]
 MOE = ["model.ffn=moe", "model.ffn_size=32", "model.moe.experts=4", "model.moe.shared_size=16"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("world", "options"),
     [
@@ -52,6 +53,7 @@ def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path, colum
         assert (column(rows) / column(plain) - 1).abs().max() < 1e-5
 
 
+@pytest.mark.e2e
 def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tiny_config, tmp_path, column):
     """Activations are scaled by a micro-batch's own largest value: alike in the first loss, close afterwards."""
     one = train(1, tiny_config, tmp_path / "one", *FP8, "parallel.micro_batch=6")
