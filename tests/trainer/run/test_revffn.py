@@ -17,6 +17,7 @@ MOE = ["model.ffn=moe", "model.ffn_size=24", "model.moe.experts=6", "model.moe.s
 COMMON = ("optimizer", "data.", "budget", "model")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("world", "options"),
     [
