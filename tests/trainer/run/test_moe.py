@@ -16,6 +16,7 @@ MOE = [
 TOGETHER = ["data.confine_attention=true", "budget.batch_tokens=512"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("world", "options"),
     [
