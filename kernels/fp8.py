@@ -51,11 +51,6 @@ def cast(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Scaled:
     return Scaled(scaled.to(dtype), scale)
 
 
-def clipped_share(x: Tensor, amax: Tensor) -> Tensor:
-    """Share of values that lie beyond `amax`, 0-dim."""
-    return (x.abs() > amax).float().mean()
-
-
 def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     """a b, `[m, k] x [k, n]`, summed in fp32 and rounded to `dtype` once."""
     check_product(a, b)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from stepline.comm.mesh import World, check_rendezvous
+from stepline.kernels.fp8 import has_fp8
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
 from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
@@ -113,6 +114,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     notes += warnings
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
+    notes += products_done_instead(config, device)
     budget = config.total_steps() * config.budget.batch_tokens
     if budget > 1.01 * corpus:
         notes.append(
@@ -132,6 +134,24 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
                 f"(fingerprints {held} and {job.fingerprints}); give the old folder or start a new run"
             )
     return job
+
+
+def products_done_instead(config: Config, device: torch.device) -> list[str]:
+    """What of FP8 and 2:4 sparse products this device does in another way, one sentence each."""
+    notes, experts = [], config.model.ffn == "moe"
+    if config.precision.fp8 and not has_fp8(device):
+        notes.append(
+            f"the {device.type} has no FP8 products: FP8 numbers are multiplied in wider ones, no faster than those"
+        )
+    elif config.precision.fp8 and experts:
+        notes.append(
+            "experts' products are grouped ones of numbers rounded to FP8: no FP8 product exists for them"
+        )
+    if config.sparse.mode == "s-ste":
+        notes.append(
+            "2:4 sparse weights are multiplied as dense ones with zeros: the same numbers, no faster than dense"
+        )
+    return notes
 
 
 def write_environment(job: Job, attempt: int) -> None:

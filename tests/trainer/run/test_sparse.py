@@ -140,3 +140,24 @@ def test_what_cannot_be_sparse_is_refused(tiny_config, tmp_path, overrides, sent
         start_job(
             str(tiny_config), [f"run.folder={tmp_path / 'run'}", *overrides], "never", World(0, 1, 0, 1)
         )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentences"),
+    [
+        ([], []),
+        (
+            ["precision.fp8=true", "model.hidden_size=48", "model.ffn_size=64", "model.head_dim=16"],
+            ["no FP8 products"],
+        ),
+        (SPARSE, ["dense ones with zeros"]),
+        ([*FP8, *MOE], ["no FP8 products", "dense ones with zeros"]),
+    ],
+)
+def test_what_a_device_does_instead_is_said(tiny_config, tmp_path, overrides, sentences):
+    job = start_job(
+        str(tiny_config), [f"run.folder={tmp_path / 'run'}", *overrides], "never", World(0, 1, 0, 1)
+    )
+    said = [note for note in job.notes if "FP8" in note or "2:4" in note]
+    assert len(said) == len(sentences)
+    assert all(sentence in note for sentence, note in zip(sentences, said, strict=True))
