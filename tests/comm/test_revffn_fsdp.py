@@ -1,43 +1,33 @@
 """Reversible blocks under FSDP2 against one process with stored activations, bit by bit."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from stepline.comm import fsdp
-from stepline.models.attention import rope_tables
+from stepline.models import transformer
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_parameter
-from stepline.models.norm import RMSNorm
-from stepline.models.revffn import RevBlock, norm_cast, run_reversible
+from stepline.models.revffn import run_reversible
+from stepline.models.transformer import Transformer
 
 VOCAB, BATCHES = 61, 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Model(nn.Module):
-    """As `Transformer` uses the blocks."""
+class Model(Transformer):
+    """With `stored`, backward reads stored activations: the reference, of the same arithmetic."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(RevBlock(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def forward(self, tokens, stored=False):
-        x = self.embed(tokens)
-        positions = torch.arange(tokens.shape[1])
-        cos, sin = rope_tables(self.config, positions, torch.promote_types(x.dtype, torch.float32))
-        x = run_reversible(self.layers, x, self.config.revffn, cos, sin, stored=stored)
-        return self.head(norm_cast(self.norm, x))
+    def forward(self, tokens, stored=False, doc_ids=None):
+        run = functools.partial(run_reversible, stored=stored)
+        with mock.patch.object(transformer, "run_reversible", run):
+            return super().forward(tokens, doc_ids=doc_ids)
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
 """Reversible blocks against formulas in float64, and their backward against stored activations."""
 
+import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from stepline.models.attention import document_mask, document_positions, rope_tables
+from stepline.models import transformer
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_parameter
-from stepline.models.norm import RMSNorm
 from stepline.models.reversible import Half
-from stepline.models.revffn import RevBlock, inner_config, norm_cast, run_reversible, take_max
+from stepline.models.revffn import RevBlock, inner_config, run_reversible, take_max
+from stepline.models.transformer import Transformer
 
 VOCAB = 61
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -25,24 +26,13 @@ def shape(layers=4, coupling="exact", streams="grid", **revffn) -> ModelConfig:
     )  # fmt: skip
 
 
-class Model(nn.Module):
-    """As `Transformer` uses the blocks."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(RevBlock(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+class Model(Transformer):
+    """With `stored`, backward reads stored activations: the reference, of the same arithmetic."""
 
     def forward(self, tokens, stored=False, doc_ids=None):
-        x, positions, mask = self.embed(tokens), torch.arange(tokens.shape[1]), None
-        if doc_ids is not None:
-            positions, mask = document_positions(doc_ids), document_mask(doc_ids)
-        cos, sin = rope_tables(self.config, positions, torch.promote_types(x.dtype, torch.float32))
-        x = run_reversible(self.layers, x, self.config.revffn, cos, sin, mask, stored=stored)
-        return self.head(norm_cast(self.norm, x))
+        run = functools.partial(run_reversible, stored=stored)
+        with mock.patch.object(transformer, "run_reversible", run):
+            return super().forward(tokens, doc_ids=doc_ids)
 
 
 @torch.no_grad()
