@@ -55,16 +55,6 @@ def taken(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(actual, expected):
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
-def relative_error(actual, expected):
-    difference = sum((actual[n] - expected[n]).square().sum() for n in expected)
-    return (difference / sum(g.square().sum() for g in expected.values())).sqrt().item()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_added_on_the_grid_is_subtracted_exactly(dtype):
     grid, generator = Streams(14), torch.Generator().manual_seed(0)
@@ -100,7 +90,7 @@ def test_gradient_passes_the_rounding_unchanged(dtype):
 
 
 @pytest.mark.parametrize("read", [0, 1], ids=["first stream", "second stream"])
-def test_backward_from_one_stream_of_the_last_block(read):
+def test_backward_from_one_stream_of_the_last_block(read, assert_equal):
     """The last half's gradient is asked for by nobody, or its input's alone; it is inverted all the same."""
     model = Blocks(2)
     found = []
@@ -128,7 +118,7 @@ class Dropping(SwiGLU):
 
 
 @pytest.mark.parametrize("coupling", ["exact", "revffn"])
-def test_dropout_is_repeated_and_the_generator_left_alone(coupling):
+def test_dropout_is_repeated_and_the_generator_left_alone(coupling, assert_equal, relative_error):
     model = Blocks(3, Dropping, coupling, iterations=4)
     found, states = [], []
     for stored in (True, False):
@@ -190,7 +180,7 @@ class Replaying(Routed):
 
 
 @pytest.mark.parametrize("make_ffn", [Routed, Replaying])
-def test_recorded_routing_wins_in_the_recompute(make_ffn):
+def test_recorded_routing_wins_in_the_recompute(make_ffn, assert_equal, relative_error):
     model = Blocks(3, make_ffn)
     expected = gradients(model, stored=True)
     for layer in model.layers:

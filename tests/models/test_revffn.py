@@ -65,16 +65,6 @@ def taken(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(actual, expected):
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
-def relative_error(actual, expected):
-    difference = sum((actual[n].double() - expected[n].double()).square().sum() for n in expected)
-    return (difference / sum(g.double().square().sum() for g in expected.values())).sqrt().item()
-
-
 # The equations
 
 
@@ -196,7 +186,7 @@ def watch_inputs(model):
 @pytest.mark.filterwarnings("error")  # of a norm whose weight is in another type than the stream
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("layers", [4, 48])
-def test_on_a_grid_gradients_and_states_are_bit_equal(layers, compute, inverted):
+def test_on_a_grid_gradients_and_states_are_bit_equal(layers, compute, inverted, assert_equal):
     model = build(shape(layers), DTYPES[compute])
     seen = watch_inputs(model)
     expected = gradients(model, tokens(), stored=True)
@@ -213,7 +203,7 @@ def test_on_a_grid_gradients_and_states_are_bit_equal(layers, compute, inverted)
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in expected.values())
 
 
-def test_in_float64_states_and_gradients_return_without_a_grid(inverted):
+def test_in_float64_states_and_gradients_return_without_a_grid(inverted, relative_error):
     model = build(shape(12, streams="fp32"), torch.float64)
     seen = watch_inputs(model)
     expected = gradients(model, tokens(), stored=True)
@@ -225,7 +215,7 @@ def test_in_float64_states_and_gradients_return_without_a_grid(inverted):
 
 
 @pytest.mark.parametrize("layers", [4, 48])
-def test_in_fp32_without_a_grid_gradients_drift_by_roundings(layers):
+def test_in_fp32_without_a_grid_gradients_drift_by_roundings(layers, relative_error):
     model = build(shape(layers, streams="fp32"))
     assert relative_error(gradients(model, tokens()), gradients(model, tokens(), stored=True)) < 5e-6
 
@@ -240,7 +230,7 @@ def gentle(model):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_fixed_point_gradients_within_the_floor(adapters):
+def test_fixed_point_gradients_within_the_floor(adapters, relative_error):
     model = gentle(build(shape(4, "revffn", "fp32", iterations=12, adapters=adapters)))
     expected = gradients(model, tokens(), stored=True)
     assert take_max(model.layers, "residual") is None
@@ -253,7 +243,7 @@ def test_fixed_point_gradients_within_the_floor(adapters):
     ("compute", "streams", "error"),
     [("fp32", "grid", 1e-5), ("bf16", "grid", 5e-3), ("bf16", "fp32", 5e-3)],
 )
-def test_fixed_point_has_a_floor_where_branches_are_rounded(compute, streams, error):
+def test_fixed_point_has_a_floor_where_branches_are_rounded(compute, streams, error, relative_error):
     """Neighbours that round alike are fixed points too: more iterations do not help, and a grid is no cure."""
     errors, residuals = [], []
     for iterations in (8, 16):
@@ -265,7 +255,7 @@ def test_fixed_point_has_a_floor_where_branches_are_rounded(compute, streams, er
     assert residuals[0] == residuals[1] > 0
 
 
-def test_residual_shrinks_with_the_iterations_and_tells_the_error():
+def test_residual_shrinks_with_the_iterations_and_tells_the_error(relative_error):
     errors, residuals = [], []
     for n in (1, 2, 4, 8):
         model = gentle(build(shape(4, "revffn", "fp32", iterations=n), torch.float64))
@@ -281,12 +271,12 @@ def test_residual_shrinks_with_the_iterations_and_tells_the_error():
 @pytest.mark.parametrize(
     "revffn", [{"adapters": True}, {"anchor_every": 1}, {"anchor_every": 2}, {"anchor_every": 3}], ids=str
 )
-def test_adapters_and_anchors(revffn):
+def test_adapters_and_anchors(revffn, assert_equal):
     model = build(shape(5, **revffn))
     assert_equal(gradients(model, tokens()), gradients(model, tokens(), stored=True))
 
 
-def test_anchors_stop_the_drift():
+def test_anchors_stop_the_drift(relative_error):
     errors = []
     for every in (None, 2):
         model = build(shape(24, streams="fp32", anchor_every=every))
@@ -294,7 +284,7 @@ def test_anchors_stop_the_drift():
     assert errors[1] < errors[0]
 
 
-def test_documents():
+def test_documents(assert_equal, relative_error):
     model, ids = build(shape()), torch.tensor([[0] * 3 + [1] * 7, [0] * 6 + [1] * 4])
     expected = gradients(model, tokens(), stored=True, doc_ids=ids)
     assert_equal(gradients(model, tokens(), doc_ids=ids), expected)
@@ -314,7 +304,7 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
-def test_frozen_parts(frozen):
+def test_frozen_parts(frozen, assert_equal):
     model = build(shape())
     for name, p in model.named_parameters():
         p.requires_grad_(not any(part in name for part in frozen))
@@ -323,7 +313,7 @@ def test_frozen_parts(frozen):
     assert_equal(gradients(model, tokens()), expected)
 
 
-def test_accumulation():
+def test_accumulation(assert_equal):
     model = build(shape())
     sums = []
     for stored in (True, False):
@@ -334,13 +324,13 @@ def test_accumulation():
     assert_equal(*sums)
 
 
-def test_two_forwards_then_one_backward():
+def test_two_forwards_then_one_backward(assert_equal):
     model = build(shape())
     expected = gradients(model, tokens(1), tokens(2, seq=7), stored=True)
     assert_equal(gradients(model, tokens(1), tokens(2, seq=7)), expected)
 
 
-def test_two_forwards_then_backwards_in_either_order():
+def test_two_forwards_then_backwards_in_either_order(assert_equal):
     model = build(shape())
     expected = [gradients(model, tokens(seed), stored=True) for seed in (1, 2)]
     for order in ((0, 1), (1, 0)):
@@ -369,7 +359,7 @@ def test_second_backward_is_refused():
 
 @pytest.mark.parametrize("coupling", ["exact", "revffn"])
 @pytest.mark.parametrize("backward_too", [False, True], ids=["forward alone", "backward too"])
-def test_autocast(backward_too, coupling):
+def test_autocast(backward_too, coupling, assert_equal, relative_error):
     model = gentle(build(shape(3, coupling, iterations=16)))
     found = []
     for stored in (True, False):
@@ -388,7 +378,7 @@ def test_autocast(backward_too, coupling):
         assert relative_error(found[1], found[0]) < 5e-3
 
 
-def test_compiled_halves():
+def test_compiled_halves(assert_equal, relative_error):
     model = build(shape(2))
     expected = gradients(model, tokens(), stored=True)
     for layer in model.layers:
