@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from stepline.comm.synchronizer import Synchronizer
 from stepline.comm.traffic import Traffic
+from stepline.models.sparse_linear import sparse_weights
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import TrainLoader
@@ -159,7 +160,7 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that are part of the model: the experts' balance biases."""
+    """The buffers that are part of the model: the experts' balance biases, the scales of sparse weights."""
     state = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
@@ -173,7 +174,8 @@ def load_weights(model: nn.Module, path: Path) -> Path:
     checkpoint, tensors = find_checkpoint(path), model_tensors(model)
     held = holders(checkpoint, tensors)
     known = set().union(*(stored_names(holder) for holder in {checkpoint, *held}))
-    without_beta = {name for name in tensors if name.endswith("beta") and name not in known}
+    betas = {id(beta) for _, _, beta in sparse_weights(model)}
+    without_beta = {name for name, tensor in tensors.items() if id(tensor) in betas and name not in known}
     for name in without_beta:
         del tensors[name]
     if pretrained(model, checkpoint):

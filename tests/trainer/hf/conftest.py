@@ -13,6 +13,7 @@ import yaml
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_model
 from stepline.models.transformer import Transformer
+from stepline.trainer.hf.shards import INDEX
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import COMPLETE, MANIFEST, STATE, checkpoint_path, file_entry
 from stepline.trainer.run.state import model_tensors
@@ -123,3 +124,45 @@ def train(pool, data):
         return [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
 
     return start
+
+
+COMMON = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    "Qwen3": {"head_dim": 24, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "Qwen3Moe": {"head_dim": 24, "moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2},
+    "Mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+}
+
+
+@pytest.fixture
+def save():
+    def make(family: str, folder: Path, **changed):
+        """A random model, saved by transformers in several files."""
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(**COMMON | FAMILIES[family] | changed)
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "norm" in name:
+                    p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+        model.save_pretrained(folder, max_shard_size="60KB")
+        assert (folder / INDEX).is_file()
+        return model
+
+    return make

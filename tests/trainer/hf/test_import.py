@@ -15,47 +15,10 @@ from stepline.trainer.hf.importing import import_model
 from stepline.trainer.hf.shards import INDEX, read_folder
 from stepline.trainer.run.infer import generate_text, load_run
 
-COMMON = {
-    "vocab_size": 331,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 24,
-}  # fmt: skip
-FAMILIES = {
-    "Llama": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
-    "Qwen3": {"head_dim": 24, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
-    "Qwen3Moe": {"head_dim": 24, "moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2},
-    "Mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
-}
-
-
-def save(family, folder, **changed):
-    """A random model, saved by transformers in several files."""
-    import transformers
-
-    config = getattr(transformers, f"{family}Config")(**COMMON | FAMILIES[family] | changed)
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p.copy_(torch.linspace(0.5, 1.5, p.numel()))
-    model.save_pretrained(folder, max_shard_size="60KB")
-    assert (folder / INDEX).is_file()
-    return model
-
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(family, tokens, tmp_path):
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen3Moe", "Mixtral"])
+def test_logits_are_those_of_transformers(family, tokens, tmp_path, save):
     theirs = save(family, tmp_path / "hf")
     done = import_model(tmp_path / "hf", tmp_path / "run")
     assert done.architecture == f"{family}ForCausalLM"
@@ -68,7 +31,7 @@ def test_logits_are_those_of_transformers(family, tokens, tmp_path):
 
 
 @torch.no_grad()
-def test_pieces_of_one_tensor_and_half_precision(tokens, tmp_path, monkeypatch):
+def test_pieces_of_one_tensor_and_half_precision(tokens, tmp_path, monkeypatch, save):
     """Rows are read and written a few at a time; values stay in the type of the files."""
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +48,7 @@ def test_pieces_of_one_tensor_and_half_precision(tokens, tmp_path, monkeypatch):
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 
-def test_the_run_has_the_tokenizer_and_says_what_to_type(data, tmp_path):
+def test_the_run_has_the_tokenizer_and_says_what_to_type(data, tmp_path, save):
     from stepline.trainer.data.tokenizer import load_tokenizer
     from stepline.trainer.hf.tokenizer import write_tokenizer
 
@@ -109,7 +72,7 @@ def refused(folder, tmp_path, match):
     assert not (tmp_path / "run.partial").exists()
 
 
-def test_folders_that_are_no_model(tmp_path):
+def test_folders_that_are_no_model(tmp_path, save):
     refused(tmp_path / "nothing", tmp_path, "no config.json")
     folder = tmp_path / "hf"
     save("Llama", folder)
@@ -129,7 +92,7 @@ def test_folders_that_are_no_model(tmp_path):
     refused(folder, tmp_path, "does not have")
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_missing_and_damaged_files(tmp_path, save):
     folder = tmp_path / "hf"
     save("Llama", folder)
     shards = sorted(folder.glob("*.safetensors"))
@@ -148,7 +111,7 @@ def test_missing_and_damaged_files(tmp_path):
     refused(folder, tmp_path, "lacks")
 
 
-def test_nothing_in_a_folder_is_run(tmp_path):
+def test_nothing_in_a_folder_is_run(tmp_path, save):
     """Pickled weights are refused by name, remote code is not looked at."""
 
     class Bomb:
@@ -208,7 +171,7 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, 
         assert said.count("\n") == 1
 
 
-def test_the_config_holds_what_the_folder_says(tmp_path):
+def test_the_config_holds_what_the_folder_says(tmp_path, save):
     save("Mixtral", tmp_path / "hf", router_aux_loss_coef=0.02)
     import_model(tmp_path / "hf", tmp_path / "run")
     sections = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

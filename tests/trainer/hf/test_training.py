@@ -10,32 +10,13 @@ from stepline.trainer.hf.export import export_run
 from stepline.trainer.hf.importing import import_model
 from stepline.trainer.run.infer import load_run
 
-COMMON = {
-    "vocab_size": 331,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 256,
-}
-FAMILIES = {
-    "Llama": {},
-    "Qwen3Moe": {"head_dim": 24, "moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2},
-}
-
 
 @pytest.fixture
-def imported(tmp_path):
+def imported(save, tmp_path):
     """A random model, saved by transformers, as a run."""
 
     def make(family):
-        import transformers
-
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{family}Config")(**COMMON | FAMILIES[family])
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-        model.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
+        model = save(family, tmp_path / "hf", initializer_range=0.02)
         import_model(tmp_path / "hf", tmp_path / "run")
         return tmp_path / "run", model
 
