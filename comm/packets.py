@@ -91,9 +91,31 @@ def make_batches(
 
 
 def largest(chunks: Tensor, kept: int) -> Chosen:
-    """The `kept` largest magnitudes of each row of `[chunks, elements]`."""
-    indices = chunks.abs().topk(kept, dim=1, sorted=False).indices
+    """The `kept` largest magnitudes of each row of `[chunks, elements]`.
+
+    In two searches of fewer values: those of the largest in each group of a row's elements, then those in the `kept`
+    groups found, as no other group can hold one of the `kept` largest.
+    """
+    groups = _groups(chunks.shape[1], kept)
+    if groups is None:
+        indices = chunks.abs().topk(kept, dim=1, sorted=False).indices
+    else:
+        grouped = chunks.unflatten(1, (-1, groups))  # a group is a column
+        peaks = torch.maximum(grouped.amax(dim=1), -grouped.amin(dim=1))
+        found = peaks.topk(kept, dim=1, sorted=False).indices
+        held = grouped.gather(2, found.unsqueeze(1).expand(-1, grouped.shape[1], -1)).flatten(1)
+        places = held.abs().topk(kept, dim=1, sorted=False).indices
+        indices = places // kept * groups + found.gather(1, places % kept)
     return indices, chunks.gather(1, indices)
+
+
+def _groups(elements: int, kept: int) -> int | None:
+    """Into how many groups a row is cut: of the powers of two that divide it into groups, the one of least search,
+    elements / size + size * kept; None where a plain search is no longer."""
+    sizes = [2**i for i in range(1, 8) if elements % 2**i == 0 and elements // 2**i >= kept]
+    searched = {size: elements // size + size * kept for size in sizes}
+    best = min(searched, key=searched.get, default=None)
+    return None if best is None or 2 * searched[best] > elements else elements // best
 
 
 def scattered(chosen: Chosen, elements: int) -> Tensor:

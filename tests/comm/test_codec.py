@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepline.comm.codec import ChunkCodec, pack_bits, packed_bytes, unpack_bits
@@ -65,3 +65,22 @@ def test_no_chunks_make_no_bytes():
     packet, sent = form.encode(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 4))
     assert packet.numel() == form.num_bytes == 0
     assert form.decode(packet)[1].shape == sent.shape == (0, 4)
+
+
+@given(
+    st.integers(0, 5),
+    st.sampled_from([(1024, 20), (1024, 3), (4096, 82), (257, 5), (64, 64), (52, 1), (1000, 13), (16, 9)]),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_largest_magnitudes_of_each_row(rows, shape, seed, ties):
+    elements, kept = shape
+    chunks = torch.randn(rows, elements, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        chunks = chunks.round()
+    indices, values = largest(chunks, kept)
+    assert torch.equal(values, chunks.gather(1, indices))
+    assert all(len(set(row)) == kept for row in indices.tolist())
+    for row, found in zip(chunks.tolist(), values.tolist(), strict=True):
+        assert sorted(map(abs, found)) == sorted(map(abs, row))[-kept:]
