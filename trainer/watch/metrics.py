@@ -129,30 +129,35 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     Raises UserError when the file is missing or another line is not a JSON object.
     """
+    return list(iter_metrics(path))
+
+
+def iter_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """What `read_metrics` returns, row by row: a long run's file is not held in memory."""
     path = Path(path)
     if not path.is_file():
         raise UserError(
             f"{path} does not exist; give the folder or the metrics.jsonl of a run that has started"
         )
-    return [row for _, row in _rows(path)]
+    return (row for _, row in _rows(path))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each row with the offset at which its line begins."""
-    lines = path.read_bytes().split(b"\n")
     start = 0
-    for number, line in enumerate(lines, 1):
-        begin, start = start, start + len(line) + 1
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            yield begin, row
-        elif number < len(lines):  # only what follows the last newline may be half-written
-            raise UserError(f"{path}, line {number}, is not a JSON object; delete that line")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            begin, start = start, start + len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                yield begin, row
+            elif line.endswith(b"\n"):  # only what follows the last newline may be half-written
+                raise UserError(f"{path}, line {number}, is not a JSON object; delete that line")
 
 
 def _within(row: dict[str, Any], step: int) -> bool:
