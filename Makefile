@@ -21,7 +21,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python -m stepline.trainer.quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not e2e and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not e2e and not gpu"
 
 test-e2e: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "e2e and not slurm"

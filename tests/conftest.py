@@ -17,6 +17,15 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: one worker has the pool of processes and begins with its tests; the rest of a file
+    stays together, as its fixtures are shared."""
+    for item in items:
+        pooled = "pool" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("pool" if pooled else item.path.stem))
+    items.sort(key=lambda item: "pool" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def unavailable():
     """Skips a test for want of something; where STEPLINE_CI is set it fails, as a skip would hide a lack of proof."""
