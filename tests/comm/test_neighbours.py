@@ -1,0 +1,145 @@
+"""DiLoCo and random-k on gloo processes against a version of one process, float64 and plain, from the equations."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stepline.comm.diloco import INT8_CHUNK, DiLoCo, DiLoCoSettings
+from stepline.comm.random_k import RandomK, RandomKSettings, random_places
+
+SHAPES = {"first": (40, 70), "second": (31, 90), "vector": (9,)}
+LR, STEPS = 0.05, 8
+
+
+def draw(step: int, replica: int, name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * replica + list(SHAPES).index(name))
+    return torch.randn(SHAPES[name], generator=generator, dtype=torch.float64)
+
+
+class SGD:
+    """p <- p - lr (g + wd p)."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        self.parameters = parameters
+
+    @torch.no_grad()
+    def step(self, lr, weight_decay, skip=None):
+        for p in self.parameters.values():
+            p.sub_(lr * (p.grad + weight_decay * p))
+
+    def state(self):
+        return {}
+
+    def describe(self):
+        return dict.fromkeys(self.parameters, "sgd")
+
+
+def run(method: str, settings: dict) -> list[dict[str, torch.Tensor]]:
+    """The parameters of this rank after each step."""
+    named = {name: nn.Parameter(draw(999, 0, name)) for name in SHAPES}
+    if method == "diloco":
+        sync = DiLoCo(named, dist.group.WORLD, DiLoCoSettings(weight_decay=0.1, **settings), SGD(named))
+    else:
+        vectors = {n: p for n, p in named.items() if p.ndim < 2}
+        sync = RandomK(
+            named, dist.group.WORLD, RandomKSettings(weight_decay=0.1, seed=7, **settings), decayed={"first"},
+            dense=SGD(vectors), make_optimizer=SGD,
+        )  # fmt: skip
+    seen = []
+    for step in range(STEPS):
+        for name, parameter in named.items():
+            parameter.grad = draw(step, dist.get_rank(), name)
+        sync.step(LR)
+        seen.append({n: p.detach().clone() for n, p in named.items()})
+    return seen
+
+
+def as_sent(d: torch.Tensor, codec: str) -> torch.Tensor:
+    """What receivers read of a pseudo-gradient `[n]`; int8: round(d / s) s, with s of each run of values."""
+    if codec == "bf16":
+        return d.bfloat16()
+    if codec == "fp32":
+        return d
+    parts = []
+    for part in d.split(INT8_CHUNK):
+        scale = (part.abs().max() / 127).bfloat16().double()
+        parts.append((part / scale).round().clamp(-127, 127) * scale)
+    return torch.cat(parts)
+
+
+def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]]) -> list[list[dict]]:
+    mu, outer = 0.9, 0.7
+    own = [{name: draw(999, 0, name) for name in SHAPES} for _ in range(world)]
+    anchor, momentum = dict(own[0]), {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+    seen = []
+    for step in range(1, STEPS + 1):
+        for r, p in enumerate(own):
+            for name in SHAPES:
+                p[name] = p[name] - LR * (draw(step - 1, r, name) + 0.1 * p[name])
+        for i, names in enumerate(fragments):
+            if step != STEPS and (step + i * every // len(fragments)) % every:
+                continue
+            flat = [torch.cat([(anchor[n] - p[n]).flatten() for n in names]) for p in own]
+            total = as_sent(flat[0], codec)
+            for other in flat[1:]:
+                total = total + as_sent(other, codec)
+            sizes = [anchor[n].numel() for n in names]
+            for name, mean in zip(names, (total.double() / world).split(sizes), strict=True):
+                d = mean.reshape(SHAPES[name])
+                momentum[name] = mu * momentum[name] + d
+                anchor[name] = anchor[name] - outer * (d + mu * momentum[name])
+                for p in own:
+                    p[name] = anchor[name]
+        seen.append([dict(p) for p in own])
+    return seen
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_diloco_averages_how_far_replicas_came(pool, codec, fragments):
+    settings = {"every": 4, "fragments": fragments, "codec": codec, "total_steps": STEPS}
+    ranks = pool.run(2, run, "diloco", settings)
+    parts = [list(SHAPES)] if fragments == 1 else [["first"], ["second", "vector"]]
+    for step, expected in enumerate(naive_diloco(2, codec, 4, parts)):
+        for rank, p in zip(ranks, expected, strict=True):
+            for name in SHAPES:
+                torch.testing.assert_close(rank[step][name], p[name], rtol=0, atol=1e-12)
+    assert all(torch.equal(ranks[0][-1][name], ranks[1][-1][name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("world", [2, 4])
+def test_random_k_sends_random_places_of_what_waits(pool, world, bf16):
+    density, beta = 1 / 8, 0.9
+    ranks = pool.run(world, run, "random_k", {"density": density, "beta": beta, "bf16": bf16})
+    p = {name: draw(999, 0, name) for name in SHAPES}
+    delta = [
+        {name: torch.zeros(shape).double().flatten() for name, shape in SHAPES.items()} for _ in range(world)
+    ]
+    rounded = (lambda t: t.bfloat16()) if bf16 else (lambda t: t)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(hash((7, step + 1)))
+        for name in ("first", "second"):
+            places = random_places(p[name].numel(), density, generator)
+            assert (
+                len(set(places.tolist())) == len(places) in (p[name].numel() // 8, -(-p[name].numel() // 8))
+            )
+            sent = []
+            for r in range(world):
+                delta[r][name] = beta * delta[r][name] - LR * draw(step, r, name).flatten()
+                sent.append(rounded(delta[r][name][places]))
+                delta[r][name][places] -= sent[-1].double()
+            if name == "first":
+                p[name] = p[name] * (1 - LR * 0.1)
+            flat = p[name].flatten().clone()
+            flat[places] += sum(s.double() for s in sent) / world
+            p[name] = flat.reshape(SHAPES[name])
+        mean = sum(rounded(draw(step, r, "vector")).double() for r in range(world)) / world
+        p["vector"] = p["vector"] - LR * (mean + 0.1 * p["vector"])
+        for rank in ranks:
+            for name in SHAPES:
+                # Sums of bf16 numbers in bf16 are rounded in their order.
+                tolerance = 2e-2 * world * LR if bf16 else 1e-12
+                torch.testing.assert_close(rank[step][name], p[name], rtol=0, atol=tolerance)
+    assert all(torch.equal(ranks[0][-1][name], other[-1][name]) for other in ranks for name in SHAPES)
