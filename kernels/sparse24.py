@@ -5,8 +5,10 @@ A group is four neighbours along the last dimension. S-STE (arXiv 2409.09099), t
     S(a)_i = sign(a_i) max(|a_i| - t, 0),     W~ = beta S(W),     beta = <W, S(W)> / <S(W), S(W)>
 """
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GROUP = 4
 
@@ -54,12 +56,12 @@ def keep_probabilities(x: Tensor) -> Tensor:
     is drawn of the others by their magnitudes.
     """
     a = groups(x).abs()
-    total, (most, place) = a.sum(-1, keepdim=True), a.max(-1, keepdim=True)
+    pairs = a[..., :2].sum(-1, keepdim=True), a[..., 2:].sum(-1, keepdim=True)
+    total, most = pairs[0] + pairs[1], a.amax(-1, keepdim=True)  # in the order of the kernel, to the last bit
     tiny = torch.finfo(a.dtype).tiny
     even = 2 * a / total.clamp_min(tiny)
     others = a / (total - most).clamp_min(tiny)
-    dominated = others.scatter(-1, place, 1.0)
-    return torch.where(most > total / 2, dominated, even)
+    return torch.where(most > total / 2, torch.where(a == most, 1.0, others), even)
 
 
 def mvue24(x: Tensor, uniform: Tensor) -> Tensor:
@@ -69,11 +71,31 @@ def mvue24(x: Tensor, uniform: Tensor) -> Tensor:
     the cumulated probabilities, and becomes x_i / p_i.
     """
     p = keep_probabilities(x)
-    ends = p.cumsum(-1)
-    begins = ends - p
+    first, second, third, _ = p.unbind(-1)
+    inner = torch.stack([first, first + second, first + second + third], -1)
+    # p sums to 2 but for rounding, and the last end is 2: no u falls beyond it
+    begins, ends = nn.functional.pad(inner, (1, 0), value=0.0), nn.functional.pad(inner, (0, 1), value=2.0)
     u = uniform.unsqueeze(-1)
     kept = ((begins <= u) & (u < ends)) | ((begins <= u + 1) & (u + 1 < ends))
     return torch.where(kept & (p > 0), groups(x) / p.clamp_min(torch.finfo(p.dtype).tiny), 0).flatten(-2)
+
+
+def philox_uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers of 31 bits in [0, 1), fp32 `shape`: number i is the first output of Philox 4x32-10 for counter i.
+
+    seed: 0-dim int64, the key. The same numbers on every device, and those of Triton's `tl.rand` (Salmon et al., SC
+    2011).
+    """
+    low = 0xFFFFFFFF
+    c0 = torch.arange(math.prod(shape), device=seed.device)
+    c1 = c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits each: overflow keeps them all
+        c0, c1, c2, c3 = ((b >> 32) ^ c1 ^ k0) & low, b & low, ((a >> 32) ^ c3 ^ k1) & low, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    signed = torch.where(c0 >= 2**31, low - c0, c0)
+    return (signed.float() * 4.6566127342e-10).view(shape)  # below 1 / 2^31, so that rounding never gives 1
 
 
 def pack24(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,11 +109,34 @@ def pack24(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("a group of 4 has more than two values that are not zero")
     # those that are not zero first, in their order; zeros fill up
     places = (~present).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :2].sort(dim=-1).values
-    return grouped.gather(-1, places).flatten(-2), places.to(torch.uint8).flatten(-2)
+    values = _bytes(grouped).gather(-1, places).view(x.dtype)
+    return values.flatten(-2), places.to(torch.uint8).flatten(-2)
 
 
 def unpack24(values: Tensor, places: Tensor) -> Tensor:
     """The inverse of `pack24`."""
     pairs, indices = values.unflatten(-1, (-1, 2)), places.unflatten(-1, (-1, 2)).long()
-    full = values.new_zeros(*pairs.shape[:-1], GROUP)
-    return full.scatter(-1, indices, pairs).flatten(-2)
+    full = _bytes(pairs.new_zeros(*pairs.shape[:-1], GROUP))
+    return full.scatter(-1, indices, _bytes(pairs)).view(values.dtype).flatten(-2)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """8-bit numbers as integers, which torch can gather and scatter; others as they are."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def pack_bits(places: Tensor) -> Tensor:
+    """The positions `[..., n / 2]` of `pack24` as 2-bit numbers, four to a byte and the first lowest: `[..., n / 8]`.
+
+    A byte (uint8) holds two groups. This is the layout of the kernels' metadata. Raises ValueError where n is no
+    multiple of 8.
+    """
+    if places.shape[-1] % 4:
+        raise ValueError(f"2-bit metadata take rows of multiples of 8 values, not {2 * places.shape[-1]}")
+    first, second, third, fourth = places.unflatten(-1, (-1, 4)).unbind(-1)
+    return first | second << 2 | third << 4 | fourth << 6
+
+
+def unpack_bits(bits: Tensor) -> Tensor:
+    """The inverse of `pack_bits`."""
+    return torch.stack([bits >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
