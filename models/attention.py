@@ -1,6 +1,7 @@
 """Causal grouped-query attention with rotary position embedding."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,40 @@ def document_mask(doc_ids: Tensor) -> Tensor:
     return same.tril().unsqueeze(1)
 
 
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """True where each of the last `queries` of `keys` tokens may see a key: itself or an earlier one."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes keys and values of new tokens, `[batch, kv_heads, seq, head_dim]` each; gives those of all tokens so far."""
+
+
+class KVCache:
+    """Keys and values of the tokens that a model has read, for all its layers; their memory is taken at once.
+
+    `Transformer.forward` appends the tokens that it reads.
+    """
+
+    def __init__(
+        self, config: ModelConfig, capacity: int, batch: int = 1, *, device: torch.device, dtype: torch.dtype
+    ):
+        """capacity: tokens of a sequence; dtype: of the model's weights."""
+        shape = (config.num_layers, 2, batch, config.kv_heads, capacity, config.dim_per_head)
+        self.stored = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+        """Tokens read."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The `Store` of a layer; raises ValueError where there is no room."""
+        end = self.length + keys.shape[2]
+        if end > self.stored.shape[4]:
+            raise ValueError(f"a cache of {self.stored.shape[4]} tokens cannot hold {end}")
+        for stored, new in zip(self.stored[layer], (keys, values), strict=True):
+            stored[:, :, self.length : end] = new
+        return tuple(self.stored[layer, :, :, :, :end])
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) through `scaled_dot_product_attention`."""
 
@@ -73,11 +108,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, kv: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, kv: Tensor | None = None,
+        store: Store | None = None,
+    ) -> Tensor:  # fmt: skip
         """`x` and result `[batch, seq, hidden]`; without `mask`, causal over the whole sequence.
 
-        Keys and values are made of `kv`, shaped as `x`, where it is given.
+        Keys and values are made of `kv`, shaped as `x`, where it is given; `store` puts those of earlier tokens
+        before them.
         """
         batch, seq, _ = x.shape
         kv = x if kv is None else kv
@@ -86,13 +123,18 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        if store is not None:
+            k, v = store(k, v)
+        out = attend(q, k, v, mask)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of `q` `[batch, heads, seq, head_dim]` to `k`, `v` of as many heads or a divisor of it."""
+    """Attention of `q` `[batch, heads, seq, head_dim]` to `k`, `v` of as many heads or a divisor of it.
+
+    Without a mask it is causal; a single query, the last token, sees all keys.
+    """
     groups = q.shape[1] // k.shape[1]
     # Of CUDA's kernels only flash takes grouped heads as they are: it needs half precision and no mask.
     native = not q.is_cuda or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
@@ -100,5 +142,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         k, v = (t.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))
         groups = 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=groups > 1
     )

@@ -51,8 +51,8 @@ class MoEConfig(Section):
     z_loss: float = Field(1e-3, ge=0)
     """Weight of the router's z-loss, mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906)."""
     capacity: float | None = Field(None, gt=0)
-    """Tokens that an expert takes of a micro-batch, as a multiple of its even share; the rest is dropped. Default:
-    nothing is."""
+    """Tokens that an expert takes of a training's micro-batch, as a multiple of its even share; the rest is dropped.
+    Default: nothing is."""
 
     @model_validator(mode="after")
     def _choice(self) -> "MoEConfig":

@@ -4,7 +4,7 @@ With logits l = W x in fp32 and scores s = softmax(l) or sigmoid(l):
 
     chosen = top_k(s + b),   w = s[chosen] / sum of s[chosen],   y = sum of w_e expert_e(x) over the chosen e
 
-The bias b is of the choice alone. Nothing is dropped unless `capacity` says so.
+The bias b is of the choice alone. Nothing is dropped unless `capacity` says so, and then in training mode only.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ class MoE(nn.Module):
 
         slots = chosen.flatten().argsort(stable=True)
         counts = count(chosen, experts)
-        if self.config.capacity is not None:
+        if self.config.capacity is not None and self.training:
             slots, counts = self._within_capacity(slots, counts)
         y = self.experts(dispatch(rows, slots, top_k), counts)
         y = y * weights.flatten()[slots].unsqueeze(1)  # in fp32, as the weights are

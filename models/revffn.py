@@ -10,6 +10,7 @@ With adapters, Attn and FFN are P_down . Attn . P_up and P_down . FFN . P_up at 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepline.kernels.rms_norm import rms_norm
-from stepline.models.attention import Attention
+from stepline.models.attention import Attention, Store
 from stepline.models.config import ModelConfig, RevFFNConfig
 from stepline.models.ffn import SwiGLU
 from stepline.models.norm import RMSNorm
@@ -85,16 +86,17 @@ class RevBlock(nn.Module):
         sin: Tensor,
         mask: Tensor | None = None,
         *routing: Any,
+        store: Store | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Streams after the block.
 
         Args:
             x1, x2: `[batch, seq, hidden / 2]`, in at least fp32, on the grid if there is one.
             chain: of this forward; None: backward stores activations (the reference, bit-equal on a grid).
-            cos, sin, mask: as in `Attention`.
+            cos, sin, mask, store: as in `Attention`; a store makes no backward.
             routing: further arguments of the feed-forward layer.
         """
-        attend = functools.partial(self._attend, cos=cos, sin=sin, mask=mask)
+        attend = functools.partial(self._attend, cos=cos, sin=sin, mask=mask, store=store)
         attention = Half(attend, self.streams, iterations=self.iterations, on_residual=self._note_residual)
         feed = Half(functools.partial(self._feed, routing=routing), self.streams, routed=self.ffn)
         if chain is None or not torch.is_grad_enabled():
@@ -109,12 +111,15 @@ class RevBlock(nn.Module):
                 self.stream_max = _maximum(self.stream_max, torch.maximum(high, -low))
         return y1, y2
 
-    def _attend(self, x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, store: Store | None
+    ) -> Tensor:
         if self.attn_kv_norm is None:
-            return self.attn_down(self.attn(self.attn_up(norm_cast(self.attn_norm, x2)), cos, sin, mask))
-        q = self.attn_up(norm_cast(self.attn_norm, x1))
-        kv = self.attn_up(norm_cast(self.attn_kv_norm, x2))
-        return self.attn_down(self.attn(q, cos, sin, mask, kv))
+            q, kv = self.attn_up(norm_cast(self.attn_norm, x2)), None
+        else:
+            q = self.attn_up(norm_cast(self.attn_norm, x1))
+            kv = self.attn_up(norm_cast(self.attn_kv_norm, x2))
+        return self.attn_down(self.attn(q, cos, sin, mask, kv, store))
 
     def _feed(self, _x2: Tensor, y1: Tensor, routing: tuple) -> Tensor:
         return self.ffn_down(self.ffn(self.ffn_up(norm_cast(self.ffn_norm, y1)), *routing))
@@ -146,6 +151,7 @@ def run_reversible(
     mask: Tensor | None = None,
     *routing: Any,
     stored: bool = False,
+    stores: Iterable[Store | None] = itertools.repeat(None),
 ) -> Tensor:
     """Splits `x` into two streams, runs the blocks, and joins the streams.
 
@@ -156,6 +162,7 @@ def run_reversible(
         cos, sin, mask: as in `Attention`; tables in at least fp32.
         routing: further arguments of the feed-forward layers.
         stored: backward by stored activations, same arithmetic: the reference.
+        stores: of each layer, as in `Attention`.
 
     Returns:
         `[batch, seq, hidden]` in the streams' type, for `norm_cast`.
@@ -163,8 +170,8 @@ def run_reversible(
     # each stream is a tensor of its own: views of one would share a base with what hooks of the blocks return
     x1, x2 = (streams_of(config).enter(half.contiguous()) for half in x.chunk(2, -1))
     chain = None
-    for i, layer in enumerate(layers):
+    for i, (layer, store) in enumerate(zip(layers, stores, strict=False)):
         if not stored and (chain is None or (config.anchor_every and i % config.anchor_every == 0)):
             chain = Chain()  # the one before keeps its last streams: an anchor
-        x1, x2 = layer(x1, x2, chain, cos, sin, mask, *routing)
+        x1, x2 = layer(x1, x2, chain, cos, sin, mask, *routing, store=store)
     return torch.cat((x1, x2), -1)

@@ -1,13 +1,22 @@
 """A Llama-family decoder-only transformer (arXiv 2302.13971), of standard or of reversible blocks."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from stepline.kernels.cross_entropy import LossSums, linear_cross_entropy
-from stepline.models.attention import Attention, document_mask, document_positions, rope_tables
+from stepline.models.attention import (
+    Attention,
+    KVCache,
+    Store,
+    causal_mask,
+    document_mask,
+    document_positions,
+    rope_tables,
+)
 from stepline.models.config import ModelConfig
 from stepline.models.ffn import SwiGLU
 from stepline.models.moe import MoE, Routing
@@ -31,10 +40,12 @@ class Block(nn.Module):
         self.ffn = make_ffn(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, *routing: Routing
-    ) -> Tensor:
-        """`x` and result `[batch, seq, hidden]`; tables of `rope_tables`; `document_mask`; routing: of a MoE."""
-        x = x + self.attn(self.attn_norm(x), cos, sin, mask)
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, *routing: Routing,
+        store: Store | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`x` and result `[batch, seq, hidden]`; tables of `rope_tables`; mask and store as in `Attention`; routing: of
+        a MoE."""
+        x = x + self.attn(self.attn_norm(x), cos, sin, mask, store=store)
         return x + self.ffn(self.ffn_norm(x), *routing)
 
 
@@ -72,7 +83,7 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None,
-        loss_scale: Tensor | None = None,
+        loss_scale: Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor | LossSums:  # fmt: skip
         """Logits `[batch, seq, vocab]`, or with targets the sums of the loss over them.
 
@@ -84,10 +95,16 @@ class Transformer(nn.Module):
                 and positions start again with it. Ids may not return later in a row.
             loss_scale: 0-dim, with targets: the constant that the loss is multiplied by before backward. The routers
                 of experts then count, and backward adds their losses with the same factor.
+            cache: holds the tokens before these, all of one document, and then these too.
         """
         x = self.embed(tokens)
+        stores: list[Store | None] = [None] * len(self.layers)
         if doc_ids is None:
-            positions, mask = torch.arange(tokens.shape[1], device=tokens.device), None
+            past, seq, device = 0 if cache is None else cache.length, tokens.shape[1], tokens.device
+            positions = torch.arange(past, past + seq, device=device)
+            mask = causal_mask(seq, past + seq, device) if past and seq > 1 else None
+            if cache is not None:
+                stores = [functools.partial(cache.extend, i) for i in range(len(self.layers))]
         else:
             positions, mask = document_positions(doc_ids), document_mask(doc_ids)
         # bf16 tables would round the angles' cosines to 8 bits; rotation is done in at least fp32
@@ -96,12 +113,16 @@ class Transformer(nn.Module):
         routing = [] if loss_scale is None or not moes else [Routing(targets != -100, loss_scale)]
         with _counting(moes):
             if self.config.blocks == "revffn":
-                x = run_reversible(self.layers, x, self.config.revffn, cos, sin, mask, *routing)
+                x = run_reversible(
+                    self.layers, x, self.config.revffn, cos, sin, mask, *routing, stores=stores
+                )
                 x = norm_cast(self.norm, x)
             else:
-                for layer in self.layers:
-                    x = layer(x, cos, sin, mask, *routing)
+                for layer, store in zip(self.layers, stores, strict=True):
+                    x = layer(x, cos, sin, mask, *routing, store=store)
                 x = self.norm(x)
+        if cache is not None:
+            cache.length += tokens.shape[1]
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
             return nn.functional.linear(x, weight)

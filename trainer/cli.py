@@ -175,23 +175,28 @@ app.command(name="import")(import_folder)
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
-    data: Annotated[Path, typer.Option(help="Folder written by `stepline prepare`.")],
-    split: Annotated[str, typer.Option(help="val, tune or train.")] = "val",
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="Prepared folder, or text as `prepare` takes it; repeatable. Default: the run's data."
+        ),
+    ] = [],  # noqa: B006
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Of prepared folders: val, tune or train; repeatable. \\[default: val]"),
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="Field of .jsonl and .parquet rows with the text.")] = "text",
     as_json: Json = False,
 ) -> None:
-    """Loss and bits per byte of a trained model on held-out text.
+    """Loss, perplexity and bits per byte of a trained model, for each source of text and together.
 
-    Example: stepline eval runs/mine --data data/mine
+    Under torchrun the ranks share the text and the model.
+
+    Example: stepline eval runs/mine --data data/mine --data notes.txt
     """
-    from stepline.trainer.run.infer import evaluate_run
+    from stepline.trainer.run.eval_command import run_eval
 
-    values = evaluate_run(run, data, split)
-    if as_json:
-        print(json.dumps(values))
-    else:
-        print(
-            f"loss {values['val_loss']:.4f} nats per token, {values['val_bits_per_byte']:.4f} bits per byte"
-        )
+    run_eval(run, data, split or ["val"], text_key, as_json)
 
 
 @app.command()
@@ -205,9 +210,11 @@ def generate(
 ) -> None:
     """Continue a text with a trained model.
 
+    Once the text is as long as the windows of the training, the model reads its last half anew and goes on.
+
     Example: stepline generate runs/mine --prompt "def main("
     """
-    from stepline.trainer.run.infer import generate_text
+    from stepline.trainer.run.generate import generate_text
 
     for piece in generate_text(
         run, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed

@@ -170,7 +170,7 @@ def test_a_recompute_counts_nothing_twice():
         for block in model.layers:
             if recompute:
                 forward = block.forward
-                block.forward = lambda *a, f=forward: checkpoint(f, *a, use_reentrant=False)
+                block.forward = lambda *a, f=forward, **k: checkpoint(f, *a, use_reentrant=False, **k)
         tokens = torch.arange(20).view(2, 10)
         model(tokens, tokens, loss_scale=torch.tensor(0.05)).nll.backward()
         loads.append(torch.stack([block.ffn.load for block in model.layers]))

@@ -82,6 +82,23 @@ def load_meta(path: Path | str) -> Meta:
     return meta
 
 
+def source_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each of several folders or files: its own, with as many of those above it as tell it from the others.
+
+    Equal paths have equal names.
+    """
+    whole = [path.absolute().parts[1:] for path in paths]
+    names = []
+    for parts in whole:
+        length = 1
+        while length < len(parts) and any(
+            other[-length:] == parts[-length:] and other != parts for other in whole
+        ):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names
+
+
 def load_sources(paths: Sequence[Path], vocab_size: int) -> list[Meta]:
     """meta.json of each data folder of a run; raises UserError where there is none, or it does not fit the model.
 

@@ -209,7 +209,7 @@ class TrainLoader:
 class ValidationLoader:
     """One pass over a split in order: every token but the first is a target exactly once.
 
-    Each rank takes a contiguous share of the windows and yields the same number of micro-batches
+    Each rank takes a contiguous share of the micro-batches and yields the same number of micro-batches
     ([1, micro_batch, seq]), the last ones with all targets -100, so that ranks stay in step. `max_windows`
     picks that many evenly spaced windows.
     """
@@ -246,9 +246,11 @@ class ValidationLoader:
             else (self.tokens.num_bytes * self.num_targets / num_targets)
         )
         """UTF-8 bytes of the text covered, over all ranks: exact for a full pass, else in proportion."""
-        low, high = (r * chosen // world_size for r in (rank, rank + 1))
+        # whole micro-batches, which hold the same windows at any number of ranks: so that their sums are the same bits
+        micro_batches = math.ceil(chosen / micro_batch)
+        self._len = math.ceil(micro_batches / world_size)
+        low, high = (r * micro_batches // world_size * micro_batch for r in (rank, rank + 1))
         self._mine = self._windows[low:high]
-        self._len = math.ceil(math.ceil(chosen / world_size) / micro_batch)
 
     def __len__(self) -> int:
         """Micro-batches, the same on every rank."""

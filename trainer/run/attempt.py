@@ -13,6 +13,7 @@ import torch.distributed as dist
 from stepline.comm.consensus import Consensus
 from stepline.comm.fsdp import forget_gathered
 from stepline.trainer.config import Config
+from stepline.trainer.data.dataset import source_names
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.verify import Verifier
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
@@ -227,8 +228,8 @@ def validated(folder: Path, step: int) -> bool:
 def validate(
     state: TrainState, whole: bool, interrupted: Callable[[], int] = lambda: 0
 ) -> dict[str, float] | None:
-    """Held-out loss and bits per byte, over every source (one number each where there are several); None as soon as
-    `interrupted`, which all ranks ask after each micro-batch, says so."""
+    """Held-out loss and bits per byte: of several sources the means, in which each counts alike, and each one's as
+    `val_loss/NAME`. None as soon as `interrupted`, which all ranks ask after each micro-batch, says so."""
     with state.synchronizer.shared_model():
         forget_gathered(state.model)
         values = _validate(state, whole, interrupted)
@@ -238,10 +239,10 @@ def validate(
 
 def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) -> dict[str, float] | None:
     config = state.config
-    results = {}
-    for source in config.data.folders():
+    folders, results = [source.path for source in config.data.folders()], {}
+    for name, folder in zip(source_names(folders), folders, strict=True):
         loader = ValidationLoader(
-            source.path,
+            folder,
             config.logging.eval_split,
             seq_len=config.data.seq_len,
             micro_batch=config.parallel.micro_batch,
@@ -250,10 +251,10 @@ def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) ->
             max_windows=None if whole else config.logging.eval_windows,
             confine_attention=config.data.confine_attention,
         )
-        values = evaluate(state.model, loader, state.device, interrupted)
-        if values is None:
+        score = evaluate(state.model, loader, state.device, interrupted)
+        if score is None:
             return None
-        results[source.path.name] = values
+        results[name] = score.row()
     if len(results) == 1:
         return next(iter(results.values()))
     mean = {k: sum(r[k] for r in results.values()) / len(results) for k in ("val_loss", "val_bits_per_byte")}

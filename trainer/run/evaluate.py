@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,20 +11,49 @@ from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.run.step import all_sum, to_device
 
 
+@dataclass(frozen=True)
+class Score:
+    """Sums over held-out text; they add up over several."""
+
+    nll: float
+    """Negative log likelihood of the target tokens, end-of-document tokens included, in nats."""
+    tokens: int
+    """Target tokens."""
+    bytes: float
+    """UTF-8 bytes of the documents' text."""
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.nll + other.nll, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def row(self) -> dict[str, float]:
+        """`val_loss` (nats per token) and `val_bits_per_byte`, as in metrics.jsonl."""
+        return {"val_loss": self.loss, "val_bits_per_byte": self.nll / math.log(2) / self.bytes}
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: ValidationLoader,
     device: torch.device,
     interrupted: Callable[[], int] = lambda: 0,
-) -> dict[str, float] | None:
-    """`val_loss` (nats per token) and `val_bits_per_byte`: the target tokens' loss in bits, end-of-document
-    tokens included, over the UTF-8 bytes of the documents' text.
+) -> Score | None:
+    """The score of all of the loader's tokens, summed in float64 over micro-batches and ranks.
 
     Every rank runs the same number of micro-batches (the loader pads with targets of -100), so that no
     collective of FSDP waits for a rank that has no data left. None as soon as `interrupted` says so, which is asked
     after each micro-batch and answers alike on all ranks.
     """
+    training = model.training
     model.eval()
     sums = torch.zeros(2, device=device, dtype=torch.float64)
     for batch in loader:
@@ -33,8 +63,8 @@ def evaluate(
             result = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i])
             sums += torch.stack([result.nll.double(), (targets[i] != -100).sum().double()])
         if interrupted():
-            model.train()
+            model.train(training)
             return None
-    model.train()
+    model.train(training)
     nll, tokens = all_sum(sums).tolist()
-    return {"val_loss": nll / tokens, "val_bits_per_byte": nll / math.log(2) / loader.num_bytes}
+    return Score(nll, int(tokens), loader.num_bytes)

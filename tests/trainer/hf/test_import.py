@@ -13,7 +13,8 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.hf import importing
 from stepline.trainer.hf.importing import import_model
 from stepline.trainer.hf.shards import INDEX, read_folder
-from stepline.trainer.run.infer import generate_text, load_run
+from stepline.trainer.run.generate import generate_text
+from stepline.trainer.run.infer import load_run
 
 
 @torch.no_grad()

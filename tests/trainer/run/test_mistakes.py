@@ -9,8 +9,9 @@ import yaml
 
 from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
+from stepline.trainer.run.eval_command import evaluate_run
 from stepline.trainer.run.folder import check_folder
-from stepline.trainer.run.infer import evaluate_run, generate_text
+from stepline.trainer.run.generate import generate_text
 from stepline.trainer.run.launch import dry_run, run_training
 from stepline.trainer.run.start import pick_device, start_job
 

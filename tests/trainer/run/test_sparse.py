@@ -9,7 +9,8 @@ from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
 from stepline.models.sparse_linear import sparse_weights
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
-from stepline.trainer.run.infer import evaluate_run, load_run
+from stepline.trainer.run.eval_command import evaluate_run
+from stepline.trainer.run.infer import load_run
 from stepline.trainer.run.start import start_job
 
 SPARSE = ["sparse.mode=s-ste", "model.hidden_size=48", "model.ffn_size=64"]

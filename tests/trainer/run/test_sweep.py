@@ -10,7 +10,7 @@ import yaml
 
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import numbers
-from stepline.trainer.run.infer import evaluate_run
+from stepline.trainer.run.eval_command import evaluate_run
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.sweep import run_sweep, threads_of_a_rank
 from stepline.trainer.run.sweep_local import LocalRunner

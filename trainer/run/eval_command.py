@@ -1,0 +1,219 @@
+"""`stepline eval`: a trained model on prepared data or on text, in one process or on all ranks of torchrun."""
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stepline.comm.mesh import World, build_mesh, start_process_group
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import read_run_config
+from stepline.trainer.data.dataset import check_held_out, load_meta, source_names
+from stepline.trainer.data.loader import ValidationLoader
+from stepline.trainer.data.prepare import prepare
+from stepline.trainer.data.tokenizer import load_tokenizer
+from stepline.trainer.data.units import discover
+from stepline.trainer.errors import USER_ERROR, UserError
+from stepline.trainer.run.evaluate import Score, evaluate
+from stepline.trainer.run.infer import load_run, tokenizer_path
+from stepline.trainer.run.manifest import find_checkpoint, run_of
+from stepline.trainer.run.start import launched_world, pick_device
+
+TOKENS_AT_ONCE = 8192
+"""Of a micro-batch."""
+ALONE = World(0, 1, 0, 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one line of the result is about."""
+
+    name: str
+    path: Path
+    split: str
+    text: bool = False
+    """Whether `path` is text, all of which is to be tokenised."""
+
+
+def run_eval(path: Path, data: Sequence[Path], splits: Sequence[str], text_key: str, as_json: bool) -> None:
+    """Evaluates on all ranks, which FSDP2 shards the model over, and prints on rank 0.
+
+    Raises UserError; where other ranks of a node say the same, SystemExit.
+    """
+    world = launched_world()
+    with _said_once(world):
+        checkpoint = find_checkpoint(path, checksums=world.local_rank == 0)
+        config = read_run_config(run_of(checkpoint))
+        sources = find_sources(config, data, splits)
+        device, notes = pick_device("auto", world)
+    if world.size > 1:
+        start_process_group(world, device, config.parallel.timeout_s)
+    scores = score(checkpoint, config, sources, device, world, text_key)
+    if world.size > 1:  # after an error the other ranks may be gone
+        dist.destroy_process_group()
+    if world.rank:
+        return
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(json.dumps({"checkpoint": str(checkpoint), **report(scores)}) if as_json else table(scores))
+
+
+def evaluate_run(path: Path, data: Path, split: str = "val") -> dict[str, float]:
+    """Loss and bits per byte of a run on one split of a prepared data folder, in this process."""
+    checkpoint = find_checkpoint(path)
+    config = read_run_config(run_of(checkpoint))
+    device = pick_device("auto", ALONE)[0]
+    (one,) = score(checkpoint, config, find_sources(config, [data], [split]), device, ALONE).values()
+    return one.row()
+
+
+def find_sources(config: Config, data: Sequence[Path], splits: Sequence[str]) -> list[Source]:
+    """What is to be evaluated: by default what the run was trained on. Raises UserError for what cannot be.
+
+    data: prepared folders, of which each of `splits` is taken, and files or folders of text, taken whole.
+    """
+    paths = list(dict.fromkeys(data or [source.path for source in config.data.folders()]))
+    if not paths:
+        raise UserError("the run names no data; give --data a prepared folder, or text")
+    sources = []
+    for name, path in zip(source_names(paths), paths, strict=True):
+        if data and not (path / "meta.json").is_file():
+            if not any(file.size for file in discover([path], ())[0]):
+                raise UserError(f"{path} has no text; give --data files with text, or a prepared folder")
+            load_tokenizer(tokenizer_path(config))
+            sources.append(Source(name, path, "train", text=True))
+            continue
+        _check_tokenizer(config, path)
+        for split in dict.fromkeys(splits):
+            check_held_out([path], [load_meta(path)], split)
+            sources.append(Source(name if len(splits) == 1 else f"{name}:{split}", path, split))
+    return sources
+
+
+def _check_tokenizer(config: Config, path: Path) -> None:
+    """Raises UserError where a prepared folder's tokens are no tokens of the run's model, as far as is known."""
+    meta, own = load_meta(path), config.data.folders()
+    if meta.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer of {path} has {meta.vocab_size} tokens, the model {config.model.vocab_size}; "
+            "evaluate on data prepared with the run's tokenizer"
+        )
+    known = bool(own) and (own[0].path / "meta.json").is_file()
+    if known and load_meta(own[0].path).tokenizer_sha256 != meta.tokenizer_sha256:
+        raise UserError(
+            f"{path} was prepared with another tokenizer than the run's data; prepare it with --tokenizer "
+            f"{own[0].path}, or give --data the text itself"
+        )
+
+
+def score(
+    checkpoint: Path,
+    config: Config,
+    sources: Sequence[Source],
+    device: torch.device,
+    world: World,
+    text_key: str = "text",
+) -> dict[str, Score]:
+    """The score of each source by its name, alike on all ranks; a collective where there are several."""
+    with tokenised(sources, config, world, text_key) as ready:
+        mesh = build_mesh(device, world.size, shard=world.size) if world.size > 1 else None
+        model, _, _ = load_run(checkpoint, device, mesh)
+        scores = {}
+        for source in ready:
+            loader = ValidationLoader(
+                source.path,
+                source.split,
+                seq_len=config.data.seq_len,
+                micro_batch=max(1, TOKENS_AT_ONCE // config.data.seq_len),
+                rank=world.rank,
+                world_size=world.size,
+                confine_attention=config.data.confine_attention,
+            )
+            scores[source.name] = evaluate(model, loader, device)
+    return scores
+
+
+@contextlib.contextmanager
+def tokenised(
+    sources: Sequence[Source], config: Config, world: World, text_key: str
+) -> Iterator[list[Source]]:
+    """The sources, texts as data folders, which one rank of each node prepares with the run's tokenizer; a collective.
+
+    Raises what `_said_once` raises, on all ranks, where a text is not sound.
+    """
+    texts = [source for source in sources if source.text]
+    if not texts:
+        yield list(sources)
+        return
+    folder = Path(tempfile.gettempdir()) / _gather(f"stepline-eval-{uuid.uuid4().hex}", world)[0]
+    places = {source.name: folder / str(i) for i, source in enumerate(texts)}
+    try:
+        problem = None
+        try:
+            for source in texts if world.local_rank == 0 else ():
+                prepare(
+                    [source.path], places[source.name], tokenizer=tokenizer_path(config), val_share=0.0,
+                    text_key=text_key, progress=sys.stderr.isatty(),
+                )  # fmt: skip
+        except UserError as error:
+            problem = str(error)
+        problems = [text for text in _gather(problem, world) if text is not None]
+        with _said_once(world):
+            if problems:
+                raise UserError(problems[0])
+        yield [replace(source, path=places[source.name]) if source.text else source for source in sources]
+    finally:
+        if world.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _gather(value: Any, world: World) -> list[Any]:
+    """Every rank's value."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def _said_once(world: World) -> Iterator[None]:
+    """A mistake that all ranks find is said by one of each node; the others leave in silence."""
+    try:
+        yield
+    except UserError:
+        if world.local_rank == 0:
+            raise
+        sys.exit(USER_ERROR)
+
+
+def report(scores: dict[str, Score]) -> dict[str, Any]:
+    """All sources together, every token and every byte counting once, and each of them by its name."""
+
+    def values(score: Score) -> dict[str, float]:
+        return score.row() | {
+            "perplexity": score.perplexity, "tokens": score.tokens, "bytes": round(score.bytes)
+        }  # fmt: skip
+
+    return values(reduce(add, scores.values())) | {"sources": {n: values(s) for n, s in scores.items()}}
+
+
+def table(scores: dict[str, Score]) -> str:
+    """A line for each source and one for all, where there are several."""
+    shown = scores if len(scores) == 1 else scores | {"together": reduce(add, scores.values())}
+    width = max(map(len, shown))
+    return "\n".join(
+        f"{name:{width}}  loss {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f}, "
+        f"{score.row()['val_bits_per_byte']:.4f} bits per byte ({score.tokens:,} tokens, {score.bytes:,.0f} bytes)"
+        for name, score in shown.items()
+    )
