@@ -26,8 +26,13 @@ class Browser:
         self.home = tempfile.mkdtemp(prefix="stepline-browser-")
         to_it, self._out = os.pipe()
         self._in, from_it = os.pipe()
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
-        options += ["--remote-debugging-pipe", f"--user-data-dir={self.home}", "about:blank"]
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        options += [
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={self.home}",
+            "about:blank",
+        ]
 
         def as_3_and_4() -> None:  # the numbers that the browser reads from and writes to
             spare = [os.dup(fd) for fd in (to_it, from_it)]
@@ -77,7 +82,9 @@ class Browser:
     def mouse(self, kind: str, x: float, y: float, buttons: int = 0) -> None:
         """kind: mousePressed, mouseMoved or mouseReleased, at CSS pixels of the window."""
         button = "none" if kind == "mouseMoved" and not buttons else "left"
-        self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=1)
+        self._ask(
+            "Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=1
+        )
 
     def screenshot(self, path: Path, whole: bool = True) -> Path:
         """A PNG of the whole page, or of the window."""
@@ -127,5 +134,7 @@ class Browser:
             self.problems.append(str(what["args"]))
         elif name == "Log.entryAdded" and what["entry"]["level"] in ("error", "warning"):
             self.problems.append(what["entry"]["text"])
-        elif name == "Network.requestWillBeSent" and not what["request"]["url"].startswith(("file:", "data:")):
+        elif name == "Network.requestWillBeSent" and not what["request"]["url"].startswith(
+            ("file:", "data:")
+        ):
             self.problems.append(f"request of {what['request']['url'][:200]}")

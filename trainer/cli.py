@@ -13,6 +13,7 @@ from stepline.trainer.cli_cluster import doctor, submit
 from stepline.trainer.cli_hf import export, import_folder
 from stepline.trainer.cli_laws import laws_app, sweep
 from stepline.trainer.cli_options import Json
+from stepline.trainer.cli_report import report
 from stepline.trainer.errors import UserError
 
 app = typer.Typer(
@@ -170,6 +171,7 @@ app.command()(submit)
 app.command()(doctor)
 app.command()(export)
 app.command(name="import")(import_folder)
+app.command()(report)
 
 
 @app.command(name="eval")

@@ -48,7 +48,8 @@ def _find_base(base: str, path: Path) -> Path:
     return _shipped(Path(base), otherwise)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a config file, unchecked; raises UserError where there are none to be read."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -110,13 +111,13 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
     Returns the checked config and the origin of every value; raises UserError with one sentence.
     """
     path = find_config(name)
-    content = _read_yaml(path)
+    content = read_yaml(path)
     tree: dict[str, Any] = {}
     origins: Origins = {}
     base = content.pop("base", None)
     if base is not None:
         base_path = _find_base(str(base), path)
-        base_content = _read_yaml(base_path)
+        base_content = read_yaml(base_path)
         if "base" in base_content:
             raise UserError(f"{base_path} has a base of its own; only one level is allowed")
         _merge(tree, base_content)
@@ -255,7 +256,7 @@ def read_run_config(run: Path) -> Config:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is no run: it has no config.yaml")
-    return check(_read_yaml(path), str(path))
+    return check(read_yaml(path), str(path))
 
 
 def may_change(key: str) -> bool:
