@@ -49,9 +49,10 @@ class Trouble:
             if skipped > self._skipped:
                 self._add("skipped", step, skipped - self._skipped)
             self._skipped = skipped
-        for key, value in row.items():
-            if value is False and key.endswith("_is_finite"):
-                self._add(key.removesuffix("_is_finite"), step, 0)
+        if None in row.values():  # as `finite_row` writes what is not finite
+            for key in row:
+                if row.get(f"{key}_is_finite") is False:
+                    self._add(key, step, 0)
         if "loss" in row:
             self._before = step
 

@@ -53,7 +53,8 @@ def draw(runs: Sequence[Run], output: Path) -> Path:
 
 
 def _plot(axes, plot: Plot, runs: Sequence[Run]) -> None:
-    from matplotlib.ticker import EngFormatter, PercentFormatter
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
     kind, several = plot.x or "tokens", len(runs) > 1
     for r, run in enumerate(runs):
@@ -77,13 +78,22 @@ def _plot(axes, plot: Plot, runs: Sequence[Run]) -> None:
     axes.set_ylabel(plot.unit, fontsize=9)
     axes.set_xlabel("tokens" if kind == "tokens" else "training time, s", fontsize=9)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
     if plot.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     elif plot.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if not several and len(plot.lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    axes.tick_params(labelsize=8)
+    elif axes.get_ylim()[1] >= 1e4:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(plot.lines) > 1:
+        dashes = [
+            Line2D([], [], color="0.4", linestyle=DASHES[i % len(DASHES)], label=line.label)
+            for i, line in enumerate(plot.lines)
+        ]
+        axes.legend(handles=dashes if several else None, frameon=False, fontsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -1,9 +1,9 @@
 """What a run's folder tells of the run. Imports no torch."""
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.run.outcome import read_outcome
 from stepline.trainer.watch.metrics import iter_metrics
 from stepline.trainer.watch.report.events import Event, Trouble, read_events
-from stepline.trainer.watch.report.series import BUCKETS, Column, Heat, Series
+from stepline.trainer.watch.report.series import BUCKETS, Column, Heat, Series, thin
 
 AXES = ("step", "tokens")
 """Keys of a row that say when it is, not how the run does."""
+NUMBERS = (float, int)
+"""Types of the values that are drawn: JSON's true and false are none."""
 
 
 @dataclass
@@ -62,18 +64,18 @@ def read_run(folder: Path, name: str) -> Run:
     run.plan, run.environment = _object(folder / "plan.json"), _object(folder / "environment.json")
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} has no metrics.jsonl yet; a report needs a run that has made a step")
-    columns, trouble = _read_metrics(run)
+    values, trouble = _read_metrics(run)
     run.events = read_events(folder, trouble)
     run.expected = run.plan.get("expected_final_loss")
     if run.expected is None and (kept := run.series.get("expected_final_loss")) is not None:
         run.expected = {"loss": kept.value[-1], "source": "the run's own forecast"}
-    run.summary = _summary(run, columns)
+    run.summary = _summary(run, values)
     return run
 
 
-def _read_metrics(run: Run) -> tuple[dict[str, Column], Trouble]:
-    """Fills series, axis and heat map; returns every value by its key, and what went wrong where."""
-    columns: dict[str, Column] = {}
+def _read_metrics(run: Run) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], Trouble]:
+    """Fills series, axis and heat map; returns steps and finite values by key, and what went wrong where."""
+    columns: dict[str, Column] = defaultdict(Column)
     trouble, heat = Trouble(), Heat()
     axis = [(0, 0, 0.0)]
     late = axis[0]
@@ -82,8 +84,10 @@ def _read_metrics(run: Run) -> tuple[dict[str, Column], Trouble]:
         if not isinstance(step, int):
             continue
         for key, value in row.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and key not in AXES:
-                columns.setdefault(key, Column()).add(step, value)
+            if type(value) in NUMBERS and key not in AXES:
+                column = columns[key]
+                column.steps.append(step)
+                column.values.append(value)
         if isinstance(row.get("expert_load"), list):
             heat.add(step, row["expert_load"])
         trouble.row(step, row)
@@ -94,30 +98,31 @@ def _read_metrics(run: Run) -> tuple[dict[str, Column], Trouble]:
                 axis.append(late)
     if late[0] > axis[-1][0]:
         axis.append(late)
-    if not any(column.values for column in columns.values()):
+    values = {key: column.finite() for key, column in columns.items()}
+    values = {key: found for key, found in values.items() if len(found[0])}
+    if not values:
         raise UserError(f"{run.folder / 'metrics.jsonl'} holds no values yet; wait for the run's first step")
-    run.series = {key: column.thin() for key, column in columns.items() if column.values}
+    run.series = {key: thin(*found) for key, found in values.items()}
     knots = np.unique(np.linspace(0, len(axis) - 1, BUCKETS + 1).astype(int)).tolist()
     run.axis = {
         key: [round(axis[k][i], 3) for k in knots] for i, key in enumerate(("step", "tokens", "seconds"))
     }
     run.heat = heat.result()
-    return columns, trouble
+    return values, trouble
 
 
-def _summary(run: Run, columns: dict[str, Column]) -> dict[str, Any]:
+def _summary(run: Run, values: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """Numbers for the head of the report; None for what is not known."""
 
-    def of(key: str, how=lambda values: values[-1]) -> float | None:
-        column = columns.get(key)
-        return how(column.values) if column is not None and column.values else None
+    def of(key: str, how=lambda column: column[-1]) -> float | None:
+        return float(how(values[key][1])) if key in values else None
 
     beat, outcome = _object(run.folder / "heartbeat.json"), read_outcome(run.folder)
     status = outcome.get("status") or f"{beat.get('status', 'training')}, or killed"
     return {
         "status": status,
         "message": outcome.get("message"),
-        "step": max((column.steps[-1] for column in columns.values() if column.steps), default=0),
+        "step": int(max(steps[-1] for steps, _ in values.values())),
         "steps": run.plan.get("steps") or beat.get("steps"),
         "tokens": run.axis["tokens"][-1],
         "params": run.plan.get("params"),
@@ -125,8 +130,8 @@ def _summary(run: Run, columns: dict[str, Column]) -> dict[str, Any]:
         "val_loss": of("val_loss"),
         "val_bits_per_byte": of("val_bits_per_byte"),
         "expected": None if run.expected is None else run.expected["loss"],
-        "tokens_per_second": of("tokens_per_second", median),
-        "mfu": of("mfu", median),
+        "tokens_per_second": of("tokens_per_second", np.median),
+        "mfu": of("mfu", np.median),
         "memory_gb": of("memory_gb", max),
         "seconds": run.axis["seconds"][-1],
         "skipped": of("skipped"),

@@ -1,6 +1,5 @@
 """Long series in few points: what is drawn of a run, whatever its length."""
 
-import math
 from array import array
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,17 +98,13 @@ class Heat:
 
 
 class Column:
-    """The finite values of one key, with their steps."""
+    """The values of one key, with their steps."""
 
     def __init__(self) -> None:
         self.steps, self.values = array("q"), array("d")
 
-    def add(self, step: int, value: float) -> None:
-        """Leaves out what is not finite."""
-        if math.isfinite(value):
-            self.steps.append(step)
-            self.values.append(value)
-
-    def thin(self) -> Series:
-        """In few points."""
-        return thin(np.array(self.steps), np.array(self.values))
+    def finite(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values without those that are not finite."""
+        steps, values = np.array(self.steps), np.array(self.values)
+        keep = np.isfinite(values)
+        return steps[keep], values[keep]
