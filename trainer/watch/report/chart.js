@@ -4,6 +4,7 @@
 const view = { hidden: new Set(), x: "tokens", zoom: {}, smoothing: 0, redraw: () => {} };
 
 const MARKERS = 60; // up to so many points have dots
+const SETTLED = 0.02; // share of the axis after which a loss has left its first values
 
 class Chart {
   constructor(figure, plot, runs) {
@@ -26,7 +27,7 @@ class Chart {
     const several = this.runs.length > 1, isPoints = line.key.startsWith("val_");
     return {
       run, r, l, found, isPoints, dots: isPoints && (!several || this.plot.lines.length === 1),
-      name: several ? run.name + (this.plot.lines.length > 1 ? `, ${line.label}` : "") : line.label,
+      name: several ? run.name : line.label,
       color: colorOf(several ? r : l), dash: several ? DASHES[l % DASHES.length] : [], cache: {},
     };
   }
@@ -81,10 +82,11 @@ class Chart {
     }
     if (x0 < 0.5 * x1) x0 = 0;
     if (zoom) [x0, x1] = zoom;
+    const from = this.plot.settled && !zoom && !this.log ? x0 + SETTLED * (x1 - x0) : x0;
     const take = (y) => { if (!this.log || y > 0) { y0 = Math.min(y0, y); y1 = Math.max(y1, y); } };
     for (const s of this.visible) {
       const { raw } = this.points(s);
-      for (let i = 0; i < raw.y.length; i++) if (raw.x[i] >= x0 && raw.x[i] <= x1) take(raw.y[i]);
+      for (let i = 0; i < raw.y.length; i++) if (raw.x[i] >= from && raw.x[i] <= x1) take(raw.y[i]);
     }
     if (y0 > y1) [y0, y1] = this.log ? [0.1, 1] : [0, 1];
     for (const { loss } of this.expectations()) take(loss);
@@ -111,6 +113,7 @@ class Chart {
     g.clip();
     if (this.runs.length === 1) this.restarts(g, box, X);
     let drawn = 0;
+    for (const s of this.visible) this.faint(g, s, X, Y);
     for (const s of this.visible) drawn += this.line(g, s, X, Y);
     for (const e of this.expectations()) this.expected(g, e, box, X, Y);
     if (this.drag) {
@@ -150,12 +153,20 @@ class Chart {
     g.fillText(axis.title(d.x1), (box.left + box.right) / 2, box.bottom + 32);
   }
 
+  // What the strong line is a mean of: under all strong lines, fainter the more runs there are.
+  faint(g, s, X, Y) {
+    const { raw, hasFaint } = this.points(s);
+    if (!hasFaint) return;
+    g.strokeStyle = s.color; g.lineJoin = "round"; g.lineWidth = 1;
+    g.globalAlpha = Math.max(0.08, 0.34 / Math.sqrt(this.runs.length));
+    this.path(g, raw, X, Y);
+    g.globalAlpha = 1;
+  }
+
   line(g, s, X, Y) {
-    const { raw, strong, hasFaint } = this.points(s);
+    const { raw, strong } = this.points(s);
     g.strokeStyle = g.fillStyle = s.color;
-    g.lineJoin = "round";
-    if (hasFaint) { g.globalAlpha = 0.3; g.lineWidth = 1; this.path(g, raw, X, Y); }
-    g.globalAlpha = 1; g.lineWidth = 1.6; g.setLineDash(s.dash);
+    g.lineJoin = "round"; g.lineWidth = 1.6; g.setLineDash(s.dash);
     this.path(g, strong, X, Y);
     g.setLineDash([]);
     if (strong.y.length === 1 || (s.dots && strong.y.length <= MARKERS)) {
@@ -223,12 +234,19 @@ class Chart {
     const near = this.near(), value = (y) => (this.plot.percent ? `${short(100 * y)} %` : short(y, 5));
     this.read.style.display = near.length ? "block" : "none";
     if (!near.length) return;
-    this.read.replaceChildren(element("div", { className: "at", textContent: AXES[this.kind].say(near[0].x) }),
-      ...near.map((n) => {
+    const rows = new Map(); // of several runs each has one row, with the values of all lines
+    for (const n of near) {
+      const key = this.runs.length > 1 ? n.s.r : n.s.l, row = rows.get(key);
+      if (row) row.text += ` · ${value(n.y)}`;
+      else rows.set(key, { s: n.s, text: value(n.y) });
+    }
+    const lines = [...new Set(near.map((n) => this.plot.lines[n.s.l].label))];
+    const what = this.runs.length > 1 && lines.length > 1 ? `: ${lines.join(" · ")}` : "";
+    this.read.replaceChildren(element("div", { className: "at", textContent: AXES[this.kind].say(near[0].x) + what }),
+      ...[...rows.values()].map(({ s, text }) => {
         const mark = element("i");
-        mark.style.background = n.s.color;
-        return element("div", {}, mark, element("span", { textContent: n.s.name }),
-          element("span", { className: "v", textContent: value(n.y) }));
+        mark.style.background = s.color;
+        return element("div", {}, mark, element("span", { textContent: s.name }), element("span", { className: "v", textContent: text }));
       }));
     place(this.read, this.figure, at, this.canvas.offsetTop);
   }
@@ -267,28 +285,4 @@ class Chart {
     };
     c.ondblclick = () => { view.zoom = {}; view.redraw(); };
   }
-}
-
-// Puts a read-out beside the cursor, inside of its figure.
-function place(read, figure, x, top) {
-  const room = figure.clientWidth, width = read.offsetWidth;
-  const left = x + 24 + width < room ? x + 24 : x - width - 4;
-  read.style.left = `${Math.min(Math.max(left, 6), Math.max(room - width - 6, 6))}px`;
-  read.style.top = `${top + 6}px`;
-}
-
-// A legend's entry, which hides and shows what it names.
-function keyButton(text, color, dash, toggle) {
-  const ns = "http://www.w3.org/2000/svg", svg = document.createElementNS(ns, "svg"), line = document.createElementNS(ns, "path");
-  for (const [k, v] of Object.entries({ width: 18, height: 8, "aria-hidden": true })) svg.setAttribute(k, v);
-  for (const [k, v] of Object.entries({ d: "M0 4H18", stroke: color, "stroke-width": 2.4, "stroke-dasharray": dash.join(" ") })) line.setAttribute(k, v);
-  svg.append(line);
-  const button = element("button", { className: "key" }, svg, text);
-  button.setAttribute("aria-pressed", true);
-  button.onclick = () => {
-    const shown = button.getAttribute("aria-pressed") !== "true";
-    button.setAttribute("aria-pressed", shown);
-    toggle(shown);
-  };
-  return button;
 }

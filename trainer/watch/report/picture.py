@@ -79,6 +79,8 @@ def _plot(axes, plot: Plot, runs: Sequence[Run]) -> None:
     axes.set_xlabel("tokens" if kind == "tokens" else "training time, s", fontsize=9)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
+    if plot.settled:
+        axes.set_ylim(top=_settled_top(plot, runs))
     if plot.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
@@ -96,6 +98,15 @@ def _plot(axes, plot: Plot, runs: Sequence[Run]) -> None:
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _settled_top(plot: Plot, runs: Sequence[Run]) -> float | None:
+    """A little above the largest value after the first fiftieth of the runs; None where all values come before it."""
+    found = [run.series[line.key] for run in runs for line in plot.lines if line.key in run.series]
+    start = 0.02 * max(series.step[-1] for series in found)
+    return max(
+        (1.05 * v for s in found for at, v in zip(s.step, s.value, strict=True) if at >= start), default=None
+    )
 
 
 def _positions(run: Run, kind: str, steps: Sequence[float]) -> np.ndarray:

@@ -33,6 +33,8 @@ class Plot:
     note: str = ""
     expected: bool = False
     """Whether the loss that the run should end with is a dashed line in it."""
+    settled: bool = False
+    """Whether the vertical axis fits what comes after the first fiftieth of the run, which begins far above it."""
 
 
 LOSSES = (Line("loss", "training"), Line("val_loss", "validation"))
@@ -46,10 +48,13 @@ def _one(key: str, section: str, title: str, unit: str, **more) -> Plot:
 
 
 PLOTS = (
-    Plot("loss-tokens", "Loss", "Loss against tokens", "nats per token", LOSSES, x="tokens", expected=True),
     Plot(
-        "loss-time", "Loss", "Loss against time", "nats per token", LOSSES, x="seconds", expected=True,
-        note="Time of training: validation, saving and the time between attempts are not counted.",
+        "loss-tokens", "Loss", "Loss against tokens", "nats per token", LOSSES, x="tokens", expected=True,
+        settled=True, note="Without log, the first values may lie above the frame.",
+    ),
+    Plot(
+        "loss-time", "Loss", "Loss against time", "nats per token", LOSSES, x="seconds", expected=True, settled=True,
+        note="Without validation, saving and the time between attempts.",
     ),
     _one("val_bits_per_byte", "Loss", "Validation", "bits per byte"),
     _one("lr", TRAINING, "Learning rate", ""),
@@ -91,7 +96,9 @@ def plots_of(runs: Sequence[Run]) -> tuple[list[Plot], list[Plot]]:
 
     A line that no run has is left out of its plot.
     """
-    keys = list(dict.fromkeys(key for run in runs for key in sorted(run.series)))
+    keys = sorted(
+        {key for run in runs for key in run.series}, key=lambda key: (_metric(key) != "val_loss", key)
+    )
     known = {line.key for plot in PLOTS for line in plot.lines}
     extra = [_by_source(metric, keys) for metric in dict.fromkeys(_metric(key) for key in keys)]
     sourced = {line.key for plot in extra for line in plot.lines}

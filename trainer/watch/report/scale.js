@@ -1,5 +1,5 @@
 "use strict";
-// Numbers, ticks and colours.
+// Numbers, ticks and colours, and small parts of the page.
 
 const COLORS = [
   "#4269d0", "#e4572e", "#3ca951", "#a463f2", "#d99a0b", "#2fa4a0", "#ff8ab7", "#9c6b4e", "#7ba7f0", "#8b929c",
@@ -118,4 +118,28 @@ function context(canvas) {
   g.setTransform(ratio, 0, 0, ratio, 0, 0);
   g.font = "11.5px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif";
   return { g, width, height };
+}
+
+// Puts a read-out beside the cursor, inside of its figure.
+function place(read, figure, x, top) {
+  const room = figure.clientWidth, width = read.offsetWidth;
+  const left = x + 24 + width < room ? x + 24 : x - width - 4;
+  read.style.left = `${Math.min(Math.max(left, 6), Math.max(room - width - 6, 6))}px`;
+  read.style.top = `${top + 6}px`;
+}
+
+// A legend's entry, which hides and shows what it names.
+function keyButton(text, color, dash, toggle) {
+  const ns = "http://www.w3.org/2000/svg", svg = document.createElementNS(ns, "svg"), line = document.createElementNS(ns, "path");
+  for (const [k, v] of Object.entries({ width: 18, height: 8, "aria-hidden": true })) svg.setAttribute(k, v);
+  for (const [k, v] of Object.entries({ d: "M0 4H18", stroke: color, "stroke-width": 2.4, "stroke-dasharray": dash.join(" ") })) line.setAttribute(k, v);
+  svg.append(line);
+  const button = element("button", { className: "key" }, svg, text);
+  button.setAttribute("aria-pressed", true);
+  button.onclick = () => {
+    const shown = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", shown);
+    toggle(shown);
+  };
+  return button;
 }
