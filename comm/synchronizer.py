@@ -89,6 +89,26 @@ class Synchronizer(ABC):
     def adopt(self) -> None:  # noqa: B027 (most have nothing to note)
         """Takes note of parameters that were set from outside."""
 
+    def masters(self) -> dict[str, Tensor]:
+        """What to set from outside, by parameter name, before `adopt`."""
+        return {name: parameter.data for name, parameter in self.parameters.items()}
+
+    def loaded(self) -> None:  # noqa: B027
+        """After a checkpoint was loaded into the parameters and the state."""
+
+    def through(self, model: nn.Module) -> nn.Module:
+        """What a training forward of `model` is called on."""
+        return model
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the sum over a global batch is left by backward: their mean is the gradient."""
+        return self.replicas if self.averages_replicas else 1
+
+    def gradients(self) -> list[Tensor]:
+        """All accumulated gradients, this rank's parts of them at least."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
     def shared_parameters(self) -> dict[str, Tensor]:
         """The model that the replicas agree on, by parameter name."""
         return {name: parameter.data for name, parameter in self.parameters.items()}

@@ -182,6 +182,7 @@ def _run_job(path, module_name, qualname, packed, env, init, timeout):
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_meshes()
+        _forget_deepspeed()
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
@@ -206,6 +207,22 @@ def _forget_meshes() -> None:
     debug._clear_sharding_prop_cache()
     with contextlib.suppress(AttributeError):  # the C++ cache came with torch 2.10
         debug._clear_fast_path_sharding_prop_cache()
+
+
+def _forget_deepspeed() -> None:
+    """DeepSpeed keeps its groups for a process, and puts a linear function of its own in the place of torch's."""
+    if "deepspeed.comm" not in sys.modules:
+        return
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero.partition_parameters import shutdown_init_context
+    from deepspeed.utils import groups
+    from torch._C._nn import linear
+    from torch.nn import functional
+
+    shutdown_init_context()
+    comm.cdb = None
+    groups._release_process_group_references(None)
+    functional.linear = linear
 
 
 def _exit_with(parent: int) -> None:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from stepline.models.config import ModelConfig, Section
 from stepline.trainer.config_sync import DeMoConfig, DiLoCoConfig, RandomKConfig
+from stepline.trainer.config_zero import DeepSpeedConfig, ZeroConfig
 
 
 def _count(value: object) -> object:
@@ -142,8 +143,12 @@ class ScheduleConfig(Section):
 class ParallelConfig(Section):
     """How ranks divide the work."""
 
-    backend: Literal["fsdp"] = "fsdp"
-    """PyTorch FSDP2."""
+    backend: Literal["fsdp", "zero"] = "fsdp"
+    """PyTorch FSDP2, or DeepSpeed ZeRO (docs/zero.md)."""
+    zero: ZeroConfig = ZeroConfig()
+    """Of backend zero."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """Of backend zero: keys that DeepSpeed gets as they are."""
     shard: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Ranks that shard one replica (replicas = world / shard); auto: on GPUs the fewest with which a step fits
     in their memory, else all ranks; where sync is not all_reduce, the ranks of a node, on one node 1."""
@@ -267,6 +272,9 @@ class Config(Section):
 
 
 MAY_CHANGE_ON_RESUME = (
+    "parallel.backend",
+    "parallel.zero.*",
+    "parallel.deepspeed.*",
     "parallel.shard",
     "parallel.experts",
     "parallel.micro_batch",

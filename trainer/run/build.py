@@ -3,9 +3,12 @@
 model on meta -> sparse and FP8 layers -> experts on the ep mesh -> recompute -> compile per block (or half) -> shard
 -> init -> beta -> optimizer -> synchroniser (synchronize.py) ->
 checkpoint load (state.py).
+
+DeepSpeed fuses what comes after recompute: its order stands in comm/zero.py.
 """
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from stepline.comm.experts import expert_mesh, place_experts
-from stepline.comm.fsdp import local, shard_model, shard_slice
+from stepline.comm.fsdp import shard_model
+from stepline.comm.pieces import parts
 from stepline.models.init import init_parameter
 from stepline.models.moe import MoE
 from stepline.models.sparse_linear import Recipe, convert
@@ -38,7 +42,10 @@ def reduce_dtype(config: Config) -> torch.dtype:
 
 
 def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Transformer:
-    """The initialised model, sharded over `mesh`; without a mesh (evaluation) it stays whole."""
+    """The initialised model, sharded over `mesh`; without a mesh (evaluation) it stays whole.
+
+    Where DeepSpeed shards (run/zero.py), it stays on the meta device until then.
+    """
     compute = COMPUTE_DTYPES[config.precision.compute]
     with torch.device("meta"):
         model = Transformer(config.model).to(master_dtype(config))
@@ -53,6 +60,8 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         for module in model.modules():
             if isinstance(module, MoE):
                 module.sum_ranks = all_sum
+    if mesh is not None and config.parallel.backend == "zero":
+        return model
     experts, cut = [m.experts for m in model.modules() if isinstance(m, MoE)], None
     if config.parallel.experts > 1 and mesh is not None:
         cut = expert_mesh(mesh, config.parallel.experts)
@@ -75,7 +84,9 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
             keep_matrices=whole_matrices(config),
         )
     model.to_empty(device=device)
-    initialise(model, config)
+    for buffer in model.buffers():
+        buffer.zero_()
+    initialise(dict(model.named_parameters()), config)
     if config.optimizer.only == "adapters":
         load_frozen(model, config)
     set_betas(model)
@@ -89,27 +100,21 @@ def recipes(config: Config) -> tuple[Recipe, Recipe]:
 
 
 @torch.no_grad()
-def initialise(model: Transformer, config: Config) -> None:
-    """Each value is a function of seed, parameter name and global index: the same for every layout of ranks.
-
-    Buffers begin with zeros.
-    """
-    for buffer in model.buffers():
-        buffer.zero_()
-    for name, parameter in model.named_parameters():
-        shape, offset = shard_slice(parameter)
-        part = local(parameter)
-        values = init_parameter(
-            name,
-            tuple(parameter.shape),
-            config.model,
-            seed=config.run.seed,
-            offset=offset,
-            shape=shape,
-            device=part.device,
-            dtype=part.dtype,
-        )
-        part.copy_(values)
+def initialise(parameters: Mapping[str, torch.Tensor], config: Config) -> None:
+    """Each value is a function of seed, parameter name and global index: the same for every layout of ranks."""
+    for name, parameter in parameters.items():
+        for part, offset in parts(parameter):
+            values = init_parameter(
+                name,
+                tuple(parameter.shape),
+                config.model,
+                seed=config.run.seed,
+                offset=offset,
+                shape=tuple(part.shape),
+                device=part.device,
+                dtype=part.dtype,
+            )
+            part.copy_(values)
 
 
 def _compile(block: nn.Module, config: Config) -> None:

@@ -179,7 +179,7 @@ def _check_layout_alike(job: Job) -> None:
         key: value for key, value in job.config.parallel.model_dump().items() if not isinstance(value, dict)
     } | {
         f"{part}.{key}": value
-        for part in ("demo", "diloco", "random_k")
+        for part in ("demo", "diloco", "random_k", "zero", "deepspeed")
         for key, value in getattr(job.config.parallel, part).model_dump().items()
     }
     layouts: list = [None] * job.world.size

@@ -57,7 +57,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     if job.resume_from is not None:
         go_on(job, state, group)
     elif config.run.init_from is not None:
-        log.info("weights from %s", load_weights(state.model, config.run.init_from))
+        loaded = load_weights(state.model, config.run.init_from, state.synchronizer.masters())
+        log.info("weights from %s", loaded)
         state.synchronizer.adopt()
     if (name := state.synchronizer.first_difference()) is not None:
         raise UserError(

@@ -1,8 +1,10 @@
 """What a run is at a step: everything that a checkpoint holds."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -24,8 +26,10 @@ from stepline.trainer.run.checkpoint import load_tensors, stored_names
 from stepline.trainer.run.manifest import find_checkpoint, read_state
 from stepline.trainer.run.sparsity import Sparsity, set_betas
 from stepline.trainer.run.synchronize import build_synchronizer
+from stepline.trainer.run.zero import build_zero
 
 log = logging.getLogger("stepline")
+EMPTY: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(kw_only=True)
@@ -36,7 +40,6 @@ class Trainee:
     device: torch.device
     mesh: DeviceMesh | None
     model: Transformer
-    parameters: list[nn.Parameter]
     synchronizer: Synchronizer
     guard: Guard
     balance: ExpertBalance
@@ -47,11 +50,14 @@ class Trainee:
     def build(cls, config: Config, device: torch.device, mesh: DeviceMesh | None, **more: Any) -> Self:
         """Model, synchroniser with the optimizer, and guard, before the first step; mesh None: one rank alone."""
         model = build_model(config, device, mesh)
-        named = dict(model.named_parameters())
+        if mesh is not None and config.parallel.backend == "zero":
+            synchronizer = build_zero(config, model, device)
+        else:
+            synchronizer = build_synchronizer(config, dict(model.named_parameters()), mesh)
         window = config.optimizer.guard.window
         return cls(
-            config=config, device=device, mesh=mesh, model=model, parameters=list(named.values()),
-            synchronizer=build_synchronizer(config, named, mesh), balance=ExpertBalance(model),
+            config=config, device=device, mesh=mesh, model=model, synchronizer=synchronizer,
+            balance=ExpertBalance(model),
             sparsity=Sparsity(config, model),
             guard=Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device), **more,
         )  # fmt: skip
@@ -136,6 +142,7 @@ class TrainState(Trainee):
         load_tensors(
             checkpoint, {n: t for n, t in (tensors | random).items() if n not in own or n in known}, group
         )
+        sync.loaded()
         if replicas != sync.replicas and (sentence := sync.resized(replicas)):
             log.warning("%s", sentence)
         elif anew := sorted(n for n in own if n not in known and n not in random):
@@ -165,13 +172,16 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
 
-def load_weights(model: nn.Module, path: Path) -> Path:
+def load_weights(model: nn.Module, path: Path, masters: Mapping[str, torch.Tensor] = EMPTY) -> Path:
     """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError.
+
+    masters: what holds the values of parameters, by name, where they are not in the parameters themselves.
 
     The weights of a dense run may become sparse: their betas are computed then. A model with adapters may start from a
     checkpoint of standard blocks (hf/adapters.py). A synchroniser over the model must be told (`adopt`).
     """
     checkpoint, tensors = find_checkpoint(path), model_tensors(model)
+    tensors |= {f"model.{name}": tensor for name, tensor in masters.items()}
     held = holders(checkpoint, tensors)
     known = set().union(*(stored_names(holder) for holder in {checkpoint, *held}))
     betas = {id(beta) for _, _, beta in sparse_weights(model)}

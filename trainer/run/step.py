@@ -36,13 +36,13 @@ def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor
 
 
 def accumulate(
-    model: nn.Module, batch: Batch, device: torch.device, z_weight: float, replicas: int = 1
+    model: nn.Module, batch: Batch, device: torch.device, z_weight: float, parts: int = 1
 ) -> torch.Tensor:
     """Forward and backward of a global batch; returns its loss (0-dim, global mean over valid tokens).
 
     Every micro-batch's loss is a SUM divided by the number of valid tokens of the whole global batch, and
     gradients are summed over micro-batches and ranks: no token weighs more than another, wherever it stands.
-    replicas: into as many parts the sum over the global batch is left, one in each replica, whose mean is its gradient.
+    parts: into as many the sum over the global batch is left, each in a replica or a rank, whose mean is its gradient.
     batch.inputs, batch.targets: `[accumulation, micro_batch, seq]`; targets of -100 carry no loss.
     """
     targets = to_device(batch.targets, device)
@@ -51,20 +51,19 @@ def accumulate(
     total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
     for i in range(len(inputs)):
         all_reduce_on_last(model, last=i == len(inputs) - 1)
-        scale = replicas / valid.to(total.dtype)
+        scale = parts / valid.to(total.dtype)
         sums = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i], scale)
         loss = sums.nll / valid
         if z_weight:
             loss = loss + z_weight * sums.z / valid
-        (loss * replicas).backward()
+        (loss * parts).backward()
         total += sums.nll.detach()
     return all_sum(total) / valid
 
 
 @torch.no_grad()
-def clip(parameters: list[nn.Parameter], mesh: DeviceMesh | None, max_norm: float) -> torch.Tensor:
+def clip(gradients: list[torch.Tensor], mesh: DeviceMesh | None, max_norm: float) -> torch.Tensor:
     """Scales all gradients so that their global norm is at most max_norm; returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = global_norm(gradients, mesh)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(g) for g in gradients], scale)
@@ -74,9 +73,9 @@ def clip(parameters: list[nn.Parameter], mesh: DeviceMesh | None, max_norm: floa
 def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     """One step of the run: afterwards the parameters are updated, or untouched where the guard said skip."""
     config, synchronizer = state.config, state.synchronizer
-    replicas = synchronizer.replicas if synchronizer.averages_replicas else 1
-    loss = accumulate(state.model, batch, state.device, config.model.z_loss, replicas)
-    norm = synchronizer.largest(clip(state.parameters, state.mesh, config.optimizer.grad_clip))
+    model, parts = synchronizer.through(state.model), synchronizer.parts
+    loss = accumulate(model, batch, state.device, config.model.z_loss, parts)
+    norm = synchronizer.largest(clip(synchronizer.gradients(), state.mesh, config.optimizer.grad_clip))
     skip = state.guard.check(loss, norm)
     result = synchronizer.step(lr, skip)
     synchronizer.zero_grad()

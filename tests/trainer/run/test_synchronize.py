@@ -161,7 +161,7 @@ def one_replica_differs(config: str, options: list[str], at: int) -> int:
 
     def spoil(state: TrainState) -> TrainState:
         if dist.get_rank() == 1:
-            state.parameters[3].data.view(-1)[5].mul_(1 + 2**-23)
+            list(state.model.parameters())[3].data.view(-1)[5].mul_(1 + 2**-23)
         return state
 
     def spoiled_step(state, batch, lr):

@@ -1,0 +1,38 @@
+"""`parallel.backend: zero`: the model behind DeepSpeed, with Stepline's optimizer and initial values."""
+
+import torch
+from torch import Tensor, nn
+
+from stepline.comm.zero import ZeRO, ZeROSettings, materialise
+from stepline.trainer.config import Config
+from stepline.trainer.optim.build import AdamW, decay_groups
+from stepline.trainer.run.build import COMPUTE_DTYPES, initialise, reduce_dtype
+
+
+def build_zero(config: Config, model: nn.Module, device: torch.device) -> ZeRO:
+    """Over all ranks; `model` as build_model leaves it for this backend, on the meta device."""
+    parallel, optimizer = config.parallel, config.optimizer
+    settings = ZeROSettings(
+        stage=parallel.zero.stage,
+        offload=parallel.zero.offload,
+        compute_dtype=COMPUTE_DTYPES[config.precision.compute],
+        reduce_dtype=reduce_dtype(config),
+        weight_decay=optimizer.weight_decay,
+        reshard_after_forward=parallel.reshard_after_forward,
+        deepspeed=parallel.deepspeed.given(),
+    )
+    names, decayed = decay_groups(dict(model.named_parameters()))  # by their shapes, which stage 3 hides
+    materialise(model, settings, device)
+    parameters = {name: p for name, p in model.named_parameters() if name in names}
+
+    def adamw(flat: Tensor, decays: bool) -> AdamW:
+        return AdamW(
+            {"flat": flat}, {"flat"} if decays else set(), optimizer.beta1, optimizer.beta2, optimizer.eps
+        )
+
+    zero = ZeRO(
+        model, parameters, settings, decayed=decayed, blocks=model.layers, device=device, make_optimizer=adamw
+    )
+    initialise(zero.masters(), config)
+    zero.adopt()
+    return zero
