@@ -44,11 +44,14 @@ def cast(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Scaled:
 
     amax: 0-dim, the largest magnitude; of `x` by default.
     """
-    amax = x.abs().amax() if amax is None else amax
-    scale, largest = scale_for(amax, dtype), torch.finfo(dtype).max
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scaled = (x.to(wide) / scale.to(wide)).clamp(-largest, largest)
-    return Scaled(scaled.to(dtype), scale)
+    scale = scale_for(x.abs().amax() if amax is None else amax, dtype)
+    return Scaled(quantise(x, scale, dtype), scale)
+
+
+def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale in `dtype`, rounded to the nearest, ties to even, and clipped to its largest number."""
+    largest, wide = torch.finfo(dtype).max, torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) / scale.to(wide)).clamp(-largest, largest).to(dtype)
 
 
 def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:

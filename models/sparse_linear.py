@@ -8,14 +8,16 @@ The gradient with respect to W~ is taken for that of W, unchanged (straight-thro
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, scaled_mm
+from stepline.kernels import ops
+from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, scale_for, scaled_mm
 from stepline.kernels.grouped import grouped_linear
-from stepline.kernels.sparse24 import GROUP, mvue24, soft_threshold
+from stepline.kernels.sparse24 import GROUP, soft_threshold
+from stepline.kernels.sparse_mm import Algorithm, sparse_mm
 from stepline.models.attention import Attention
 from stepline.models.ffn import SwiGLU
 from stepline.models.moe import Experts, MoE, grouped_swiglu
@@ -35,40 +37,27 @@ class Recipe:
 
 
 @dataclass
-class Draws:
-    """Numbers for the estimator: a function of seed, step, rank and the order of draws within the step alone."""
-
-    seed: int = 0
-    rank: int = 0
-    step: int = 0
-    drawn: int = 0
-
-    def begin(self, step: int) -> None:
-        """The draws of a step begin anew, so that a resumed run repeats them."""
-        self.step, self.drawn = step, 0
-
-    def uniform(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Uniform in [0, 1)."""
-        key = hash((self.seed, self.rank, self.step, self.drawn)) & (2**63 - 1)
-        self.drawn += 1
-        generator = torch.Generator(device).manual_seed(key)
-        return torch.rand(shape, generator=generator, device=device, dtype=dtype)
-
-
-@dataclass
 class Mode:
-    """What all layers of a model share: whether they are sparse now, and the estimator's numbers."""
+    """What all layers of a model share."""
 
     sparse: bool = True
     """False in a dense phase at the end."""
-    draws: Draws = field(default_factory=Draws)
 
 
 class SparseLinear(nn.Linear):
     """A linear layer without bias by `recipe`; its weight is the dense master weight.
 
-    beta, a buffer in at least fp32, is computed once after initialisation (`set_beta`) and frozen.
+    beta, a buffer in at least fp32, is computed once after initialisation and frozen. seed, a buffer of the estimator,
+    0-dim int64, is whoever trains the layer's to change from one micro-batch to the next.
     """
+
+    gathered: Tensor | None = None
+    """`[out, in]` E4M3, where the weight is sharded and gathered as this (comm/fsdp_cast.py): `weight` is then a
+    placeholder while it is gathered, and only its gradient counts."""
+    gathered_scale: Tensor | None = None
+    """0-dim fp32, without beta."""
+    algorithm: Algorithm | None = None
+    """How the sparse tensor cores make Y; None: Y is a dense product of the same numbers."""
 
     def __init__(self, in_features: int, out_features: int, recipe: Recipe, mode: Mode):
         super().__init__(in_features, out_features, bias=False)
@@ -79,18 +68,32 @@ class SparseLinear(nn.Linear):
         self.recipe, self.mode = recipe, mode
         if recipe.sparse:
             self.register_buffer("beta", torch.zeros(()))
+        if recipe.mvue:
+            self.register_buffer("seed", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @property
     def sparse(self) -> bool:
         """Whether the forward is sparse now."""
         return self.recipe.sparse and self.mode.sparse
 
-    @torch.compiler.disable  # the estimator's numbers are drawn by the host
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        beta = self.beta if self.sparse else None
-        y = _Products.apply(x.flatten(0, -2), self.weight, beta, self.recipe, self.mode.draws)
+        rows, seed = x.flatten(0, -2), self.seed.clone() if self.recipe.mvue else None
+        if self.recipe.fp8:
+            data, scale = self._cast_weight()
+            scale, algorithm = (scale * self.beta, self.algorithm) if self.sparse else (scale, None)
+            y = _Fp8Products.apply(rows, self.weight, data, scale, seed, algorithm)
+        else:
+            y = _Products.apply(rows, self.weight, self.beta if self.sparse else None, seed)
         return y.unflatten(0, x.shape[:-1])
+
+    def _cast_weight(self) -> tuple[Tensor, Tensor]:
+        """S(W), or W, in E4M3 and its scale."""
+        if self.gathered is not None:
+            return self.gathered, self.gathered_scale
+        w = self.weight.detach()
+        scale = scale_for(ops.weight_amax(w, w.dtype, self.sparse), E4M3)
+        return ops.weight_cast(w, scale, E4M3, w.dtype, self.sparse), scale
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
@@ -111,51 +114,69 @@ class SparseLinear(nn.Linear):
 
 
 class _Products(torch.autograd.Function):
-    """Y = X W~^T and its gradients. `x` `[tokens, in]`, `weight` `[out, in]`, beta None for dense weights."""
+    """Y = X W~^T and its gradients. `x` `[tokens, in]`, `weight` `[out, in]`; without beta weights are dense, without
+    seed dW is made of the whole gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, beta: Tensor | None, recipe: Recipe, draws: Draws) -> Tensor:
-        ctx.recipe, ctx.draws, ctx.dtypes = recipe, draws, (x.dtype, weight.dtype)
-        w = weight if beta is None else soft_threshold(weight)
-        scale = torch.ones((), device=w.device) if beta is None else beta
-        if recipe.fp8:
-            xq, wq = cast(x, E4M3), cast(w, E4M3)
-            ctx.save_for_backward(xq.data, xq.scale, wq.data, wq.scale * scale)
-            return scaled_mm(xq, Scaled(wq.data, wq.scale * scale).mT, x.dtype)
-        w = w if beta is None else w * scale.to(w.dtype)
-        ctx.save_for_backward(x, w)
+    def forward(ctx, x: Tensor, weight: Tensor, beta: Tensor | None, seed: Tensor | None) -> Tensor:
+        ctx.weight_dtype = weight.dtype
+        w = weight if beta is None else soft_threshold(weight) * beta.to(weight.dtype)
+        ctx.save_for_backward(x, w, seed)
         return x @ w.mT
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        recipe, (x_dtype, w_dtype) = ctx.recipe, ctx.dtypes
-        dx = dw = None
-        if recipe.fp8:
-            xd, xs, wd, ws = ctx.saved_tensors
-            g = cast(grad, E5M2)
-            if ctx.needs_input_grad[0]:
-                dx = scaled_mm(g, Scaled(wd, ws), x_dtype)
-            if ctx.needs_input_grad[1]:
-                gt = cast(_estimate(grad, ctx.draws), E5M2) if recipe.mvue else g
-                dw = scaled_mm(gt.mT, Scaled(xd, xs), w_dtype)
-            return dx, dw, None, None, None
-        x, w = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
-            dx = grad @ w
+        x, w, seed = ctx.saved_tensors
+        dx = grad @ w if ctx.needs_input_grad[0] else None
+        dw = None
         if ctx.needs_input_grad[1]:
-            g = _estimate(grad, ctx.draws) if recipe.mvue else grad
-            dw = (g.mT @ x).to(w_dtype)
-        return dx, dw, None, None, None
+            gt = grad.mT if seed is None else _estimate(grad, seed)
+            dw = (gt @ x).to(ctx.weight_dtype)
+        return dx, dw, None, None
 
 
-def _estimate(grad: Tensor, draws: Draws) -> Tensor:
-    """MVUE of `[tokens, out]`, 2:4 along tokens, whose number is filled up to a multiple of four."""
-    missing = -len(grad) % GROUP
-    padded = nn.functional.pad(grad, (0, 0, 0, missing)) if missing else grad
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    columns = padded.mT.to(wide)
-    uniform = draws.uniform((columns.shape[0], columns.shape[1] // GROUP), grad.device, wide)
-    return mvue24(columns, uniform).mT[: len(grad)].to(grad.dtype)
+def _estimate(grad: Tensor, seed: Tensor) -> Tensor:
+    """MVUE of `[tokens, out]`, transposed and 2:4 along tokens, whose number is filled up to a multiple of four."""
+    padded = nn.functional.pad(grad, (0, 0, 0, -len(grad) % GROUP))
+    return ops.estimate(padded, seed)[:, : len(grad)].to(grad.dtype)
+
+
+class _Fp8Products(torch.autograd.Function):
+    """As `_Products`, of 8-bit operands: `data` `[out, in]` E4M3 times `scale` is W~; `weight` gets the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        data: Tensor,
+        scale: Tensor,
+        seed: Tensor | None,
+        way: Algorithm | None,
+    ) -> Tensor:
+        ctx.dtypes = x.dtype, weight.dtype
+        xq = cast(x, E4M3)
+        ctx.save_for_backward(xq.data, xq.scale, data, scale, seed)
+        if way is None:
+            return scaled_mm(xq, Scaled(data, scale).mT, x.dtype)
+        alpha = xq.scale * scale
+        return sparse_mm(xq.data, data, alpha, x.dtype, way.alg_id, way.split_k, way.split_k_mode)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        xd, xs, data, scale, seed = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        amax = grad.abs().amax()
+        g = cast(grad, E5M2, amax)
+        dx = scaled_mm(g, Scaled(data, scale), x_dtype) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            gt = g.mT
+            if seed is not None:
+                double = scale_for(2 * amax, E5M2)  # which no value of the estimator exceeds
+                gt = Scaled(ops.estimate_cast(grad, seed, double, E5M2), double)
+            dw = scaled_mm(gt, Scaled(xd, xs), w_dtype)
+        return dx, dw, None, None, None, None
 
 
 class SparseExperts(Experts):

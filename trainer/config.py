@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stepline.models.config import ModelConfig, Section
+from stepline.trainer.config_sparse import SparseConfig
 from stepline.trainer.config_sync import DeMoConfig, DiLoCoConfig, RandomKConfig
 from stepline.trainer.config_zero import DeepSpeedConfig, ZeroConfig
 
@@ -188,18 +189,6 @@ class PrecisionConfig(Section):
     """Type in which gradients are summed over ranks: that of the parameters, or bf16, which halves what is sent."""
 
 
-class SparseConfig(Section):
-    """2:4 sparse feed-forward layers and experts (S-STE, arXiv 2409.09099)."""
-
-    mode: Literal["none", "s-ste"] = "none"
-    """s-ste: soft-thresholded weights with a frozen scale, gradients straight through to the dense master weights."""
-    grad_weight: Literal["dense", "mvue"] = "dense"
-    """The weights' gradients: of the dense gradient of the result, or of its minimum-variance unbiased 2:4 estimate
-    along tokens (arXiv 2203.10991)."""
-    dense_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps, at the end, that train dense."""
-
-
 class CheckpointConfig(Section):
     """What is kept on disk."""
 
@@ -280,6 +269,8 @@ MAY_CHANGE_ON_RESUME = (
     "parallel.micro_batch",
     "parallel.reshard_after_forward",
     "parallel.timeout_s",
+    "sparse.forward",
+    "sparse.force",
     "data.path",
     "data.prefetch",
     "data.verify",

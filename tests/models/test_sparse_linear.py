@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stepline.kernels import ops
 from stepline.kernels.fp8 import E4M3, E5M2
 from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
 from stepline.models.config import ModelConfig
@@ -74,15 +75,47 @@ def test_the_estimators_gradient_is_right_on_average_and_24_sparse():
         torch.randn(30, 48, dtype=torch.float64),
     )  # 30: filled up
     exact = grad.T @ x
-    draws = torch.stack([torch.autograd.grad(made(x), made.weight, grad)[0] for _ in range(400)])
+
+    def drawn(seed):
+        made.seed.fill_(seed)
+        return torch.autograd.grad(made(x), made.weight, grad)[0]
+
+    draws = torch.stack([drawn(seed) for seed in range(400)])
     z = (draws.mean(0) - exact) / (draws.std(0) / 20)
     assert z.abs().mean() < 1.0
     assert z.abs().max() < 6
-    made.mode.draws.begin(0)
-    again = torch.autograd.grad(made(x), made.weight, grad)[0]
-    assert torch.equal(again, draws[0])  # the same step draws the same numbers
-    made.mode.draws.begin(1)
-    assert not torch.equal(torch.autograd.grad(made(x), made.weight, grad)[0], draws[0])
+    assert torch.equal(drawn(0), draws[0])
+    assert not torch.equal(draws[1], draws[0])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [SPARSE, Recipe(sparse=True, mvue=True), Recipe(fp8=True), Recipe(sparse=True, mvue=True, fp8=True)],
+)
+def test_a_layer_is_one_graph(recipe):
+    """torch.compile leaves nothing of a layer, nor of its backward, outside of the graph."""
+    torch._dynamo.reset()
+    made = layer(recipe, dtype=torch.float32)
+    if recipe.mvue:
+        made.seed.fill_(5)
+    x, grad = torch.randn(2, 16, 32, requires_grad=True), torch.randn(2, 16, 48)
+    compiled = torch.compile(made.forward, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        out, plain = compiled(x), made(x)
+        assert torch.equal(out, plain)
+        gradients = (torch.autograd.grad(y, (x, made.weight), grad) for y in (out, plain))
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        if recipe.mvue:
+            made.seed.add_(1)  # no constant of the graph
+
+
+def test_operators_say_what_they_give():
+    w, g = torch.randn(16, 32), torch.randn(16, 8)
+    scale, seed = torch.tensor(0.01), torch.tensor(3)
+    for soft in (False, True):
+        torch.library.opcheck(ops.weight_amax, (w, torch.bfloat16, soft))
+        torch.library.opcheck(ops.weight_cast, (w, scale, E4M3, torch.bfloat16, soft))
+    torch.library.opcheck(ops.estimate_cast, (g, seed, scale, E5M2))
 
 
 def test_beta_survives_casts():

@@ -186,6 +186,8 @@ def check_products(config: Config) -> None:
     ignored = [
         key
         for key, set_ in (
+            ("forward", config.sparse.forward != "auto"),
+            ("force", config.sparse.force),
             ("grad_weight", config.sparse.grad_weight == "mvue"),
             ("dense_fraction", config.sparse.dense_fraction > 0),
         )
@@ -197,8 +199,13 @@ def check_products(config: Config) -> None:
         raise UserError(
             "sparse.grad_weight=mvue is not made for experts, whose products are grouped; set it to dense"
         )
-    multiple = 16 if fp8 else 4 if sparse else 1
-    kind = "FP8 products" if fp8 else "2:4 sparse layers"
+    if fp8 and config.precision.compute == "fp64":
+        raise UserError(
+            "precision.fp8 rounds to 8 bits, which fp64 is not for; set precision.compute to bf16 or fp32"
+        )
+    forced = check_forward(config)
+    multiple = 32 if forced else 16 if fp8 else 4 if sparse else 1
+    kind = "2:4 sparse FP8 products" if forced else "FP8 products" if fp8 else "2:4 sparse layers"
     widths = {"hidden_size": model.inner_size, "ffn_size": model.ffn_size}
     if model.ffn == "moe" and model.moe.shared_size:
         widths["moe.shared_size"] = model.moe.shared_size
@@ -211,6 +218,21 @@ def check_products(config: Config) -> None:
                 f"model.{name} gives layers a width of {width}, and {kind} take multiples of {multiple}; the nearest "
                 f"width: {near}"
             )
+
+
+def check_forward(config: Config) -> bool:
+    """Whether products are to be sparse whatever is faster; raises UserError where settings contradict that."""
+    sparse, asked = config.sparse, "sparse.force=true" if config.sparse.force else "sparse.forward=sparse"
+    if sparse.force and sparse.forward == "dense":
+        raise UserError("sparse.force=true contradicts sparse.forward=dense; leave one of them out")
+    forced = sparse.force or sparse.forward == "sparse"
+    if forced and not config.precision.fp8:
+        raise UserError(f"{asked} is made for FP8; set precision.fp8=true, or leave it out")
+    if forced and config.model.ffn == "moe" and not config.model.moe.shared_size:
+        raise UserError(
+            f"{asked} has no layer to work on: no grouped 2:4 product exists for experts; leave it out"
+        )
+    return forced
 
 
 def whole_matrices(config: Config) -> bool:

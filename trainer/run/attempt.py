@@ -232,6 +232,7 @@ def validate(
     `val_loss/NAME`. None as soon as `interrupted`, which all ranks ask after each micro-batch, says so."""
     with state.synchronizer.shared_model():
         forget_gathered(state.model)
+        state.sparsity.refresh()
         values = _validate(state, whole, interrupted)
     forget_gathered(state.model)
     return values

@@ -21,6 +21,7 @@ from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import lr_multiplier
 from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due
+from stepline.trainer.run.products import choose_products
 from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
@@ -64,6 +65,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         raise UserError(
             f"the replicas start from different weights ({name}); give all of them the same checkpoint"
         )
+    job.products, slower = choose_products(config, state.model, device, group)
+    job.notes += slower
     plan = _describe(job, state, number, group)
 
     steps = config.total_steps()

@@ -1,15 +1,21 @@
 """2:4 sparse layers in a run: their scales after initialisation, the phases of the run, and what is shown of them."""
 
+import functools
 import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stepline.comm.fsdp import local
+from stepline.comm.fsdp_cast import CastShard
+from stepline.kernels import ops
+from stepline.kernels.fp8 import E4M3, scale_for
 from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
-from stepline.models.sparse_linear import mode_of, sparse_weights
+from stepline.models.sparse_linear import SparseLinear, mode_of, sparse_weights
 from stepline.trainer.config import Config
+from stepline.trainer.run.precision import compute_dtype
 from stepline.trainer.run.step import all_sum
 
 
@@ -35,13 +41,51 @@ def _sums(weight: Tensor) -> Tensor:
     return scale_sums(weight).reshape(-1, 2).sum(0)
 
 
+class Fp8Gather:
+    """Weights of FP8 layers that FSDP2 shards are gathered as E4M3: thresholded and cast on the shard, once a step.
+
+    The largest value of each weight is that of all its shards.
+    """
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        layers = (m for m in model.modules() if isinstance(m, SparseLinear) and m.recipe.fp8)
+        self.layers = [layer for layer in layers if isinstance(layer.weight, DTensor)]
+        self.weights = [layer.weight for layer in self.layers]
+        # the weights would be gathered in the type of computing: the shards are rounded to it first
+        self.compute = compute_dtype(config) if self.layers else None
+        self.casts = [
+            CastShard(layer.weight, functools.partial(setattr, layer, "gathered")) for layer in self.layers
+        ]
+        for layer in self.layers:
+            layer.gathered_scale = torch.ones((), device=layer.weight.device)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After the weights, or whether they are sparse, have changed; a collective of the ranks of a replica."""
+        if not self.layers:
+            return
+        shards = [local(weight) for weight in self.weights]
+        amax = torch.zeros(len(shards), device=shards[0].device)
+        for i, (layer, shard) in enumerate(zip(self.layers, shards, strict=True)):
+            if shard.numel():
+                amax[i] = ops.weight_amax(shard, self.compute, layer.sparse)
+        dist.all_reduce(amax, dist.ReduceOp.MAX, self.casts[0].group)
+        scales = scale_for(amax, E4M3)
+        for layer, cast, shard, scale in zip(self.layers, self.casts, shards, scales, strict=True):
+            cast.shard = ops.weight_cast(shard, scale, E4M3, self.compute, layer.sparse)
+            layer.gathered_scale.copy_(scale)
+
+
 class Sparsity:
-    """Of the 2:4 sparse layers of `model`; where there are none, nothing happens."""
+    """Of the 2:4 sparse and the FP8 layers of `model`; where there are none, nothing happens."""
 
     def __init__(self, config: Config, model: nn.Module) -> None:
         self.mode, self.weights = mode_of(model), list(sparse_weights(model))
-        self.mode.draws.seed = config.run.seed
-        self.mode.draws.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.seeds = [m.seed for m in model.modules() if isinstance(m, SparseLinear) and m.recipe.mvue]
+        self.key = config.run.seed, dist.get_rank() if dist.is_initialized() else 0
+        if self.seeds:  # of each micro-batch; what runs again in a backward is inside of the model's forward
+            model.register_forward_pre_hook(self._next_micro_batch)
+        self.fp8 = Fp8Gather(model, config)
         self.dense_from = math.inf
         if config.sparse.dense_fraction:
             self.dense_from = round((1 - config.sparse.dense_fraction) * config.total_steps())
@@ -50,9 +94,19 @@ class Sparsity:
     @torch.no_grad()
     def begin(self, step: int, watched: bool) -> None:
         """Before the step with index `step`; watched: `row` will be asked for after it."""
-        self.mode.draws.begin(step)
         self.mode.sparse = step < self.dense_from
+        if self.seeds:  # a function of the run's seed, rank, step and layer: a resumed run repeats them
+            keys = [hash((*self.key, step, layer)) & (2**62 - 1) for layer in range(len(self.seeds))]
+            torch._foreach_copy_(self.seeds, list(torch.tensor(keys, device=self.seeds[0].device).unbind()))
+        self.refresh()
         self._before = [self._mask(weight) for _, weight, _ in self.weights] if watched else []
+
+    def _next_micro_batch(self, *_: object) -> None:
+        torch._foreach_add_(self.seeds, 1)
+
+    def refresh(self) -> None:
+        """After the model's weights have changed and before it runs."""
+        self.fp8.refresh()
 
     @staticmethod
     def _mask(weight: Tensor) -> Tensor:

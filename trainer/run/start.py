@@ -5,11 +5,11 @@ import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stepline.comm.mesh import World, check_rendezvous
-from stepline.kernels.fp8 import has_fp8
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
 from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
@@ -21,6 +21,7 @@ from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.manifest import find_checkpoint, read_state
+from stepline.trainer.run.products import check_products_of_batch, products_done_instead
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Job:
     """Whether the user named it; otherwise an earlier one may take its place."""
     notes: list[str] = field(default_factory=list)
     """Warnings of the plan and what this machine cannot do, each one sentence."""
+    products: dict[str, Any] = field(default_factory=dict)
+    """How 2:4 sparse products are made, by shape, and what was measured for that."""
 
     @property
     def folder(self) -> Path:
@@ -114,6 +117,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     notes += warnings
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
+    check_products_of_batch(config, device)
     notes += products_done_instead(config, device)
     budget = config.total_steps() * config.budget.batch_tokens
     if budget > 1.01 * corpus:
@@ -136,24 +140,6 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     return job
 
 
-def products_done_instead(config: Config, device: torch.device) -> list[str]:
-    """What of FP8 and 2:4 sparse products this device does in another way, one sentence each."""
-    notes, experts = [], config.model.ffn == "moe"
-    if config.precision.fp8 and not has_fp8(device):
-        notes.append(
-            f"the {device.type} has no FP8 products: FP8 numbers are multiplied in wider ones, no faster than those"
-        )
-    elif config.precision.fp8 and experts:
-        notes.append(
-            "experts' products are grouped ones of numbers rounded to FP8: no FP8 product exists for them"
-        )
-    if config.sparse.mode == "s-ste":
-        notes.append(
-            "2:4 sparse weights are multiplied as dense ones with zeros: the same numbers, no faster than dense"
-        )
-    return notes
-
-
 def write_environment(job: Job, attempt: int) -> None:
     """environment.json: versions, machine, and every note of what was done instead of what was asked."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -166,5 +152,6 @@ def write_environment(job: Job, attempt: int) -> None:
         "world_size": job.world.size,
         "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
         "notes": job.notes,
+        "products": job.products,
     }
     write_whole(job.folder / "environment.json", json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,93 @@
+"""Weights that FSDP2 gathers in FP8: the same numbers as gathered whole and cast afterwards, in fewer bytes."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+
+from stepline.comm.fsdp import local
+from stepline.comm.mesh import World, build_mesh
+from stepline.models.sparse_linear import SparseLinear
+from stepline.trainer.data.loader import Batch
+from stepline.trainer.run import sparsity
+from stepline.trainer.run.start import start_job
+from stepline.trainer.run.state import Trainee
+from stepline.trainer.run.step import train_step
+
+SPARSE = ["sparse.mode=s-ste", "precision.fp8=true"]
+SHAPE = ["model.hidden_size=32", "model.num_heads=2", "model.ffn_size=48", "model.num_layers=2"]
+MOE = ["model.ffn=moe", "model.moe.experts=4", "model.moe.shared_size=16"]
+
+
+def trained(config: str, options: list[str], gather: bool) -> dict:
+    """Losses, this rank's parameters and the bytes of its all-gathers in three steps."""
+    world = World.from_environment()
+    job = start_job(config, [*SHAPE, *options], "never", world)
+    mesh = build_mesh(job.device, world.size, job.config.parallel.shard)
+    sent: list[int] = []
+    real = DefaultAllGather.__call__
+
+    def counted(self, output_tensor, input_tensor, *args, **kwargs):
+        sent.append(input_tensor.numel() * input_tensor.element_size())
+        return real(self, output_tensor, input_tensor, *args, **kwargs)
+
+    torch.manual_seed(0)
+    whole = mock.patch.object(sparsity, "DTensor", () if not gather else sparsity.DTensor)
+    with whole, mock.patch.object(DefaultAllGather, "__call__", counted):
+        state = Trainee.build(job.config, job.device, mesh)
+        layers = [m for m in state.model.modules() if isinstance(m, SparseLinear)]
+        held: set[int] = set()
+        layers[0].register_forward_pre_hook(lambda m, _: held.add(m.weight.untyped_storage().nbytes()))
+        draw, losses = torch.Generator().manual_seed(world.rank), []
+        for step in range(3):
+            tokens = torch.randint(0, 331, (2, 2, 33), generator=draw)
+            state.sparsity.begin(step, watched=False)
+            batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
+            losses.append(train_step(state, batch, 1e-2).loss.item())
+    return {
+        "losses": losses,
+        "parameters": [local(p.detach()).clone() for p in state.model.parameters()],
+        "sent": sum(sent),
+        "held": held,
+        "gathered": sum(layer.gathered is not None for layer in layers) / len(layers),
+        "shards": sum(local(layer.weight).numel() for layer in layers),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, [*SPARSE, "sparse.grad_weight=mvue"]),
+        (3, ["precision.fp8=true"]),  # 48 rows are dealt evenly, 32 are not
+        (4, [*SPARSE, "parallel.shard=2", "precision.compute=bf16", "parallel.reshard_after_forward=false"]),
+        (2, [*SPARSE, "model.blocks=revffn", "sparse.dense_fraction=0.9"]),
+        (2, [*SPARSE, *MOE, "run.recompute=full", "optimizer.name=muon"]),
+        (2, [*SPARSE, "parallel.shard=1", "parallel.sync=demo", "precision.compute=bf16"]),
+    ],
+)
+def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, options):
+    width = 2 if "precision.compute=bf16" in options else 4
+    times = 3 * 2 * (1 if "parallel.reshard_after_forward=false" in options else 2)
+    ours = pool.run(world, trained, str(tiny_config), options, True)
+    theirs = pool.run(world, trained, str(tiny_config), options, False)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["gathered"] == 1
+        assert other["gathered"] == 0
+        assert mine["losses"] == other["losses"]
+        assert all(torch.equal(a, b) for a, b in zip(mine["parameters"], other["parameters"], strict=True))
+        assert mine["held"] == {width}  # one value, whatever the weight's shape
+        if "parallel.shard=1" not in options:
+            padded = max(rank["shards"] for rank in ours)
+            assert other["sent"] - mine["sent"] == times * padded * (width - 1)
+
+
+def test_what_was_not_cast_is_not_gathered(pool, tiny_config):
+    with pytest.raises(Exception, match="before its shards were cast"):
+        pool.run(2, forgotten, str(tiny_config))
+
+
+def forgotten(config: str) -> None:
+    job = start_job(config, [*SHAPE, *SPARSE], "never", World.from_environment())
+    state = Trainee.build(job.config, job.device, build_mesh(job.device, 2, 2))
+    state.model(torch.zeros(1, 4, dtype=torch.int64))
