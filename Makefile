@@ -23,7 +23,11 @@ quickstart: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not e2e and not gpu"
 
+# A report is opened in a browser, which is installed where root may do so.
 test-e2e: $(VENV)/.dev
+	command -v chromium > /dev/null || test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null || \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium > /dev/null) || \
+		echo "chromium cannot be installed"
 	$(BIN)/python -m pytest -q -m "e2e and not slurm"
 
 # A real SLURM, started by the tests; its packages are installed where root may do so.

@@ -47,7 +47,7 @@ def rows(run: Path) -> list[dict]:
 def test_help_and_version(sh):
     assert "prepare" in sh(*STEPLINE, "--help").stdout
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", sh(*STEPLINE, "--version").stdout)
-    for command in ("prepare", "plan", "train", "eval", "generate"):
+    for command in ("prepare", "plan", "train", "eval", "generate", "report"):
         assert "Example" in sh(*STEPLINE, command, "--help").stdout
 
 
@@ -165,6 +165,8 @@ def test_wheel_in_a_fresh_environment(sh, data, tmp_path):
     options = ["run.folder=run", f"data.path={data}", *NARROW, "budget.tokens=2048", "logging.wandb=off"]
     sh(python, "-m", "stepline.trainer", "train", "quickstart", *options, cwd=tmp_path)
     assert [r["step"] for r in rows(tmp_path / "run") if "loss" in r] == [1, 2]
+    sh(python, "-m", "stepline.trainer", "report", "run", cwd=tmp_path)
+    assert "const COLORS" in (tmp_path / "run" / "report.html").read_text()  # its scripts travel inside, too
 
 
 def test_quickstart_program(sh, tmp_path):

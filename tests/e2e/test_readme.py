@@ -27,7 +27,9 @@ SMALLER = {
 """What is added to a command so that it is done in seconds."""
 
 
-VERBS = ("doctor", "prepare", "plan", "sweep", "laws", "train", "eval", "generate", "export", "import")
+VERBS = (
+    "doctor", "prepare", "plan", "sweep", "laws", "train", "report", "eval", "generate", "export", "import",
+)  # fmt: skip
 
 
 def commands() -> list[str]:

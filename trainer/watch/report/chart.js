@@ -63,7 +63,7 @@ class Chart {
     const at = (steps) => positions(s.run.axis, this.kind, steps), { found } = s;
     const raw = { x: at(found.step), y: found.value };
     let strong = found.mean ? { x: at(found.mean_step), y: found.mean } : raw;
-    if (view.smoothing && !s.isPoints) strong = { x: strong.x, y: smooth(strong.y, view.smoothing) };
+    if (view.smoothing && this.plot.noisy && !s.isPoints) strong = { x: strong.x, y: smooth(strong.y, view.smoothing) };
     return (s.cache[key] = { raw, strong, hasFaint: strong.y !== raw.y });
   }
 
@@ -101,7 +101,7 @@ class Chart {
 
   draw() {
     const { g, width, height } = context(this.canvas), d = this.domain();
-    const box = { left: 52, right: width - 10, top: 8, bottom: height - 34 };
+    const box = { left: 52, right: width - 10, top: 8, bottom: height - 37 };
     const warp = this.log ? Math.log : (v) => v;
     const X = (x) => box.left + ((x - d.x0) / (d.x1 - d.x0)) * (box.right - box.left);
     const Y = (y) => box.bottom - ((warp(y) - warp(d.y0)) / (warp(d.y1) - warp(d.y0))) * (box.bottom - box.top);
@@ -150,7 +150,7 @@ class Chart {
     }
     g.beginPath(); g.moveTo(box.left, box.bottom + 0.5); g.lineTo(box.right, box.bottom + 0.5); g.stroke();
     g.textBaseline = "alphabetic";
-    g.fillText(axis.title(d.x1), (box.left + box.right) / 2, box.bottom + 32);
+    g.fillText(axis.title(d.x1), (box.left + box.right) / 2, box.bottom + 33);
   }
 
   // What the strong line is a mean of: under all strong lines, fainter the more runs there are.

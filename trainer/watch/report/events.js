@@ -35,7 +35,7 @@ class Timeline {
   draw() {
     const runs = this.runs.filter((_, r) => !view.hidden.has(r)), several = this.runs.length > 1;
     this.canvas.style.height = `${LANE * Math.max(runs.length, 1) * (several ? 1.25 : 1) + 40}px`;
-    const { g, width, height } = context(this.canvas), box = { left: 12, right: width - 12, bottom: height - 34 };
+    const { g, width, height } = context(this.canvas), box = { left: 12, right: width - 12, bottom: height - 37 };
     const ends = runs.map((run) => Math.max(...positions(run.axis, view.x, [run.axis.step[run.axis.step.length - 1]]), 0));
     const [x0, x1] = view.zoom[view.x] ?? [0, Math.max(...ends, 1e-9)];
     const X = (x) => box.left + ((x - x0) / (x1 - x0)) * (box.right - box.left);
@@ -49,7 +49,7 @@ class Timeline {
       g.fillText(say(t), x, box.bottom + 6);
     }
     g.textAlign = "center"; g.textBaseline = "alphabetic";
-    g.fillText(axis.title(x1), width / 2, height - 2);
+    g.fillText(axis.title(x1), width / 2, height - 4);
     this.marks = [];
     const lane = box.bottom / Math.max(runs.length, 1);
     runs.forEach((run, i) => {

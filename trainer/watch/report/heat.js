@@ -96,7 +96,9 @@ class Heat {
   }
 
   paint(map) {
-    const grid = (map.grid = this.grid(map.name)), { g, width, height } = context(map.canvas);
+    const grid = (map.grid = this.grid(map.name));
+    map.canvas.style.height = `${Math.min(Math.max(6 * grid.rows.length + 42, 236), 520)}px`;
+    const { g, width, height } = context(map.canvas);
     const box = (map.box = { left: 44, top: 4, width: width - 52, height: height - 38 });
     const rows = grid.rows.length, columns = grid.rows[0].length, w = box.width / columns, h = box.height / rows;
     const even = parts(theme("even")), none = theme("none"), gap = Math.min(w, h) > 6 ? 1 : 0;

@@ -50,7 +50,7 @@ def data_json(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
         "plots": [
             {
                 "id": plot.id, "title": plot.title, "unit": plot.unit, "x": plot.x, "log": plot.log,
-                "percent": plot.percent, "expected": plot.expected, "settled": plot.settled,
+                "percent": plot.percent, "expected": plot.expected, "settled": plot.settled, "noisy": plot.noisy,
                 "lines": [{"key": line.key, "label": line.label} for line in plot.lines],
             }
             for plot in plots

@@ -30,6 +30,8 @@ class Plot:
     """Whether the vertical axis is logarithmic at first; the reader can change it."""
     percent: bool = False
     """Values are shares of 1."""
+    noisy: bool = True
+    """Whether smoothing, where the reader asks for it, helps; False for what follows a rule or counts."""
     note: str = ""
     expected: bool = False
     """Whether the loss that the run should end with is a dashed line in it."""
@@ -57,18 +59,18 @@ PLOTS = (
         note="Without validation, saving and the time between attempts.",
     ),
     _one("val_bits_per_byte", "Loss", "Validation", "bits per byte"),
-    _one("lr", TRAINING, "Learning rate", ""),
+    _one("lr", TRAINING, "Learning rate", "", noisy=False),
     _one("grad_norm", TRAINING, "Gradient norm", "", log=True, note="Before clipping, over all parameters."),
-    _one("epoch", TRAINING, "Epoch", "passes over the data"),
-    _one("skipped", TRAINING, "Updates skipped", "so far", note="NaNs and spikes that the guard kept out."),
+    _one("epoch", TRAINING, "Epoch", "passes over the data", noisy=False),
+    _one("skipped", TRAINING, "Updates skipped", "so far", noisy=False, note="NaNs and spikes."),
     _one("tokens_per_second", SPEED, "Throughput", "tokens/s", note="Of all ranks together."),
     _one("mfu", SPEED, "MFU", "of the devices' peak", percent=True),
     _one("tflops_per_device", SPEED, "Model FLOP/s", "TFLOP/s per device"),
-    _one("memory_gb", SPEED, "Memory", "GB, peak of rank 0"),
+    _one("memory_gb", SPEED, "Memory", "GB, peak of rank 0", noisy=False),
     Plot(
         "bytes", LINKS, "Between replicas", "bytes per step",
         (Line("bytes_sent", "sent"), Line("bytes_received", "received")),
-        note="What rank 0 sends to other replicas and receives from them.",
+        noisy=False, note="What rank 0 sends to other replicas and receives from them.",
     ),
     _one("expert_load_max", MIXTURE, "Largest load", "max / mean", note="Of the worst layer; 1 is an even share."),
     _one("experts_dead", MIXTURE, "Dead experts", "experts of all layers", note="Got no token in the step."),
