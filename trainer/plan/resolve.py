@@ -10,6 +10,7 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
 from stepline.trainer.plan.planner import Inputs, Plan, law_values, make_plan
+from stepline.trainer.plan.zero import settle_zero
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
 """Tokens beyond which a larger micro-batch is not faster."""
@@ -97,6 +98,8 @@ def resolve(
     world, budget, parallel = machine.world_size, config.budget, config.parallel
     settle("run", "device", machine.device, "machine")
     settle("precision", "compute", "bf16" if machine.device == "cuda" and machine.bf16 else "fp32", "machine")
+    if parallel.backend == "zero":
+        settle_zero(config, machine, settle)
     settle("run", "compile", machine.device == "cuda", "machine")
     if parallel.shard != "auto":
         check_layout(parallel.shard, world)

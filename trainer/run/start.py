@@ -22,6 +22,7 @@ from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.manifest import find_checkpoint, read_state
 from stepline.trainer.run.products import check_products_of_batch, products_done_instead
+from stepline.trainer.run.zero import check_installed
 
 
 @dataclass
@@ -99,6 +100,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins)
+    check_installed(config)
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
     config.run.device = device.type

@@ -1,12 +1,24 @@
 """`parallel.backend: zero`: the model behind DeepSpeed, with Stepline's optimizer and initial values."""
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
 from stepline.comm.zero import ZeRO, ZeROSettings, materialise
 from stepline.trainer.config import Config
+from stepline.trainer.errors import UserError
 from stepline.trainer.optim.build import AdamW, decay_groups
-from stepline.trainer.run.build import COMPUTE_DTYPES, initialise, reduce_dtype
+from stepline.trainer.run.build import initialise
+from stepline.trainer.run.precision import compute_dtype, reduce_dtype
+
+
+def check_installed(config: Config) -> None:
+    """Raises UserError where the config asks for DeepSpeed and there is none."""
+    if config.parallel.backend == "zero" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "parallel.backend=zero needs DeepSpeed: run `pip install 'stepline[zero]'`, or set parallel.backend to fsdp"
+        )
 
 
 def build_zero(config: Config, model: nn.Module, device: torch.device) -> ZeRO:
@@ -15,7 +27,7 @@ def build_zero(config: Config, model: nn.Module, device: torch.device) -> ZeRO:
     settings = ZeROSettings(
         stage=parallel.zero.stage,
         offload=parallel.zero.offload,
-        compute_dtype=COMPUTE_DTYPES[config.precision.compute],
+        compute_dtype=compute_dtype(config),
         reduce_dtype=reduce_dtype(config),
         weight_decay=optimizer.weight_decay,
         reshard_after_forward=parallel.reshard_after_forward,
