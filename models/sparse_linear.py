@@ -80,14 +80,14 @@ class SparseLinear(nn.Linear):
         """`[..., in]` to `[..., out]`."""
         rows, seed = x.flatten(0, -2), self.seed.clone() if self.recipe.mvue else None
         if self.recipe.fp8:
-            data, scale = self._cast_weight()
+            data, scale = self.cast_weight()
             scale, algorithm = (scale * self.beta, self.algorithm) if self.sparse else (scale, None)
             y = _Fp8Products.apply(rows, self.weight, data, scale, seed, algorithm)
         else:
             y = _Products.apply(rows, self.weight, self.beta if self.sparse else None, seed)
         return y.unflatten(0, x.shape[:-1])
 
-    def _cast_weight(self) -> tuple[Tensor, Tensor]:
+    def cast_weight(self) -> tuple[Tensor, Tensor]:
         """S(W), or W, in E4M3 and its scale."""
         if self.gathered is not None:
             return self.gathered, self.gathered_scale

@@ -25,20 +25,9 @@ from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.hf.adapters import freeze, load_frozen
 from stepline.trainer.plan.resolve import whole_matrices
+from stepline.trainer.run.precision import compute_dtype, master_dtype, reduce_dtype
 from stepline.trainer.run.sparsity import set_betas
 from stepline.trainer.run.step import all_sum
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-def master_dtype(config: Config) -> torch.dtype:
-    """Type of parameters, gradients and optimizer state."""
-    return torch.float64 if config.precision.compute == "fp64" else torch.float32
-
-
-def reduce_dtype(config: Config) -> torch.dtype:
-    """Type in which gradients are summed over ranks."""
-    return torch.bfloat16 if config.precision.reduce == "bf16" else master_dtype(config)
 
 
 def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Transformer:
@@ -46,7 +35,7 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
 
     Where DeepSpeed shards (run/zero.py), it stays on the meta device until then.
     """
-    compute = COMPUTE_DTYPES[config.precision.compute]
+    compute = compute_dtype(config)
     with torch.device("meta"):
         model = Transformer(config.model).to(master_dtype(config))
     convert(model, *recipes(config))
@@ -147,6 +136,8 @@ def _keep_products(
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_mm.default,
+        torch.ops.stepline.sparse_mm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,

@@ -48,7 +48,8 @@ class Fp8Gather:
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        layers = (m for m in model.modules() if isinstance(m, SparseLinear) and m.recipe.fp8)
+        layers = [m for m in model.modules() if isinstance(m, SparseLinear) and m.recipe.fp8]
+        self.whole = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
         self.layers = [layer for layer in layers if isinstance(layer.weight, DTensor)]
         self.weights = [layer.weight for layer in self.layers]
         # the weights would be gathered in the type of computing: the shards are rounded to it first
@@ -75,6 +76,20 @@ class Fp8Gather:
             cast.shard = ops.weight_cast(shard, scale, E4M3, self.compute, layer.sparse)
             layer.gathered_scale.copy_(scale)
 
+    @torch.no_grad()
+    def flushed(self) -> Tensor | None:
+        """(values of this rank's weights that are not zero, those of them whose 8 bits are zero); None without any."""
+        parts = [
+            (local(weight).to(self.compute), cast.shard, layer.sparse)
+            for layer, weight, cast in zip(self.layers, self.weights, self.casts, strict=True)
+        ]
+        parts += [(layer.weight, layer.cast_weight()[0], layer.sparse) for layer in self.whole]
+        counts = []
+        for x, q, sparse in parts:
+            there = (soft_threshold(x) if sparse else x) != 0
+            counts.append(torch.stack([there.sum(), (there & (q.float() == 0)).sum()]))
+        return torch.stack(counts).sum(0).double() if counts else None
+
 
 class Sparsity:
     """Of the 2:4 sparse and the FP8 layers of `model`; where there are none, nothing happens."""
@@ -90,6 +105,7 @@ class Sparsity:
         if config.sparse.dense_fraction:
             self.dense_from = round((1 - config.sparse.dense_fraction) * config.total_steps())
         self._before: list[Tensor] = []
+        self._flushed: Tensor | None = None
 
     @torch.no_grad()
     def begin(self, step: int, watched: bool) -> None:
@@ -100,6 +116,7 @@ class Sparsity:
             torch._foreach_copy_(self.seeds, list(torch.tensor(keys, device=self.seeds[0].device).unbind()))
         self.refresh()
         self._before = [self._mask(weight) for _, weight, _ in self.weights] if watched else []
+        self._flushed = self.fp8.flushed() if watched else None
 
     def _next_micro_batch(self, *_: object) -> None:
         torch._foreach_add_(self.seeds, 1)
@@ -115,14 +132,23 @@ class Sparsity:
 
     @torch.no_grad()
     def row(self) -> dict[str, float]:
-        """`flip_rate`: share of all mask entries that the step changed; the range of beta. A collective."""
-        if not self._before:
-            return {}
-        flips = torch.zeros(2, dtype=torch.float64, device=self._before[0].device)
-        for (_, weight, _), before in zip(self.weights, self._before, strict=True):
-            flips += torch.stack([(self._mask(weight) != before).sum(), torch.tensor(before.numel())]).to(
-                flips
-            )
-        changed, total = all_sum(flips).tolist()
-        betas = torch.stack([beta.double() for _, _, beta in self.weights])
-        return {"flip_rate": changed / total, "beta_min": betas.min().item(), "beta_max": betas.max().item()}
+        """`flip_rate`: share of all mask entries that the step changed; the range of beta; `fp8_flushed`: share of the
+        values of FP8 weights that 8 bits turned into zeros (scales are exact, so that none is clipped). A collective.
+        """
+        row = {}
+        if self._before:
+            flips = torch.zeros(2, dtype=torch.float64, device=self._before[0].device)
+            for (_, weight, _), before in zip(self.weights, self._before, strict=True):
+                changed = (self._mask(weight) != before).sum()
+                flips += torch.stack([changed, torch.tensor(before.numel())]).to(flips)
+            changed, total = all_sum(flips).tolist()
+            betas = torch.stack([beta.double() for _, _, beta in self.weights])
+            row = {
+                "flip_rate": changed / total,
+                "beta_min": betas.min().item(),
+                "beta_max": betas.max().item(),
+            }
+        if self._flushed is not None:
+            there, flushed = all_sum(self._flushed).tolist()
+            row["fp8_flushed"] = flushed / max(there, 1)
+        return row

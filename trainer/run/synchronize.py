@@ -14,7 +14,7 @@ from stepline.comm.synchronizer import AllReduce, Synchronizer
 from stepline.trainer.config import Config
 from stepline.trainer.optim.build import Optimizer, build_optimizer, decay_groups
 from stepline.trainer.optim.muon import Orthogonalizer
-from stepline.trainer.run.build import reduce_dtype
+from stepline.trainer.run.precision import reduce_dtype
 
 PUBLISHED_KEPT = 32
 

@@ -4,10 +4,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from stepline.comm.fsdp import local
 from stepline.comm.mesh import World, build_mesh
+from stepline.kernels.sparse24 import soft_threshold
 from stepline.models.sparse_linear import SparseLinear
 from stepline.trainer.data.loader import Batch
 from stepline.trainer.run import sparsity
@@ -33,8 +35,12 @@ def trained(config: str, options: list[str], gather: bool) -> dict:
         return real(self, output_tensor, input_tensor, *args, **kwargs)
 
     torch.manual_seed(0)
-    whole = mock.patch.object(sparsity, "DTensor", () if not gather else sparsity.DTensor)
-    with whole, mock.patch.object(DefaultAllGather, "__call__", counted):
+    real_gather = sparsity.Fp8Gather
+    gathers = real_gather if gather else lambda _, config: real_gather(nn.Module(), config)
+    with (
+        mock.patch.object(sparsity, "Fp8Gather", gathers),
+        mock.patch.object(DefaultAllGather, "__call__", counted),
+    ):
         state = Trainee.build(job.config, job.device, mesh)
         layers = [m for m in state.model.modules() if isinstance(m, SparseLinear)]
         held: set[int] = set()
@@ -42,12 +48,13 @@ def trained(config: str, options: list[str], gather: bool) -> dict:
         draw, losses = torch.Generator().manual_seed(world.rank), []
         for step in range(3):
             tokens = torch.randint(0, 331, (2, 2, 33), generator=draw)
-            state.sparsity.begin(step, watched=False)
+            state.sparsity.begin(step, watched=True)
             batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
             losses.append(train_step(state, batch, 1e-2).loss.item())
     return {
         "losses": losses,
         "parameters": [local(p.detach()).clone() for p in state.model.parameters()],
+        "flushed": state.sparsity.row().get("fp8_flushed"),
         "sent": sum(sent),
         "held": held,
         "gathered": sum(layer.gathered is not None for layer in layers) / len(layers),
@@ -75,11 +82,29 @@ def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, option
         assert mine["gathered"] == 1
         assert other["gathered"] == 0
         assert mine["losses"] == other["losses"]
+        assert mine["flushed"] == ours[0]["flushed"] < 0.1
         assert all(torch.equal(a, b) for a, b in zip(mine["parameters"], other["parameters"], strict=True))
         assert mine["held"] == {width}  # one value, whatever the weight's shape
         if "parallel.shard=1" not in options:
             padded = max(rank["shards"] for rank in ours)
             assert other["sent"] - mine["sent"] == times * padded * (width - 1)
+
+
+@pytest.mark.parametrize("options", [SPARSE, ["precision.fp8=true"]])
+def test_the_share_of_values_that_8_bits_lose(tiny_config, options):
+    job = start_job(str(tiny_config), [*SHAPE, *options], "never", World(0, 1, 0, 1))
+    state = Trainee.build(job.config, job.device, None)
+    layers = [m for m in state.model.modules() if isinstance(m, SparseLinear)]
+    with torch.no_grad():
+        layers[0].weight[0, 0] = 1e6 * layers[0].weight.abs().max()  # beside which the others are nothing
+    state.sparsity.begin(0, watched=True)
+    there = lost = 0
+    for layer in layers:
+        w = soft_threshold(layer.weight.detach()) if layer.sparse else layer.weight.detach()
+        there += int((w != 0).sum())
+        lost += int(((w != 0) & (w.abs() / w.abs().max() * 448 < 2**-10)).sum())  # half of the least number
+    assert lost > layers[0].weight.numel() / 4
+    assert state.sparsity.row()["fp8_flushed"] == pytest.approx(lost / there, abs=1e-3)
 
 
 def test_what_was_not_cast_is_not_gathered(pool, tiny_config):
