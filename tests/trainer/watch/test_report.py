@@ -1,16 +1,20 @@
 """What a report holds, against the files of the runs; tests/e2e/test_report.py opens it in a browser."""
 
 import base64
+import copy
 import hashlib
 import json
 import math
 import random
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 
+from stepline.trainer.config_io import dump, load_config
 from stepline.trainer.errors import UserError
 from stepline.trainer.watch.report import picture
 from stepline.trainer.watch.report.command import run_names, run_report
@@ -220,6 +224,22 @@ def test_differences_between_configs(make):
     assert "<td>a.same</td>" not in text
 
 
+def test_a_key_younger_than_a_run_is_no_difference_while_it_has_its_default(make):
+    """configs/tiny.yaml as this version resolves it, and the same without a key, with another one set."""
+    config, _ = load_config("tiny", ["data.path=data"])
+    new = dump(config)
+    old = copy.deepcopy(new)
+    del old["optimizer"]["momentum"], old["model"]["revffn"]
+    old["optimizer"]["weight_decay"] = 0.25
+    runs = [read_run(make(n, rows_of(5), yaml.safe_dump(c)), n) for n, c in (("new", new), ("old", old))]
+    given = str(new["optimizer"]["weight_decay"])
+    momentum = [(k, v) for k, v in differing(runs) if k == "optimizer.momentum"]
+    assert momentum == [
+        ("optimizer.momentum", ["0.9", "0.95"])
+    ]  # the file sets another value than the default
+    assert [d for d in differing(runs) if d not in momentum] == [("optimizer.weight_decay", [given, "0.25"])]
+
+
 def test_events_come_from_logs_rows_and_checkpoints(make):
     rows = rows_of(30)
     for row in rows:
@@ -300,10 +320,23 @@ def test_mistakes_are_one_sentence(make, tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=says):
             run_report([good], output, False, as_json=False)
+    with monkeypatch.context() as patch:  # permissions do not keep root out
+        opened = type(good).open
+
+        def refuse(path, *arguments, **options):
+            if path.name == "metrics.jsonl":
+                raise PermissionError(13, "Permission denied", str(path))
+            return opened(path, *arguments, **options)
+
+        patch.setattr(type(good), "open", refuse)
+        with pytest.raises(
+            UserError, match=r"metrics\.jsonl cannot be read \(Permission denied\); a report needs it"
+        ):
+            run_report([good], None, False, as_json=False)
     (good / "metrics.jsonl").write_text("[1]\n{}\n")
     with pytest.raises(UserError, match="line 1, is not a JSON object"):
         run_report([good], None, False, as_json=False)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"--png needs matplotlib: pip install 'stepline\[watch\]'"):
         run_report([good], None, True, as_json=False)
     assert not (good / "report.html").exists()

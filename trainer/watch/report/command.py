@@ -28,7 +28,12 @@ def run_report(folders: Sequence[Path], output: Path | None, png: bool, as_json:
         from stepline.trainer.watch.report.picture import draw, need_matplotlib
 
         need_matplotlib()
-    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    try:
+        runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); give the run's files back"
+        ) from error
     written = [output]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stepline.trainer.config_io import flatten, read_yaml
+from stepline.trainer.config_io import dump, flatten, read_run_config, read_yaml
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.outcome import read_outcome
 from stepline.trainer.watch.metrics import iter_metrics
@@ -59,7 +59,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no config.yaml")
     run = Run(folder, name)
-    run.config = flatten(read_yaml(folder / "config.yaml"))
+    run.config = _config(folder)
     run.config_text = (folder / "config.yaml").read_text(encoding="utf-8")
     run.plan, run.environment = _object(folder / "plan.json"), _object(folder / "environment.json")
     if not (folder / "metrics.jsonl").is_file():
@@ -71,6 +71,15 @@ def read_run(folder: Path, name: str) -> Run:
         run.expected = {"loss": kept.value[-1], "source": "the run's own forecast"}
     run.summary = _summary(run, values)
     return run
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Dotted keys and values, those too that have come into being since the run, with their defaults; of a config that
+    this version does not know, as it stands. Raises UserError where it is no config."""
+    try:
+        return flatten(dump(read_run_config(folder)))
+    except UserError:
+        return flatten(read_yaml(folder / "config.yaml"))
 
 
 def _read_metrics(run: Run) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], Trouble]:

@@ -157,7 +157,7 @@ def differences(runs: Sequence[Run]) -> str:
     rows = [[key, *values] for key, values in differing(runs)]
     if not rows:
         return "<p>The configs are the same.</p>"
-    return "<h3>Differences</h3>" + table(["key", *(run.name for run in runs)], rows)
+    return f'<h3>Differences</h3><div class="long">{table(["key", *(run.name for run in runs)], rows)}</div>'
 
 
 def config_texts(runs: Sequence[Run]) -> str:
