@@ -31,9 +31,7 @@ def run_report(folders: Sequence[Path], output: Path | None, png: bool, as_json:
     try:
         runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); give the run's files back"
-        ) from error
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); a report needs it") from error
     written = [output]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
