@@ -20,7 +20,15 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests" / "gpu")]
     code = subprocess.run(tests, check=False).returncode
-    for script in ("gpu_step.py", "moe_step.py", "memory.py", "activation_memory.py"):
+    scripts = (
+        "gpu_step.py",
+        "moe_step.py",
+        "memory.py",
+        "activation_memory.py",
+        "sparse_kernels.py",
+        "sparse_step.py",
+    )
+    for script in scripts:
         subprocess.run([sys.executable, str(HERE / script)], check=False)
     return code
 

@@ -10,6 +10,7 @@ the model's FLOPs with causal attention (models/flops.py) over the device's know
 `mfu_full` attention is counted whole, as most others do. Each shape runs in a process of its own.
 
     python benchmarks/gpu_step.py [--shape 1b] [--micro-batch 4 8] [--recompute none full] [--no-compile] [--json]
+                                  [--set precision.fp8=true sparse.mode=s-ste]
 """
 
 import argparse
@@ -25,8 +26,9 @@ from stepline.comm.mesh import World, build_mesh, start_process_group
 from stepline.models.config import ModelConfig
 from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config import Config
-from stepline.trainer.config_io import find_config, load_config
+from stepline.trainer.config_io import find_config, load_config, parse_overrides
 from stepline.trainer.data.loader import Batch
+from stepline.trainer.run.products import choose_products
 from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
 from stepline.trainer.watch.peaks import mfu, peak_flops
@@ -40,27 +42,38 @@ SHAPES = {
 }
 
 
-def shape_config(shape: str) -> Config:
+def shape_config(shape: str, overrides: list[str]) -> Config:
     """The shipped config of a shape, or a tiny one."""
     if shape == "tiny":
-        return Config(
+        tiny = Config(
             model=ModelConfig(vocab_size=256, hidden_size=64, num_layers=2, num_heads=4, ffn_size=128)
         )
-    return load_config(str(find_config(f"dense-{shape}")))[0]
+        for key, value in parse_overrides(overrides).items():
+            section, name = key.split(".")
+            setattr(getattr(tiny, section), name, value)
+        return tiny
+    return load_config(str(find_config(f"dense-{shape}")), overrides)[0]
 
 
 def measure(
-    shape: str, micro_batch: int, recompute: str, compiled: bool, device: torch.device, steps: int
-) -> dict:
+    shape: str, micro_batch: int, recompute: str, compiled: bool, device: torch.device, steps: int,
+    overrides: list[str],
+) -> dict:  # fmt: skip
     """One row: median step of `steps` after three that warm up."""
     seq_len, _, _, step_tokens = SHAPES[shape]
-    config = shape_config(shape)
+    config = shape_config(shape, overrides)
     config.precision.compute = "bf16" if device.type == "cuda" else "fp32"
     config.run.compile, config.run.recompute = compiled, recompute
-    config.optimizer.weight_decay = 0.1
+    config.optimizer.weight_decay, config.parallel.micro_batch, config.data.seq_len = (
+        0.1,
+        micro_batch,
+        seq_len,
+    )
+    config.budget.steps = steps + 3
     accumulation = max(1, step_tokens // (micro_batch * seq_len))
     mesh = build_mesh(device, 1, 1)
     state = Trainee.build(config, device, mesh)
+    products, _ = choose_products(config, state.model, device, torch.distributed.group.WORLD)
     draw = torch.Generator().manual_seed(0)
     shape_of_batch = (accumulation, micro_batch, seq_len + 1)
     seconds = []
@@ -68,6 +81,7 @@ def measure(
         tokens = torch.randint(0, config.model.vocab_size, shape_of_batch, generator=draw)
         batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
         start = time.perf_counter()
+        state.sparsity.begin(step, watched=False)
         loss = train_step(state, batch, 1e-4).loss.item()  # reading the loss waits for the device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -91,6 +105,8 @@ def measure(
         "mfu_full": mfu(rate, flops.total_full, peak),
         "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
         "loss": loss,
+        "overrides": overrides,
+        "products": products,
     }
 
 
@@ -105,6 +121,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the config")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -114,7 +131,7 @@ def main() -> None:
         device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
         start_process_group(World(0, 1, 0, 1), device, 600)
         print(json.dumps(measure(
-            args.shape[0], args.micro_batch[0], args.recompute[0], not args.no_compile, device, args.steps
+            args.shape[0], args.micro_batch[0], args.recompute[0], not args.no_compile, device, args.steps, args.set
         )))  # fmt: skip
         torch.distributed.destroy_process_group()
         return
@@ -133,6 +150,7 @@ def main() -> None:
                 ]
                 command += ["--recompute", recompute, "--device", args.device, "--steps", str(args.steps)]
                 command += ["--no-compile"] if args.no_compile else []
+                command += ["--set", *args.set] if args.set else []
                 child = subprocess.run(command, capture_output=True, text=True, check=False)
                 if child.returncode == 0:
                     rows.append(json.loads(child.stdout.splitlines()[-1]))

@@ -1,0 +1,169 @@
+"""The products of an FFN on one GPU, one by one: bf16, dense FP8, 2:4 sparse FP8 by cuSPARSELt's default algorithm and
+by the one that its search finds; and what surrounds them: threshold, cast, pack, compress, estimator.
+
+NOT YET RUN ON A GPU (targets on an H200: the sparse product at least 1.5 times as fast as dense FP8 for at least 8,192
+tokens of the 8B shapes with cuSPARSELt 0.8.1, 1.2 times with 0.8.0; threshold and cast at 70 % of a copy's bandwidth).
+
+Times are those of the device, medians of single calls; "host" is what the call itself takes on the host. The sparse
+product is given with its weight compressed beforehand, and with compressing it.
+
+    python benchmarks/sparse_kernels.py [--models 1b 8b 70b] [--tokens 4096 8192 16384 32768] [--json]
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from stepline.kernels import ops, sparse_mm
+from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, has_fp8, scale_for, scaled_mm
+from stepline.kernels.sparse_mm import Algorithm
+from stepline.trainer.run.products import time_ms
+
+WIDTHS = {"1b": (2048, 5504), "8b": (4096, 14336), "70b": (8192, 28672)}
+"""hidden and FFN of configs/dense-1b, dense-8b, and of Llama 3 70B."""
+HOST_CALLS = 50
+
+
+def host_us(run: Callable[[], object]) -> float:
+    """Microseconds that a call keeps the host."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        run()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e6 * spent / HOST_CALLS
+
+
+def products(rows: int, cols: int, tokens: int) -> dict[str, float]:
+    """Milliseconds of Y = X W~^T, `[tokens, cols]` times `[rows, cols]`, made in each way."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    x, w = (torch.randn(n, cols, device=device, dtype=dtype) for n in (tokens, rows))
+    xq = cast(x, E4M3)
+    scale = scale_for(ops.weight_amax(w, dtype, True), E4M3)
+    wq = Scaled(ops.weight_cast(w, scale, E4M3, dtype, True), scale)
+    found = {
+        "bf16": time_ms(lambda: x @ w.mT),
+        "fp8": time_ms(lambda: scaled_mm(xq, wq.mT, dtype)),
+        "fp8_host_us": host_us(lambda: scaled_mm(xq, wq.mT, dtype)),
+    }
+    try:
+        sparse_mm.check_sparse_product(xq.data, wq.data, dtype)
+    except ValueError as error:
+        return found | {"refused": str(error)}
+    packed, alpha = torch._cslt_compress(wq.data), (xq.scale * wq.scale).expand(rows).contiguous()
+    best = sparse_mm.search(packed, xq.data, alpha, dtype)
+
+    def ready(algorithm: Algorithm) -> torch.Tensor:
+        return sparse_mm.compressed_mm(packed, xq.data, alpha, dtype, algorithm)
+
+    def whole() -> torch.Tensor:
+        way = best.alg_id, best.split_k, best.split_k_mode
+        return sparse_mm.by_cusparselt(xq.data, wq.data, xq.scale * wq.scale, dtype, *way)
+
+    expected = scaled_mm(xq, wq.mT, dtype).float()
+    error = (ready(best).float() - expected).norm() / expected.norm()
+    return found | {
+        "sparse_default": time_ms(lambda: ready(Algorithm())),
+        "sparse": time_ms(lambda: ready(best)),
+        "sparse_and_compress": time_ms(whole),
+        "sparse_host_us": host_us(lambda: ready(best)),
+        "algorithm": [best.alg_id, best.split_k, best.split_k_mode],
+        "difference": error.item(),
+    }
+
+
+def auxiliary(rows: int, cols: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and GB/s (bytes that must be read and written) of each kernel alone, and of a copy."""
+    from stepline.kernels import triton_ops
+
+    device = torch.device("cuda")
+    w = torch.randn(rows, cols, device=device)
+    g = torch.randn(tokens, rows, device=device, dtype=torch.bfloat16)
+    other = torch.empty_like(w)
+    compute = torch.bfloat16
+    scale, seed = scale_for(ops.weight_amax(w, compute, True), E4M3), torch.tensor(1, device=device)
+    double = scale_for(2 * g.abs().amax(), E5M2)
+    data = ops.weight_cast(w, scale, E4M3, compute, True)
+    n, m = w.numel(), g.numel()
+    runs = {
+        "copy": (lambda: other.copy_(w), 8 * n),
+        "threshold + amax": (lambda: ops.weight_amax(w, compute, True), 4 * n),
+        "threshold + cast": (lambda: ops.weight_cast(w, scale, E4M3, compute, True), 5 * n),
+        "threshold + cast + pack": (
+            lambda: triton_ops.cast_packed(w, scale, E4M3, compute),
+            4 * n + n * 5 // 8,
+        ),
+        "compress (cuSPARSELt)": (lambda: torch._cslt_compress(data), n + n * 5 // 8),
+        "estimator + cast": (lambda: ops.estimate_cast(g, seed, double, E5M2), 3 * m),
+        "estimator + cast + pack": (
+            lambda: triton_ops.estimate_packed(g, seed, double, E5M2),
+            2 * m + m * 5 // 8,
+        ),
+        "cast of a gradient": (lambda: cast(g, E5M2), 3 * m),
+    }
+    found = {}
+    for name, (run, size) in runs.items():
+        ms = time_ms(run)
+        found[name] = {"ms": ms, "gb_per_s": size / ms / 1e6, "host_us": host_us(run)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--tokens", nargs="*", type=int, default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (reason := sparse_mm.missing(device)) is not None:
+        sys.exit(f"error: 2:4 sparse FP8 products need a GPU of Hopper's kind, and {reason}")
+    assert has_fp8(device)
+    result = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "cusparselt": torch.backends.cusparselt.version(), "products": [], "kernels": [],
+    }  # fmt: skip
+    say = (lambda *_: None) if args.json else print
+    say(f"{result['device']}, torch {result['torch']}, cuSPARSELt {result['cusparselt']}")
+    say(
+        "| model | out x in | tokens | bf16 ms | FP8 | 2:4 default | 2:4 | with compress | 2:4 / FP8 | host us |"
+    )
+    say("|---|---|---|---|---|---|---|---|---|---|")
+    for name in args.models:
+        hidden, ffn = WIDTHS[name]
+        for rows, cols in ((ffn, hidden), (hidden, ffn)):
+            for tokens in args.tokens:
+                row = {"model": name, "rows": rows, "cols": cols, "tokens": tokens} | products(
+                    rows, cols, tokens
+                )
+                result["products"].append(row)
+                start = f"| {name} | {rows} x {cols} | {tokens} | {row['bf16']:.3f} | {row['fp8']:.3f} |"
+                if "refused" in row:
+                    say(f"{start} {row['refused']} |")
+                    continue
+                say(
+                    f"{start} {row['sparse_default']:.3f} | {row['sparse']:.3f} | {row['sparse_and_compress']:.3f} | "
+                    f"{row['fp8'] / row['sparse']:.2f} | {row['sparse_host_us']:.0f} |"
+                )
+        result["kernels"].append({"model": name} | auxiliary(ffn, hidden, args.tokens[-1]))
+    say("\n| model | kernel | ms | GB/s | of a copy | host us |\n|---|---|---|---|---|---|")
+    for kernels in result["kernels"]:
+        copy = kernels["copy"]["gb_per_s"]
+        for name, row in kernels.items():
+            if name != "model":
+                share = row["gb_per_s"] / copy
+                say(
+                    f"| {kernels['model']} | {name} | {row['ms']:.3f} | {row['gb_per_s']:.0f} | {share:.0%} | "
+                    f"{row['host_us']:.0f} |"
+                )
+    if args.json:
+        json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
