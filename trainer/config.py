@@ -49,7 +49,9 @@ class DataConfig(Section):
 
     path: Path | None = None
     """Folder written by `stepline prepare`; for several, use `sources`."""
-    sources: list[Source] = Field(default_factory=list)
+    sources: Annotated[list[Source], BeforeValidator(lambda value: [] if value is None else value)] = Field(
+        default_factory=list
+    )
     """Several folders with mixture weights, instead of `path`."""
     seq_len: Count = Field(1024, ge=2)
     """Tokens per window."""

@@ -166,7 +166,7 @@ def _key(problem: dict[str, Any]) -> list[str]:
     return [p for p in parts if p.replace("_", "").isalnum() and p not in {"float", "int", "bool", "literal"}]
 
 
-def _section(keys: list[str]) -> type[BaseModel] | None:
+def section_of(keys: list[str]) -> type[BaseModel] | None:
     """The section's class at `keys`, through optional sections and lists of sections."""
     section: type[BaseModel] | None = Config
     for name in keys:
@@ -183,9 +183,9 @@ def _section(keys: list[str]) -> type[BaseModel] | None:
     return section
 
 
-def _allowed(keys: list[str]) -> str:
+def allowed_values(keys: list[str]) -> str:
     """What a key may hold, in words, from its annotation: `'auto' or a number above 0 and at most 10`."""
-    field = _section(keys[:-1]).model_fields[keys[-1]]
+    field = section_of(keys[:-1]).model_fields[keys[-1]]
     choices, kinds, bounds = [], [], []
     stack: list[Any] = [field.annotation, *field.metadata]
     while stack:
@@ -206,7 +206,7 @@ def _allowed(keys: list[str]) -> str:
 
 def _sentence(problem: dict[str, Any]) -> str:
     keys, given, kind = _key(problem), problem.get("input"), problem["type"]
-    key, section = ".".join(keys), _section(keys[:-1])
+    key, section = ".".join(keys), section_of(keys[:-1])
     if kind == "extra_forbidden":
         return f"unknown key '{key}'{nearest(keys[-1], section.model_fields if section else ())}"
     if kind == "missing":
@@ -214,9 +214,9 @@ def _sentence(problem: dict[str, Any]) -> str:
     if kind == "value_error":
         text = str(problem["ctx"]["error"])
         return text if not key or "." in text.split(" ")[0] else f"{key}: {text}"
-    if section is not None and keys[-1] in section.model_fields and _section(keys) is None:
+    if section is not None and keys[-1] in section.model_fields and section_of(keys) is None:
         words = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{key} is {given!r}; it must be {_allowed(keys)}{nearest(str(given), words)}"
+        return f"{key} is {given!r}; it must be {allowed_values(keys)}{nearest(str(given), words)}"
     return f"{key} is {given!r}; it must be a section with keys of its own"
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from stepline.models.flops import parameter_counts
+from stepline.trainer import config_docs
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import (
     flatten,
@@ -125,6 +126,30 @@ def test_one_sentence_for_a_mistake(file, override, sentence):
         load_config(str(file), [override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_page_of_all_keys_is_that_of_the_schema():
+    """`python -m stepline.trainer.config_docs` writes it anew."""
+    text = config_docs.page()
+    assert text == config_docs.FILE.read_text(encoding="utf-8")
+    for key, value in (
+        ("`lr` | 'auto' or a number above 0 and at most 10 | `auto` |  ", "Peak learning rate"),
+        ("`head_dim` | a whole number at least 2 or null | `null` |  ", "Width of one head"),
+        ("`keep` | a whole number at least 1 | `2` | R ", "Newest ephemeral checkpoints"),
+        ("`ephemeral_minutes` | a number above 0 or null | `5.0` | R ", "Minutes between"),
+        ("`sources` | a list of [data.sources](#datasources) | `[]` |  ", "Several folders"),
+    ):
+        assert f"| {key}| {value}" in text
+
+
+def test_a_folder_instead_of_the_files_sources(tmp_path, file):
+    """What the sentence about the two says to add is taken."""
+    both = tmp_path / "both.yaml"
+    both.write_text(file.read_text() + "data: {sources: [{path: b}]}\n")
+    with pytest.raises(UserError, match=r"add data\.sources=null"):
+        load_config(str(both), ["data.path=a"])
+    config, _ = load_config(str(both), ["data.path=a", "data.sources=null"])
+    assert [str(source.path) for source in config.data.folders()] == ["a"]
 
 
 def test_contradictions_missing_sections_and_files(tmp_path, file):
