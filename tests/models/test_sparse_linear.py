@@ -8,6 +8,7 @@ from torch import nn
 from stepline.kernels import ops
 from stepline.kernels.fp8 import E4M3, E5M2
 from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
+from stepline.kernels.sparse_mm import Algorithm
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_model
 from stepline.models.sparse_linear import Mode, Recipe, SparseExperts, SparseLinear, convert, sparse_weights
@@ -89,16 +90,22 @@ def test_the_estimators_gradient_is_right_on_average_and_24_sparse():
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [SPARSE, Recipe(sparse=True, mvue=True), Recipe(fp8=True), Recipe(sparse=True, mvue=True, fp8=True)],
+    ("recipe", "algorithm"),
+    [
+        (SPARSE, None),
+        (Recipe(sparse=True, mvue=True), None),
+        (Recipe(fp8=True), None),
+        (Recipe(sparse=True, mvue=True, fp8=True), Algorithm(3, 2, 1)),
+    ],
 )
-def test_a_layer_is_one_graph(recipe):
+def test_a_layer_is_one_graph(recipe, algorithm):
     """torch.compile leaves nothing of a layer, nor of its backward, outside of the graph."""
     torch._dynamo.reset()
-    made = layer(recipe, dtype=torch.float32)
+    made = layer(recipe, n_out=64, dtype=torch.float32)
+    made.algorithm = algorithm
     if recipe.mvue:
         made.seed.fill_(5)
-    x, grad = torch.randn(2, 16, 32, requires_grad=True), torch.randn(2, 16, 48)
+    x, grad = torch.randn(2, 16, 32, requires_grad=True), torch.randn(2, 16, 64)
     compiled = torch.compile(made.forward, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         out, plain = compiled(x), made(x)
