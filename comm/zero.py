@@ -101,7 +101,7 @@ class ZeRO(Synchronizer):
         blocks: Iterable[nn.Module], device: torch.device, make_optimizer: Callable[[Tensor, bool], Optimizer],
     ) -> None:  # fmt: skip
         super().__init__(parameters, None)
-        self.settings, self.decayed, self.world = settings, decayed, dist.get_world_size()
+        self.settings, self.decayed, self.device = settings, decayed, device
         groups = [
             {"params": [p for n, p in parameters.items() if (n in decayed) == decays], "decays": decays}
             for decays in (True, False)
@@ -130,16 +130,11 @@ class ZeRO(Synchronizer):
             part, at, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(dist.get_rank() * size, parameter.ds_numel)
             return part, at, start, min(size, parameter.ds_numel - start)
-        part = next(i for i, group in enumerate(self.zero.bit16_groups) if any(p is parameter for p in group))
         held = parameter._hp_mapping
         if held is None:
-            return part, 0, 0, 0
-        return (
-            part,
-            held.hp_fragment_address.start,
-            held.lp_fragment_address.start,
-            held.hp_fragment_address.numel,
-        )
+            return 0, 0, 0, 0
+        flat, whole = held.hp_fragment_address, held.lp_fragment_address
+        return held.param_group_index, flat.start, whole.start, flat.numel
 
     def _shape(self, name: str) -> tuple[int, ...]:
         parameter = self.parameters[name]
@@ -157,14 +152,18 @@ class ZeRO(Synchronizer):
 
     @property
     def parts(self) -> int:
-        """DeepSpeed averages gradients over ranks: their sum is the mean of `world` times as much."""
-        return self.world
+        """DeepSpeed averages gradients over ranks: their sum is the mean of that many times as much."""
+        return dist.get_world_size()
 
     def gradients(self) -> list[Tensor]:
         """This rank's part of the accumulated gradients, after the last backward."""
         if self.settings.offload != "none":
             return [part.grad for part in self.flat]
         return [gradient for group in self.zero.averaged_gradients.values() for gradient in group]
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The only one there is; of offloaded gradients it is in host memory."""
+        return value.to(self.device)
 
     def step(self, lr: float, skip: Tensor | None = None) -> StepResult:
         """DeepSpeed gives each flat part its gradient, calls back, and gathers the weights anew."""

@@ -210,11 +210,13 @@ def _forget_meshes() -> None:
 
 
 def _forget_deepspeed() -> None:
-    """DeepSpeed keeps its groups for a process, and puts a linear function of its own in the place of torch's."""
+    """DeepSpeed keeps its groups for a process, puts a linear function of its own in the place of torch's, and numbers
+    parameters and modules, which ranks compare."""
     if "deepspeed.comm" not in sys.modules:
         return
     from deepspeed.comm import comm
-    from deepspeed.runtime.zero.partition_parameters import shutdown_init_context
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init, shutdown_init_context
     from deepspeed.utils import groups
     from torch._C._nn import linear
     from torch.nn import functional
@@ -223,6 +225,8 @@ def _forget_deepspeed() -> None:
     comm.cdb = None
     groups._release_process_group_references(None)
     functional.linear = linear
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def _exit_with(parent: int) -> None:

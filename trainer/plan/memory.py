@@ -14,6 +14,7 @@ from typing import Any
 from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.replay import Replay
+from stepline.trainer.plan.zero_memory import ZeroReplay
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "all-gather", "fixed")
 MARGIN = {"cuda": 0.1, "cpu": 0.25}
@@ -63,7 +64,8 @@ class Memory:
 
 def estimate(config: Config, layout: Layout) -> Memory:
     """The step of a config with device, compute dtype and compile settled; ValueError where they are `auto`."""
-    replay = Replay(config, layout.world, layout.shard, layout.micro_batch, layout.accumulation)
+    kind = ZeroReplay if config.parallel.backend == "zero" else Replay
+    replay = kind(config, layout.world, layout.shard, layout.micro_batch, layout.accumulation)
     replay.run()
     tally = replay.tally
     return Memory({p: tally.peak[p] for p in PARTS}, {p: tally.largest[p] for p in PARTS}, tally.peak_moment)

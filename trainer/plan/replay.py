@@ -83,20 +83,27 @@ class Replay:
 
     def run(self) -> None:
         """Every moment from the first gather to the update."""
-        tally = self.tally
-        whole = Group(self.root.shapes + self.block.shapes * self.layers)
-        shard = self.shard if self.fsdp else 1
-        blocks = Group(block_group(self.model).shapes * self.layers)
-        tally.add("parameters", whole.shard(shard) * self.master)
-        sync = SyncMemory(self.config, root_group(self.model), blocks, shard, self.replicas, self.master)
-        tally.add("optimizer", sync.state())
-        tally.add("fixed", self.fixed())
+        self.hold()
         for micro_batch in range(min(2, self.accumulation)):  # the second is like all that follow
             self.forward()
             self.loss(first=micro_batch == 0)
             self.backward(first=micro_batch == 0)
-        tally.moment = "update"
-        tally.brief("optimizer", sync.temporaries())
+        self.update()
+
+    def hold(self) -> None:
+        """What is there from the start: parameters, optimizer's state, batch."""
+        whole = Group(self.root.shapes + self.block.shapes * self.layers)
+        shard = self.shard if self.fsdp else 1
+        blocks = Group(block_group(self.model).shapes * self.layers)
+        self.tally.add("parameters", whole.shard(shard) * self.master)
+        self.sync = SyncMemory(self.config, root_group(self.model), blocks, shard, self.replicas, self.master)
+        self.tally.add("optimizer", self.sync.state())
+        self.tally.add("fixed", self.fixed())
+
+    def update(self) -> None:
+        """The optimizer's."""
+        self.tally.moment = "update"
+        self.tally.brief("optimizer", self.sync.temporaries())
 
     def fixed(self) -> int:
         """The batch (inputs, targets; document numbers) and the guard's history; cuBLAS's workspace."""

@@ -9,6 +9,14 @@ from stepline.trainer.errors import UserError
 if TYPE_CHECKING:
     from stepline.trainer.plan.resolve import Machine
 
+BUCKET = 5 * 10**8
+"""Elements of DeepSpeed's own reduce_bucket_size, which it allocates in full."""
+
+
+def reduce_bucket(config: Config, elements: int) -> int:
+    """Elements of the buffer that gradients are reduced through: of a small model of `elements`, no more than those."""
+    return config.parallel.deepspeed.reduce_bucket_size or min(BUCKET, elements)
+
 
 def settle_zero(config: Config, machine: "Machine", settle: Callable[[str, str, object, str], bool]) -> None:
     """Fills what DeepSpeed leaves no choice for; raises UserError for what it cannot do.

@@ -9,6 +9,7 @@ from stepline.comm.zero import ZeRO, ZeROSettings, materialise
 from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.optim.build import AdamW, decay_groups
+from stepline.trainer.plan.zero import reduce_bucket
 from stepline.trainer.run.build import initialise
 from stepline.trainer.run.precision import compute_dtype, reduce_dtype
 
@@ -24,6 +25,8 @@ def check_installed(config: Config) -> None:
 def build_zero(config: Config, model: nn.Module, device: torch.device) -> ZeRO:
     """Over all ranks; `model` as build_model leaves it for this backend, on the meta device."""
     parallel, optimizer = config.parallel, config.optimizer
+    names, decayed = decay_groups(dict(model.named_parameters()))  # by their shapes, which stage 3 hides
+    bucket = reduce_bucket(config, sum(p.numel() for p in names.values()))
     settings = ZeROSettings(
         stage=parallel.zero.stage,
         offload=parallel.zero.offload,
@@ -31,9 +34,8 @@ def build_zero(config: Config, model: nn.Module, device: torch.device) -> ZeRO:
         reduce_dtype=reduce_dtype(config),
         weight_decay=optimizer.weight_decay,
         reshard_after_forward=parallel.reshard_after_forward,
-        deepspeed=parallel.deepspeed.given(),
+        deepspeed=parallel.deepspeed.given() | {"reduce_bucket_size": bucket},
     )
-    names, decayed = decay_groups(dict(model.named_parameters()))  # by their shapes, which stage 3 hides
     materialise(model, settings, device)
     parameters = {name: p for name, p in model.named_parameters() if name in names}
 
