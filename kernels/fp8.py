@@ -12,6 +12,7 @@ from torch import Tensor
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """What CUDA's products want the inner and the outer widths to be multiples of."""
+RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     """a b, `[m, k] x [k, n]`, summed in fp32 and rounded to `dtype` once."""
-    check_product(a, b)
+    check_product(a, b, dtype)
     if a.data.is_cuda and has_fp8(a.data.device):
         data = b.data.mT.contiguous().mT  # column-major
         return torch._scaled_mm(a.data.contiguous(), data, a.scale, b.scale, out_dtype=dtype)
@@ -64,13 +65,24 @@ def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     return ((a.data.to(wide) @ b.data.to(wide)) * (a.scale * b.scale).to(wide)).to(dtype)
 
 
-def check_product(a: Scaled, b: Scaled) -> None:
-    """Raises ValueError for what CUDA refuses, on every device: two E5M2 operands, widths that are not of 16."""
-    if a.data.dtype == E5M2 == b.data.dtype:
+def check_product(a: Scaled, b: Scaled, dtype: torch.dtype) -> None:
+    """Raises ValueError for what CUDA refuses, on every device: types, widths that are not of 16, other scales than one
+    fp32 number. Layouts are `scaled_mm`'s own: the first operand row-major, the second column-major."""
+    types = a.data.dtype, b.data.dtype
+    if not {*types} <= {E4M3, E5M2}:
+        raise ValueError(f"FP8 products take E4M3 and E5M2 operands, not {types[0]} and {types[1]}")
+    if types == (E5M2, E5M2):
         raise ValueError("a product of two E5M2 operands does not exist; one must be E4M3")
+    if dtype not in RESULTS:
+        raise ValueError(f"FP8 products give bf16, fp16 or fp32, not {dtype}")
+    if a.data.ndim != 2 or b.data.ndim != 2 or a.data.shape[1] != b.data.shape[0]:
+        raise ValueError(f"{tuple(a.data.shape)} and {tuple(b.data.shape)} are not [m, k] and [k, n]")
     k, n = b.data.shape
     if k % MULTIPLE or n % MULTIPLE:
         raise ValueError(f"FP8 products take widths that are multiples of {MULTIPLE}, not {k} x {n}")
+    for scale in (a.scale, b.scale):
+        if scale.ndim or scale.dtype != torch.float32:
+            raise ValueError(f"scales are one fp32 number, not {scale.dtype} {tuple(scale.shape)}")
 
 
 def has_fp8(device: torch.device) -> bool:

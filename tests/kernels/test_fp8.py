@@ -39,10 +39,28 @@ def test_a_product_is_that_of_the_dequantised_operands(types):
     torch.testing.assert_close(out, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_what_cuda_would_refuse_is_refused_everywhere():
-    half = cast(torch.randn(16, 16), E5M2)
-    with pytest.raises(ValueError, match="two E5M2 operands"):
-        scaled_mm(half, half, torch.float32)
-    narrow = Scaled(torch.zeros(16, 24).to(E4M3), torch.ones(()))
-    with pytest.raises(ValueError, match="multiples of 16, not 16 x 24"):
-        scaled_mm(half, narrow, torch.float32)
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda a, b: (cast(a.float(), E5M2), cast(b.float(), E5M2), torch.float32), "two E5M2 operands"),
+        (lambda a, b: (a, Scaled(b.data[:, :24], b.scale), torch.float32), "multiples of 16, not 16 x 24"),
+        (
+            lambda a, b: (Scaled(a.data[:, :8], a.scale), Scaled(b.data[:8], b.scale), torch.float32),
+            "not 8 x 32",
+        ),
+        (lambda a, b: (a, b.mT, torch.float32), "are not"),
+        (
+            lambda a, b: (Scaled(a.float(), a.scale), b, torch.float32),
+            "not torch.float32 and torch.float8_e4m3fn",
+        ),
+        (lambda a, b: (a, b, torch.float64), "give bf16, fp16 or fp32, not torch.float64"),
+        (lambda a, b: (Scaled(a.data, a.scale.double()), b, torch.float32), "one fp32 number"),
+        (lambda a, b: (Scaled(a.data, a.scale.expand(16)), b, torch.float32), "one fp32 number"),
+    ],
+)
+def test_what_cuda_would_refuse_is_refused_everywhere(change, sentence):
+    draw = torch.Generator().manual_seed(0)
+    a, b = cast(torch.randn(16, 16, generator=draw), E4M3), cast(torch.randn(16, 32, generator=draw), E4M3)
+    a, b, dtype = change(a, b)
+    with pytest.raises(ValueError, match=sentence):
+        scaled_mm(a, b, dtype)
