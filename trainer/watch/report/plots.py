@@ -41,7 +41,7 @@ class Plot:
 
 LOSSES = (Line("loss", "training"), Line("val_loss", "validation"))
 TRAINING, VALIDATION, SPEED, LINKS = "Training", "Validation", "Speed and memory", "Traffic"
-MIXTURE, REVERSIBLE, SPARSE, OTHER = "Mixture of experts", "Reversible blocks", "2:4 sparse layers", "Other"
+MIXTURE, REVERSIBLE, SPARSE, OTHER = "Mixture of experts", "Reversible blocks", "2:4 sparse and FP8 layers", "Other"
 SECTIONS = ("Loss", VALIDATION, TRAINING, SPEED, LINKS, MIXTURE, REVERSIBLE, SPARSE, OTHER)
 
 
@@ -87,6 +87,7 @@ PLOTS = (
     _one("residual", REVERSIBLE, "Residual of the inverse", "", log=True),
     _one("flip_rate", SPARSE, "Flip rate", "of all mask entries", percent=True),
     Plot("beta", SPARSE, "Scale of weights", "beta", (Line("beta_min", "smallest"), Line("beta_max", "largest"))),
+    _one("fp8_flushed", SPARSE, "Lost to FP8", "of the weights that are not zero", percent=True),
 )  # fmt: skip
 
 UNPLOTTED = {"skipped_in_a_row", "expected_final_loss", "tokens", "step"}
