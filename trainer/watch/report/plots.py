@@ -41,7 +41,8 @@ class Plot:
 
 LOSSES = (Line("loss", "training"), Line("val_loss", "validation"))
 TRAINING, VALIDATION, SPEED, LINKS = "Training", "Validation", "Speed and memory", "Traffic"
-MIXTURE, REVERSIBLE, SPARSE, OTHER = "Mixture of experts", "Reversible blocks", "2:4 sparse and FP8 layers", "Other"
+MIXTURE, REVERSIBLE = "Mixture of experts", "Reversible blocks"
+SPARSE, OTHER = "2:4 sparse and FP8 layers", "Other"
 SECTIONS = ("Loss", VALIDATION, TRAINING, SPEED, LINKS, MIXTURE, REVERSIBLE, SPARSE, OTHER)
 
 
