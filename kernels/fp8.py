@@ -50,9 +50,9 @@ def cast(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Scaled:
 
 
 def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / scale in `dtype`, rounded to the nearest, ties to even, and clipped to its largest number."""
+    """x times 1 / scale in `dtype`, rounded to the nearest, ties to even, and clipped to its largest number."""
     largest, wide = torch.finfo(dtype).max, torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) / scale.to(wide)).clamp(-largest, largest).to(dtype)
+    return (x.to(wide) * (1 / scale.to(wide))).clamp(-largest, largest).to(dtype)
 
 
 def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:

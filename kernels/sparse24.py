@@ -55,13 +55,18 @@ def keep_probabilities(x: Tensor) -> Tensor:
     p_i = 2 |a_i| / sum |a|, unless one magnitude is more than half of the sum: then it is always kept, and the second
     is drawn of the others by their magnitudes.
     """
-    a = groups(x).abs()
-    pairs = a[..., :2].sum(-1, keepdim=True), a[..., 2:].sum(-1, keepdim=True)
-    total, most = pairs[0] + pairs[1], a.amax(-1, keepdim=True)  # in the order of the kernel, to the last bit
-    tiny = torch.finfo(a.dtype).tiny
-    even = 2 * a / total.clamp_min(tiny)
-    others = a / (total - most).clamp_min(tiny)
-    return torch.where(most > total / 2, torch.where(a == most, 1.0, others), even)
+    return _probabilities(groups(x).abs())[0]
+
+
+def _probabilities(a: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, a / p) of magnitudes `[..., 4]`: what is kept is half of the sum, or one of a dominated three their sum."""
+    # in the kernel's order, to the last bit
+    total = (a[..., 0] + a[..., 1]).add_(a[..., 2] + a[..., 3]).unsqueeze(-1)
+    most, tiny = a.amax(-1, keepdim=True), torch.finfo(a.dtype).tiny
+    dominated, rest = most > total / 2, total - most
+    rate = torch.where(dominated, 1 / rest.clamp_min(tiny), 2 / total.clamp_min(tiny))
+    sure = dominated & (a == most)
+    return torch.where(sure, 1.0, a * rate), torch.where(sure, a, torch.where(dominated, rest, total / 2))
 
 
 def mvue24(x: Tensor, uniform: Tensor) -> Tensor:
@@ -70,14 +75,15 @@ def mvue24(x: Tensor, uniform: Tensor) -> Tensor:
     uniform: `[..., n / 4]` in [0, 1), one for a group. Index i is kept where u or u + 1 lies in [c_{i-1}, c_i), with c
     the cumulated probabilities, and becomes x_i / p_i.
     """
-    p = keep_probabilities(x)
+    grouped = groups(x)
+    p, kept = _probabilities(grouped.abs())
     first, second, third, _ = p.unbind(-1)
     inner = torch.stack([first, first + second, first + second + third], -1)
     # p sums to 2 but for rounding, and the last end is 2: no u falls beyond it
     begins, ends = nn.functional.pad(inner, (1, 0), value=0.0), nn.functional.pad(inner, (0, 1), value=2.0)
     u = uniform.unsqueeze(-1)
-    kept = ((begins <= u) & (u < ends)) | ((begins <= u + 1) & (u + 1 < ends))
-    return torch.where(kept & (p > 0), groups(x) / p.clamp_min(torch.finfo(p.dtype).tiny), 0).flatten(-2)
+    drawn = ((begins <= u) & (u < ends)) | ((begins <= u + 1) & (u + 1 < ends))
+    return torch.where(drawn & (grouped != 0), torch.where(grouped < 0, -kept, kept), 0).flatten(-2)
 
 
 def philox_uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:

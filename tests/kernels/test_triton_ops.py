@@ -126,22 +126,22 @@ def test_the_numbers_are_philoxs_and_uniform():
     assert abs(correlation) < 5 / math.sqrt(len(u))
 
 
-POINTERS = {"x_ptr": "*fp32", "scale_ptr": "*fp32", "bits_ptr": "*u8", "count": "i64", "seed_ptr": "*i64"}
-WEIGHT = {"BITS": 7, "LEAST": -126, "SOFT": True, "SIZE": 4096}
+POINTERS = {"x_ptr": "*fp32", "scale_ptr": "*fp32", "bits_ptr": "*u8", "count": "i32", "seed_ptr": "*i64"}
 
 
 def sources():
+    """Kernel, its own types, its constants; weights are rounded to bf16 and cast to E4M3, gradients to E5M2."""
     import triton.language as tl
 
     from stepline.kernels import triton_ops as ops
 
-    e4m3 = {"LARGEST": 448.0, "Q_BITS": 3, "Q_LEAST": -6}
-    e5m2 = {"LARGEST": 57344.0, "Q_BITS": 2, "Q_LEAST": -14, "KIND": tl.float8e5, "GROUPS": 32, "COLS": 32}
-    gradient = {"g_ptr": "*bf16", "tokens": "i32", "cols": "i32"}
-    yield ops._amax_kernel, {"out_ptr": "*fp32"}, WEIGHT
+    weight = {"KIND": tl.bfloat16, "SOFT": True, "SIZE": ops.BLOCK}
+    gradient = {"KIND": tl.float8e5, "GROUPS": ops.TILE_GROUPS, "COLS": ops.TILE_COLS}
+    yield ops._amax_kernel, {"out_ptr": "*fp32"}, weight
     for pack in (False, True):
-        yield ops._cast_kernel, {"out_ptr": "*fp8e4nv"}, WEIGHT | e4m3 | {"PACK": pack}
-        yield ops._estimate_kernel, gradient | {"out_ptr": "*i16" if pack else "*i32"}, e5m2 | {"PACK": pack}
+        yield ops._cast_kernel, {"out_ptr": "*fp8e4nv"}, weight | {"PACK": pack}
+        types = {"g_ptr": "*bf16", "tokens": "i32", "cols": "i32", "out_ptr": "*i16" if pack else "*i32"}
+        yield ops._estimate_kernel, types, gradient | {"PACK": pack}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -155,10 +155,17 @@ def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path, monkeypatch):
         known = POINTERS | types
         signature = {name: known.get(name, "constexpr") for name in kernel.arg_names}
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        # as for the lengths that are met: multiples of 16, at such addresses
+        even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in known}
         made = triton.compile(
-            ASTSource(kernel, signature, constexprs=places), target=GPUTarget("cuda", 90, 32),
+            ASTSource(kernel, signature, constexprs=places, attrs=even), target=GPUTarget("cuda", 90, 32),
             options={"enable_fp_fusion": False},
         )  # fmt: skip
-        assert ".target sm_90" in made.asm["ptx"]
+        ptx = made.asm["ptx"]
+        assert ".target sm_90" in ptx
         assert made.asm["cubin"][:4] == b"\x7fELF"
-        assert "fma." not in made.asm["ptx"]
+        assert "fma." not in ptx
+        assert "ld.global.v4.b32" in ptx  # 16 bytes a thread
+        if "amax" not in kernel.__name__:
+            kind = "e5m2x2" if "estimate" in kernel.__name__ else "e4m3x2"
+            assert f"cvt.rn.satfinite.{kind}.f32" in ptx  # ties to even, and saturating
