@@ -18,6 +18,7 @@ import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 TIMED = {"hidden_size": 192, "num_layers": 6, "num_heads": 6, "ffn_size": 512}
@@ -47,10 +48,16 @@ RATES_MBIT = (10, 100, 1000, 10000)
 NODES = ("node0", "node1")
 
 
-def run(data: Path, folder: Path, options: list[str], shape: dict, node_of=None) -> list[dict]:
-    """Trains with two ranks; the rows of metrics.jsonl. node_of: (namespace, interface, address) of each rank."""
+STEPLINE = (sys.executable, "-m", "stepline.trainer")
+
+
+def run(
+    data: Path, folder: Path, options: list[str], shape: dict, node_of=None, program: Sequence[str] = STEPLINE
+) -> list[dict]:
+    """Trains with two ranks; the rows of metrics.jsonl. node_of: (namespace, interface, address) of each rank; program:
+    that takes stepline's arguments."""
     shutil.rmtree(folder, ignore_errors=True)
-    program = [sys.executable, "-m", "stepline.trainer", "train", "quickstart", f"data.path={data}", *SHAPE]
+    program = [*program, "train", "quickstart", f"data.path={data}", *SHAPE]
     program += [f"model.{key}={value}" for key, value in shape.items()] + options + [f"run.folder={folder}"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
