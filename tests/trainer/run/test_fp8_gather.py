@@ -107,6 +107,16 @@ def test_the_share_of_values_that_8_bits_lose(tiny_config, options):
     assert state.sparsity.row()["fp8_flushed"] == pytest.approx(lost / there, abs=1e-3)
 
 
+@pytest.mark.parametrize("options", [["run.recompute=selective"], ["run.recompute=full"]])
+def test_recompute_draws_and_rounds_the_same(pool, tiny_config, options):
+    common = [*SPARSE, "sparse.grad_weight=mvue", "model.num_layers=1"]
+    plain = pool.run(2, trained, str(tiny_config), common, True)
+    again = pool.run(2, trained, str(tiny_config), [*common, *options], True)
+    for one, other in zip(plain, again, strict=True):
+        assert one["losses"] == other["losses"]
+        assert all(torch.equal(a, b) for a, b in zip(one["parameters"], other["parameters"], strict=True))
+
+
 def test_what_was_not_cast_is_not_gathered(pool, tiny_config):
     with pytest.raises(Exception, match="before its shards were cast"):
         pool.run(2, forgotten, str(tiny_config))
