@@ -2,7 +2,7 @@
 
 The runs are made up: rows as `stepline train` writes them, a row a step, noise around the curves of a run, spikes, five
 of the runs mixtures of 8 layers of 16 experts. `stepline report` is a process of its own. A headless Chromium opens the
-file; the page says when all of its plots are drawn (`data-ready`: performance.now() after the last one).
+file; the page says when all of its plots are on the screen (`data-ready`: performance.now() after their frame).
 
     python benchmarks/report_open.py [--runs N] [--steps N] [--opens N]
 
@@ -117,7 +117,7 @@ def main() -> None:
         for _ in range(asked.opens):
             browser = browsers.Browser(program)
             browser.open(report, width, height)
-            times.append(int(browser.value("document.documentElement.dataset.ready")))
+            times.append(int(browser.wait("document.documentElement.dataset.ready")))
             plots = browser.value("document.querySelectorAll('[data-drawn]').length")
             browser.close()
         median = statistics.median(times)

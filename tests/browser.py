@@ -79,6 +79,11 @@ class Browser:
             raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
+    def wait(self, script: str) -> Any:
+        """What an expression is worth as soon as it is neither null nor empty."""
+        again = f"() => {{ const found = {script}; if (found) done(found); else setTimeout(look, 5); }}"
+        return self.value(f"new Promise((done) => {{ const look = {again}; look(); }})")
+
     def mouse(self, kind: str, x: float, y: float, buttons: int = 0) -> None:
         """kind: mousePressed, mouseMoved or mouseReleased, at CSS pixels of the window."""
         button = "none" if kind == "mouseMoved" and not buttons else "left"

@@ -101,7 +101,7 @@ def test_every_plot_is_drawn_at_desktop_and_phone_width(sh, runs, browser, tmp_p
         assert browser.value(INK + ".every((inked) => inked > 400)"), browser.value(INK)
         assert browser.value("document.documentElement.scrollWidth") <= width
         assert browser.value("document.documentElement.dataset.error ?? null") is None
-        assert float(browser.value("document.documentElement.dataset.ready")) > 0
+        assert float(browser.wait("document.documentElement.dataset.ready")) > 0
         shot = browser.screenshot(tmp_path / f"{width}.png")
         assert shot.stat().st_size > 50_000
         text = browser.value("document.body.textContent")

@@ -113,7 +113,7 @@ class Chart {
     g.clip();
     if (this.runs.length === 1) this.restarts(g, box, X);
     let drawn = 0;
-    for (const s of this.visible) this.faint(g, s, X, Y);
+    for (const s of this.visible) this.faint(g, s, box, X, Y);
     for (const s of this.visible) drawn += this.line(g, s, X, Y);
     for (const e of this.expectations()) this.expected(g, e, box, X, Y);
     if (this.drag) {
@@ -154,19 +154,37 @@ class Chart {
   }
 
   // What the strong line is a mean of: under all strong lines, fainter the more runs there are.
-  faint(g, s, X, Y) {
+  faint(g, s, box, X, Y) {
     const { raw, hasFaint } = this.points(s);
     if (!hasFaint) return;
-    g.strokeStyle = s.color; g.lineJoin = "round"; g.lineWidth = 1;
+    g.strokeStyle = g.fillStyle = s.color; g.lineWidth = 1;
     g.globalAlpha = Math.max(0.08, 0.34 / Math.sqrt(this.runs.length));
-    this.path(g, raw, X, Y);
+    if (X(raw.x[raw.x.length - 1]) - X(raw.x[0]) < raw.x.length) this.bars(g, raw, box, X, Y);
+    else this.path(g, raw, X, Y);
     g.globalAlpha = 1;
+  }
+
+  // A line with more points than pixels: in each column from its least to its largest value.
+  bars(g, { x, y }, box, X, Y) {
+    let column = NaN, top, bottom, last;
+    const flush = () => { if (column >= box.left) g.fillRect(column, top, 1, Math.max(bottom - top, 1)); };
+    for (let i = 0; i < y.length; i++) {
+      if (this.log && y[i] <= 0) continue;
+      const at = Math.round(X(x[i])), py = Y(y[i]);
+      if (at !== column) {
+        flush();
+        top = bottom = column === at - 1 ? last : py;
+        column = at;
+      }
+      top = Math.min(top, py); bottom = Math.max(bottom, py); last = py;
+    }
+    flush();
   }
 
   line(g, s, X, Y) {
     const { raw, strong } = this.points(s);
     g.strokeStyle = g.fillStyle = s.color;
-    g.lineJoin = "round"; g.lineWidth = 1.6; g.setLineDash(s.dash);
+    g.lineJoin = "bevel"; g.lineWidth = 1.6; g.setLineDash(s.dash);
     this.path(g, strong, X, Y);
     g.setLineDash([]);
     if (strong.y.length === 1 || (s.dots && strong.y.length <= MARKERS)) {
