@@ -12,7 +12,7 @@ from collections import Counter
 
 from stepline.trainer.config import Config
 from stepline.trainer.plan.sync_memory import SyncMemory
-from stepline.trainer.plan.tensors import Group, Sizes, block_group, ffn_shapes, root_group
+from stepline.trainer.plan.tensors import Group, Sizes, block_group, cast_group, ffn_shapes, root_group
 
 CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
 """Of kernels/cross_entropy.py, which imports torch."""
@@ -96,6 +96,10 @@ class Replay:
         shard = self.shard if self.fsdp else 1
         blocks = Group(block_group(self.model).shapes * self.layers)
         self.tally.add("parameters", whole.shard(shard) * self.master)
+        if (
+            self.config.precision.fp8 and self.fsdp
+        ):  # the cast shards; what is gathered is counted as if it were whole
+            self.tally.add("parameters", cast_group(self.model).shard(shard) * self.layers)
         self.sync = SyncMemory(self.config, root_group(self.model), blocks, shard, self.replicas, self.master)
         self.tally.add("optimizer", self.sync.state())
         self.tally.add("fixed", self.fixed())

@@ -48,15 +48,26 @@ def root_group(model: ModelConfig) -> Group:
 def block_group(model: ModelConfig) -> Group:
     """One block, in the order of its modules."""
     dim, head = model.inner_size, model.dim_per_head
-    query, key = model.num_heads * head, model.kv_heads * head
     norms = ((head,), (head,)) if model.qk_norm else ()
-    attention = ((query, dim), (key, dim), (key, dim), (dim, query), *norms)
+    attention = (*attention_shapes(model), *norms)
     if model.blocks == "standard":
         return Group(((dim,), *attention, (dim,), *ffn_shapes(model)))
     full, stream = model.hidden_size, model.hidden_size // 2
     adapter = ((full, stream), (stream, full)) if model.revffn.adapters else ()
     norms = ((stream,),) * (3 if model.coupling == "revffn" else 2)
     return Group((*norms, *adapter, *attention, *adapter, *ffn_shapes(model)))
+
+
+def cast_group(model: ModelConfig) -> Group:
+    """One block's parameters that FSDP2 gathers in FP8 (run/sparsity.py): no experts, router, adapters and norms."""
+    ffn = ffn_shapes(model)
+    return Group((*attention_shapes(model), *(ffn if model.ffn == "dense" else ffn[4:])))
+
+
+def attention_shapes(model: ModelConfig) -> tuple[Shape, ...]:
+    """The matrices of attention."""
+    dim, query, key = model.inner_size, *(n * model.dim_per_head for n in (model.num_heads, model.kv_heads))
+    return ((query, dim), (key, dim), (key, dim), (dim, query))
 
 
 def ffn_shapes(model: ModelConfig) -> tuple[Shape, ...]:

@@ -12,6 +12,7 @@ from stepline.comm.mesh import World, build_mesh
 from stepline.kernels.sparse24 import soft_threshold
 from stepline.models.sparse_linear import SparseLinear
 from stepline.trainer.data.loader import Batch
+from stepline.trainer.plan.replay import Replay
 from stepline.trainer.run import sparsity
 from stepline.trainer.run.start import start_job
 from stepline.trainer.run.state import Trainee
@@ -54,12 +55,25 @@ def trained(config: str, options: list[str], gather: bool) -> dict:
     return {
         "losses": losses,
         "parameters": [local(p.detach()).clone() for p in state.model.parameters()],
+        "cast": sum(cast.shard.numel() for cast in state.sparsity.fp8.casts),
         "flushed": state.sparsity.row().get("fp8_flushed"),
         "sent": sum(sent),
         "held": held,
         "gathered": sum(layer.gathered is not None for layer in layers) / len(layers),
         "shards": sum(local(layer.weight).numel() for layer in layers),
     }
+
+
+def planned(config: str, options: list[str], world: int) -> int:
+    """Bytes of cast shards that the planner adds to a rank's parameters."""
+    settled = start_job(config, [*SHAPE, *options], "never", World(0, world, 0, world)).config
+    settled.precision.compute = "bf16" if "precision.compute=bf16" in options else "fp32"
+    held = []
+    for settled.precision.fp8 in (True, False):
+        replayed = Replay(settled, world, 2 if "parallel.shard=2" in options else world, 2, 2)
+        replayed.hold()
+        held.append(replayed.tally.live["parameters"])
+    return held[0] - held[1]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +100,7 @@ def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, option
         assert all(torch.equal(a, b) for a, b in zip(mine["parameters"], other["parameters"], strict=True))
         assert mine["held"] == {width}  # one value, whatever the weight's shape
         if "parallel.shard=1" not in options:
+            assert max(rank["cast"] for rank in ours) == planned(str(tiny_config), options, world)
             padded = max(rank["shards"] for rank in ours)
             assert other["sent"] - mine["sent"] == times * padded * (width - 1)
 
