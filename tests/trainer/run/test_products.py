@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from stepline.kernels import sparse_mm
 from stepline.kernels.sparse_mm import Algorithm, Cache
 from stepline.models.sparse_linear import SparseLinear
 from stepline.trainer.errors import UserError
+from stepline.trainer.run import products
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.products import (
     Timing,
@@ -109,6 +111,28 @@ def test_force_keeps_the_slower_product_and_damaged_entries_are_timed_anew(
     assert "multiples of 32, not 80 x 64" in notes[1]
     saved = json.loads((tmp_path / "products.json").read_text())
     assert {entry["sparse_ms"] for entry in saved.values()} == {1.0, 2.0}
+
+
+@pytest.mark.parametrize(("searched_ms", "best"), [(1.0, Algorithm(9, 2, 1)), (5.0, Algorithm())])
+def test_a_shape_is_timed_by_default_and_by_what_the_search_finds(monkeypatch, searched_ms, best):
+    calls = []
+
+    def mm(packed, dense, *, alg_id, out_dtype, **_):
+        calls.append(alg_id)
+        return torch.zeros(dense.shape[1], len(packed), dtype=out_dtype)
+
+    def time_ms(run):
+        before = len(calls)
+        assert run().shape == (32, 64)
+        return {0: 2.0, 9: searched_ms}[calls[-1]] if len(calls) > before else 3.0
+
+    found = SimpleNamespace(mm_search=lambda *_: (9, 2, 1, 40))
+    monkeypatch.setattr(torch, "_cslt_compress", lambda w: w)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", mm)
+    monkeypatch.setattr(torch._C, "_cusparselt", found, raising=False)
+    monkeypatch.setattr(products, "time_ms", time_ms)
+    timing = products.measure_shape((64, 96, 32), torch.device("cpu"), torch.bfloat16)
+    assert timing == Timing(min(2.0, searched_ms), 3.0, best)
 
 
 def test_environment_json_records_the_choice(tiny_config, tmp_path):
