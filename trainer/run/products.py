@@ -82,7 +82,8 @@ def choose_products(
     """Sets how each 2:4 sparse FP8 layer makes its forward product, alike on all ranks of `group`: rank 0 decides.
 
     Each shape is timed once on a machine; measure and cache: by default this device and the user's cache. Returns what
-    environment.json records by shape, and sentences for the log.
+    environment.json records by shape, and sentences for the log. Raises UserError on all ranks where a product that
+    was asked for fails.
     """
     layers = [m for m in model.modules() if isinstance(m, SparseLinear) and m.recipe.sparse and m.recipe.fp8]
     if config.sparse.forward == "dense" or (measure is None and sparse_mm.missing(device) is not None):
@@ -92,8 +93,13 @@ def choose_products(
     decided: list = [None]
     if shapes and dist.get_rank(group) == 0:
         found = Cache(cache_path()) if cache is None else cache
-        decided = [decide(shapes, config, device, measure or measure_shape, found)]
+        try:
+            decided = [decide(shapes, config, device, measure or measure_shape, found)]
+        except UserError as error:
+            decided = [error]
     dist.broadcast_object_list(decided, src=0, group=group)
+    if isinstance(decided[0], UserError):
+        raise decided[0]
     if decided[0] is None:
         return {}, []
     chosen, record, notes = decided[0]
@@ -120,7 +126,18 @@ def decide(
         key = Cache.key(device, rows, cols, tokens, dtype)
         timing = _read(cache.entries.get(key))
         if timing is None:
-            timing = measure(shape, device, dtype)
+            try:
+                timing = measure(shape, device, dtype)
+            except RuntimeError as error:  # of cuSPARSELt, which knows more reasons than are checked here
+                reason = str(error).splitlines()[0]
+                if config.sparse.force or config.sparse.forward == "sparse":
+                    raise UserError(
+                        f"the 2:4 sparse product of {name} fails on this machine ({reason}); set sparse.forward to "
+                        "auto and leave sparse.force out"
+                    ) from error
+                chosen[shape], record[name] = None, {"product": "dense", "reason": reason}
+                notes.append(f"the 2:4 sparse product of {name} fails ({reason}): dense FP8 is used")
+                continue
             new[key] = asdict(timing)
         loses = timing.sparse_ms >= timing.dense_ms
         dense = loses and not config.sparse.force

@@ -95,15 +95,15 @@ def test_what_forces_a_product(pool, tiny_config, tmp_path):
 def test_force_keeps_the_slower_product_and_damaged_entries_are_timed_anew(
     tiny_config, tmp_path, monkeypatch
 ):
-    from stepline.trainer.run.products import decide
-
     job = start_job(str(tiny_config), SPARSE, "never", World(0, 1, 0, 1))
     job.config.sparse.force = True
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
     cache = Cache(tmp_path / "products.json")
     cache.entries[Cache.key(job.device, *DOWN, torch.float32)] = {"sparse_ms": "fast"}
     shapes = [UP, DOWN, (80, 64, 64)]
-    ways, record, notes = decide(shapes, job.config, job.device, lambda shape, *_: TIMES[shape], cache)
+    ways, record, notes = products.decide(
+        shapes, job.config, job.device, lambda shape, *_: TIMES[shape], cache
+    )
     assert ways == {UP: Algorithm(7, 2, 1), DOWN: Algorithm(3), (80, 64, 64): None}
     assert record["80 x 64, 64 tokens"]["product"] == "dense"
     assert len(notes) == 2
@@ -111,6 +111,55 @@ def test_force_keeps_the_slower_product_and_damaged_entries_are_timed_anew(
     assert "multiples of 32, not 80 x 64" in notes[1]
     saved = json.loads((tmp_path / "products.json").read_text())
     assert {entry["sparse_ms"] for entry in saved.values()} == {1.0, 2.0}
+
+
+def test_a_product_that_fails_is_dense_or_refused(tiny_config, tmp_path, monkeypatch):
+    def fails(shape, *_):
+        if shape == DOWN:
+            raise RuntimeError("CUDA error: not supported\nand more")
+        return TIMES[shape]
+
+    job = start_job(str(tiny_config), SPARSE, "never", World(0, 1, 0, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    ways, record, notes = products.decide(
+        [UP, DOWN], job.config, job.device, fails, Cache(tmp_path / "products.json")
+    )
+    assert ways == {UP: Algorithm(7, 2, 1), DOWN: None}
+    assert record["64 x 96, 64 tokens"] == {"product": "dense", "reason": "CUDA error: not supported"}
+    assert "fails (CUDA error: not supported): dense FP8 is used" in notes[0]
+    job.config.sparse.force = True
+    with pytest.raises(UserError, match="fails on this machine"):
+        products.decide([DOWN], job.config, job.device, fails, Cache(tmp_path / "products.json"))
+
+
+def test_all_ranks_refuse_what_fails_on_one(pool, tiny_config, tmp_path):
+    cache = str(tmp_path / "products.json")
+    for said in pool.run(2, refused, str(tiny_config), cache):
+        assert "fails on this machine" in said
+
+
+def refused(config: str, cache: str) -> str:
+    world = World.from_environment()
+    job = start_job(config, SPARSE, "never", world)
+    job.config.sparse.forward = "sparse"
+
+    def fails(*_):
+        raise RuntimeError("not supported")
+
+    group = dist.new_group(backend="gloo")
+    with mock.patch.object(torch.cuda, "get_device_name", return_value="GPU"):
+        try:
+            choose_products(
+                job.config,
+                build_model(job.config, job.device, None),
+                job.device,
+                group,
+                fails,
+                Cache(Path(cache)),
+            )
+        except UserError as error:
+            return str(error)
+    return ""
 
 
 @pytest.mark.parametrize(("searched_ms", "best"), [(1.0, Algorithm(9, 2, 1)), (5.0, Algorithm())])
