@@ -85,6 +85,7 @@ def check_product(a: Scaled, b: Scaled, dtype: torch.dtype) -> None:
             raise ValueError(f"scales are one fp32 number, not {scale.dtype} {tuple(scale.shape)}")
 
 
+@torch.compiler.assume_constant_result  # the GPU's properties are no part of a graph
 def has_fp8(device: torch.device) -> bool:
     """Whether the device multiplies 8-bit numbers itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

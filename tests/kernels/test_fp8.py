@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, scaled_mm
+from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, has_fp8, scaled_mm
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(E4M3, 2**-4), (E5M2, 2**-3)])
@@ -64,3 +64,14 @@ def test_what_cuda_would_refuse_is_refused_everywhere(change, sentence):
     a, b, dtype = change(a, b)
     with pytest.raises(ValueError, match=sentence):
         scaled_mm(a, b, dtype)
+
+
+def test_what_the_device_can_is_a_constant_of_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    torch._dynamo.reset()
+
+    def run(x):
+        return x + 1 if has_fp8(torch.device("cuda", 0)) and not has_fp8(x.device) else x
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.zeros(2)).tolist() == [1, 1]
