@@ -58,7 +58,7 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     """a b, `[m, k] x [k, n]`, summed in fp32 and rounded to `dtype` once."""
     check_product(a, b, dtype)
-    if a.data.is_cuda and has_fp8(a.data.device):
+    if has_fp8(a.data.device):
         data = b.data.mT.contiguous().mT  # column-major
         return torch._scaled_mm(a.data.contiguous(), data, a.scale, b.scale, out_dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stepline.kernels import ops
+from stepline.kernels import fp8, ops
 from stepline.kernels.fp8 import E4M3, E5M2
 from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
 from stepline.kernels.sparse_mm import Algorithm
@@ -114,6 +114,34 @@ def test_a_layer_is_one_graph(recipe, algorithm):
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
         if recipe.mvue:
             made.seed.add_(1)  # no constant of the graph
+
+
+@pytest.mark.parametrize("recipe", [Recipe(fp8=True), Recipe(sparse=True, mvue=True, fp8=True)])
+def test_the_operands_of_fp8_products_are_laid_out_as_cuda_takes_them(recipe, monkeypatch):
+    """torch's own product is there on CPUs too, where it takes what CUDA refuses."""
+    made = layer(recipe, dtype=torch.float32)
+    x, grad, real, types = torch.randn(32, 32, requires_grad=True), torch.randn(32, 48), torch._scaled_mm, []
+
+    def strict(a, b, scale_a, scale_b, out_dtype):
+        (m, k), n = a.shape, b.shape[1]
+        assert a.stride() == (k, 1)  # row-major
+        assert b.stride() == (1, k)  # column-major
+        assert k % 16 == n % 16 == 0
+        assert scale_a.dtype == scale_b.dtype == torch.float32
+        assert scale_a.numel() == scale_b.numel() == 1
+        types.append((a.dtype, b.dtype, (m, k, n)))
+        return real(a, b, scale_a, scale_b, out_dtype=out_dtype)
+
+    expected = made(x)
+    wanted = torch.autograd.grad(expected, (x, made.weight), grad)
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    monkeypatch.setattr(fp8, "has_fp8", lambda _: True)
+    out = made(x)
+    for mine, theirs in zip(
+        (out, *torch.autograd.grad(out, (x, made.weight), grad)), (expected, *wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert types == [(E4M3, E4M3, (32, 32, 48)), (E5M2, E4M3, (32, 48, 32)), (E5M2, E4M3, (48, 32, 32))]
 
 
 def test_operators_say_what_they_give():
