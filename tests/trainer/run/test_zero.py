@@ -141,8 +141,8 @@ def test_a_run_is_evaluated_and_starts_another(train, tiny_config, tmp_path, col
     assert (zero / fsdp - 1).abs().max() < 1e-6
 
 
-def broken_step(config: str, options: list[str], bad_rank: int) -> tuple[list[float], int, bool]:
-    """Three steps; in the second one, a single rank's gradients are NaN."""
+def broken_step(config: str, options: list[str], kind: str) -> tuple[list[float], int, bool]:
+    """Three steps; in the second one, rank 1's gradients are NaN, or the norm is a spike, which DeepSpeed lets pass."""
     from stepline.trainer.run.state import TrainState
     from stepline.trainer.run.step import train_step
 
@@ -152,7 +152,11 @@ def broken_step(config: str, options: list[str], bad_rank: int) -> tuple[list[fl
     skipped, unchanged = [], True
     for step in range(3):
         handle = None
-        if step == 1 and dist.get_rank() == bad_rank:
+        if step == 1 and kind == "spike":
+            state.guard.accepted.fill_(128)
+            state.guard.losses.fill_(10.0)
+            state.guard.grad_norms.fill_(1e-9)
+        elif step == 1 and dist.get_rank() == 1:
             handle = state.model.layers[0].register_forward_hook(lambda m, i, o: o * math.nan)
         before = {n: [p.clone() for p, _ in parts(t)] for n, t in state.tensors().items()}
         result = train_step(state, next(state.loader), 1e-3)
@@ -167,15 +171,17 @@ def broken_step(config: str, options: list[str], bad_rank: int) -> tuple[list[fl
             unchanged = not any(n.startswith(("model.", "optimizer.")) for n in changed)
         else:
             assert any(n.startswith("model.") for n in changed)
+        state.guard.accepted.zero_()
         skipped.append(result.skipped.item())
     state.loader.close()
     return skipped, int(state.guard.skipped_total), unchanged
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_a_nan_on_one_rank_skips_the_step_on_all(pool, tiny_config, tmp_path, number):
+@pytest.mark.parametrize("kind", ["nan", "spike"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_skipped_step_changes_nothing_on_any_rank(pool, tiny_config, tmp_path, number, kind):
     options = [f"run.folder={tmp_path / 'r'}", *stage(number)]
-    for result in pool.run(2, broken_step, str(tiny_config), options, 1):
+    for result in pool.run(2, broken_step, str(tiny_config), options, kind):
         assert result == ([0.0, 1.0, 0.0], 1, True)
 
 
