@@ -4,6 +4,7 @@ NOT YET RUN ON A GPU.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +58,8 @@ def losses(compute: str, **parallel) -> torch.Tensor:
     ],
 )
 def test_the_curve_is_that_of_fsdp2(compute, zero, deepspeed, tolerance):
+    if "zero_quantized_weights" in deepspeed and shutil.which("nvcc") is None:
+        pytest.skip("DeepSpeed compiles its quantiser with nvcc")
     fsdp = losses(compute)
     found = losses(compute, backend="zero", zero=zero, deepspeed=deepspeed)
     assert fsdp[-1] < fsdp[0] - 0.5
