@@ -60,13 +60,17 @@ def keep_probabilities(x: Tensor) -> Tensor:
 
 def _probabilities(a: Tensor) -> tuple[Tensor, Tensor]:
     """(p, a / p) of magnitudes `[..., 4]`: what is kept is half of the sum, or one of a dominated three their sum."""
-    # in the kernel's order, to the last bit
-    total = (a[..., 0] + a[..., 1]).add_(a[..., 2] + a[..., 3]).unsqueeze(-1)
-    most, tiny = a.amax(-1, keepdim=True), torch.finfo(a.dtype).tiny
-    dominated, rest = most > total / 2, total - most
+    total, most, tiny = _sum(a), a.amax(-1, keepdim=True), torch.finfo(a.dtype).tiny
+    dominated = most > total / 2
+    rest = _sum(torch.where(a == most, 0, a))  # total - most would lose what is small beside it
     rate = torch.where(dominated, 1 / rest.clamp_min(tiny), 2 / total.clamp_min(tiny))
     sure = dominated & (a == most)
     return torch.where(sure, 1.0, a * rate), torch.where(sure, a, torch.where(dominated, rest, total / 2))
+
+
+def _sum(a: Tensor) -> Tensor:
+    """Of each group `[..., 4]`, in the kernel's order, to the last bit."""
+    return ((a[..., 0] + a[..., 1]) + (a[..., 2] + a[..., 3])).unsqueeze(-1)
 
 
 def mvue24(x: Tensor, uniform: Tensor) -> Tensor:

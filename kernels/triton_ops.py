@@ -173,8 +173,11 @@ def _estimate_kernel(
     # sparse24.keep_probabilities
     p, q, r, s = tl.abs(a), tl.abs(b), tl.abs(c), tl.abs(d)
     total, most = (p + q) + (r + s), tl.maximum(tl.maximum(p, q), tl.maximum(r, s))
-    half, rest = total / 2, total - most
+    half = total / 2
     dominated = most > half
+    other_p, other_q = tl.where(p == most, 0.0, p), tl.where(q == most, 0.0, q)
+    other_r, other_s = tl.where(r == most, 0.0, r), tl.where(s == most, 0.0, s)
+    rest = (other_p + other_q) + (other_r + other_s)
     sum_ = tl.where(dominated, rest, total)
     rate = tl.div_rn(tl.where(dominated, 1.0, 2.0), tl.maximum(sum_, tiny))
     size = tl.where(dominated, rest, half)

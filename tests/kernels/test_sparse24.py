@@ -11,10 +11,12 @@ from stepline.kernels.sparse24 import (
     keep_probabilities,
     mvue24,
     pack24,
+    pack_bits,
     scale_of,
     scale_sums,
     soft_threshold,
     unpack24,
+    unpack_bits,
 )
 
 finite = st.floats(-1e3, 1e3, width=32)
@@ -71,6 +73,7 @@ def test_scale():
         ([2.0, -2.0, 2.0, 2.0], 16.0),
         ([0.0, 0.0, 0.0, 0.0], 0.0),
         ([-1.0, 0.0, 7.0, 2.0], None),
+        ([1e-20, 0.0, 0.0, 1.0], 0.0),
     ],
 )
 def test_the_estimator_is_unbiased_and_of_the_least_variance(group, variance):
@@ -98,6 +101,34 @@ def test_the_estimators_variance_on_gaussian_groups():
     assert ratio.item() == pytest.approx(0.473, abs=2e-3)
 
 
+@given(four, st.floats(0, 1, exclude_max=True, width=32), st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=300, deadline=None)
+def test_what_the_estimator_keeps(group, u, dtype):
+    """At most two, which are x / p; a dominating one always, but where u and an end differ by rounding."""
+    x = torch.tensor(group, dtype=dtype)
+    y, p = mvue24(x, torch.tensor([u], dtype=dtype)), keep_probabilities(x).flatten()
+    kept = y != 0
+    assert kept.sum() <= 2
+    assert torch.allclose(y[kept] * p[kept], x[kept], rtol=1e-5)
+    a = x.abs()
+    ends = torch.cat([p.cumsum(0) % 1, torch.tensor([0, 1], dtype=dtype)])
+    if (ends - u).abs().min() > 1e-5 and a.max() > 1.001 * a.sum() / 2:
+        assert y[a.argmax()] == x[a.argmax()]
+    if (a > 1e-30).sum() > 1:
+        assert torch.allclose(p.sum(), torch.tensor(2.0, dtype=dtype))
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_metadata_of_any_shape(rows, bytes_, seed):
+    s = soft_threshold(torch.randn(rows, 8 * bytes_, generator=torch.Generator().manual_seed(seed)))
+    values, places = pack24(s)
+    bits = pack_bits(places)
+    assert bits.shape == (rows, bytes_)
+    assert torch.equal(unpack_bits(bits), places)
+    assert torch.equal(unpack24(values, unpack_bits(bits)), s)
+
+
 @given(st.lists(four, min_size=1, max_size=5))
 @settings(max_examples=100, deadline=None)
 def test_packing_loses_nothing(rows):
@@ -112,3 +143,5 @@ def test_what_cannot_be_grouped_is_refused():
         soft_threshold(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="more than two values"):
         pack24(torch.ones(1, 4))
+    with pytest.raises(ValueError, match="multiples of 8 values, not 12"):
+        pack_bits(pack24(torch.zeros(1, 12))[1])

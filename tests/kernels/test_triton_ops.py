@@ -44,6 +44,7 @@ def gradients() -> torch.Tensor:
     g[:4] = 0
     g[4] *= 100
     g[8:10] = 0
+    g[16:20] = torch.tensor([1e-20, 0.0, 2e-20, 1.0])[:, None]  # what is small beside a sum of all
     g[12:16] *= 2.0 ** torch.randint(-18, 4, (4, 40), generator=torch.Generator().manual_seed(3))
     return g
 
