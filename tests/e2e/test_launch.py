@@ -65,6 +65,8 @@ def test_torchrun_trains_evaluates_and_generates(sh, data, tmp_path):
     values = json.loads(sh(*STEPLINE, "eval", run, "--data", data, "--json").stdout)
     assert values["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     assert values["val_bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-6)
+    two = json.loads(sh(*torchrun(2), "eval", run, "--data", data, "--json").stdout)
+    assert two["sources"] == {data.name: pytest.approx(values["sources"][data.name], rel=1e-9)}
     text = [
         sh(*STEPLINE, "generate", run, "--prompt", "def é(", "--max-tokens", "20", "--seed", "3").stdout
         for _ in range(2)

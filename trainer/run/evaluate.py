@@ -33,7 +33,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
     def row(self) -> dict[str, float]:
         """`val_loss` (nats per token) and `val_bits_per_byte`, as in metrics.jsonl."""
