@@ -102,9 +102,10 @@ def main() -> None:
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     took = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
-        f"written in {took:.1f} s, {report.stat().st_size / 1e6:.1f} MB, at most {memory:,.0f} MB of memory"
+        f"written in {took:.1f} s, {used.ru_utime + used.ru_stime:.1f} s of them on a CPU; "
+        f"{report.stat().st_size / 1e6:.1f} MB; at most {used.ru_maxrss / 1e3:,.0f} MB of memory"
     )
 
     browsers = browser_module()

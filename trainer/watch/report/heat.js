@@ -116,7 +116,7 @@ class Heat {
     const { ticks } = linearTicks(grid.first, grid.last, Math.min(6, columns));
     for (const t of ticks) {
       if (!Number.isInteger(t)) continue;
-      const share = grid.x === "step" ? (t - grid.first) / Math.max(grid.last - grid.first, 1) : (t + 0.5) / columns;
+      const share = grid.x === "step" ? this.reached(t) / columns : (t + 0.5) / columns;
       g.textAlign = share > 0.97 ? "right" : "center";
       g.fillText(short(t), box.left + share * box.width, box.top + box.height + 5);
     }
@@ -124,6 +124,13 @@ class Heat {
     g.fillText(grid.x, box.left + box.width / 2, height - 3);
     g.save(); g.translate(10, box.top + box.height / 2); g.rotate(-Math.PI / 2); g.fillText(grid.y, 0, 0); g.restore();
     return rows * columns;
+  }
+
+  // How many stretches, and which part of one, lie before a step.
+  reached(step) {
+    const { spans } = this.run.heat, next = spans.findIndex(([, last]) => last >= step);
+    const c = next < 0 ? spans.length - 1 : next, [first, last] = spans[c];
+    return c + Math.min(Math.max((step - first) / (last - first + 1), 0), 1);
   }
 
   show(map, e) {
