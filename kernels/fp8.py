@@ -37,7 +37,9 @@ class Scaled:
 def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale, 0-dim fp32, that takes `amax` to the largest number of `dtype`; 1 where amax is 0."""
     scale = amax.float() / torch.finfo(dtype).max
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(
+        scale > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), 1.0
+    )  # of which 1 / scale is finite
 
 
 def cast(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Scaled:

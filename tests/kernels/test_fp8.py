@@ -22,6 +22,9 @@ def test_what_lies_beyond_amax_is_clipped():
     x = torch.tensor([[1.0, -2.0, 4.0, 8.0]])
     assert cast(x, E4M3, torch.tensor(2.0)).float().tolist() == [[1.0, -2.0, 2.0, 2.0]]
     assert cast(torch.zeros(2, 2), E4M3).float().tolist() == [[0, 0], [0, 0]]
+    for size in (1e-36, 1e-40):  # whose scale for 57344 is no normal number
+        tiny = torch.tensor([0.0, size, -size / 4])
+        torch.testing.assert_close(cast(tiny, E5M2).float(), tiny, rtol=0.13, atol=0)
 
 
 @pytest.mark.parametrize("types", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)])
