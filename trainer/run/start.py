@@ -1,5 +1,6 @@
 """Everything that is decided before the first collective, so that a user's mistake ends in one sentence."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -145,6 +146,8 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
 def write_environment(job: Job, attempt: int) -> None:
     """environment.json: versions, machine, and every note of what was done instead of what was asked."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if job.config.parallel.backend == "zero":
+        versions["deepspeed"] = importlib.metadata.version("deepspeed")
     content = {
         "attempt": attempt,
         "versions": versions,

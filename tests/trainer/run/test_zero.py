@@ -1,6 +1,8 @@
 """DeepSpeed ZeRO behind the same loop: the numbers of FSDP2, one checkpoint format for both."""
 
+import importlib.metadata
 import itertools
+import json
 import math
 import shutil
 
@@ -129,6 +131,8 @@ def test_a_run_is_evaluated_and_starts_another(train, tiny_config, tmp_path, col
     from stepline.trainer.run.eval_command import evaluate_run
 
     rows = train(2, tiny_config, tmp_path / "run", *stage(3))
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["versions"]["deepspeed"] == importlib.metadata.version("deepspeed")
     data = start_job(str(tiny_config), [f"run.folder={tmp_path / 'x'}"], "never", World(0, 1, 0, 1)).metas
     found = evaluate_run(tmp_path / "run", data[0].tokenizer_path.parent)
     assert found["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
