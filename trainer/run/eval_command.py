@@ -125,10 +125,13 @@ def score(
     world: World,
     text_key: str = "text",
 ) -> dict[str, Score]:
-    """The score of each source by its name, alike on all ranks; a collective where there are several."""
+    """The score of each source by its name, alike on all ranks; a collective where there are several.
+
+    checkpoint: one whose files have been read and found sound.
+    """
     with tokenised(sources, config, world, text_key) as ready:
         mesh = build_mesh(device, world.size, shard=world.size) if world.size > 1 else None
-        model, _, _ = load_run(checkpoint, device, mesh)
+        model, _, _ = load_run(checkpoint, device, mesh, checked=True)
         scores = {}
         for source in ready:
             loader = ValidationLoader(

@@ -18,14 +18,20 @@ from stepline.trainer.run.state import load_weights
 
 
 def load_run(
-    path: Path, device: torch.device | None = None, mesh: DeviceMesh | None = None, *, fp8: bool = True
+    path: Path,
+    device: torch.device | None = None,
+    mesh: DeviceMesh | None = None,
+    *,
+    fp8: bool = True,
+    checked: bool = False,
 ) -> tuple[Transformer, Config, Path]:
     """Model in evaluation mode, config and checkpoint of a run or of one of its checkpoints; fp32.
 
     device: default, the first GPU where there is one. mesh: over whose ranks FSDP2 shards the model; default: it is
     whole on the device. fp8: products in FP8 where the run has them; their scales are those of whole batches.
+    checked: the checkpoint's files are known to be as they were written. Raises UserError.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, checksums=not checked)
     config = read_run_config(run_of(checkpoint))
     config.run.compile, config.run.recompute = False, "none"
     # How ranks shared the training is nothing to whom its model is given.
@@ -35,7 +41,7 @@ def load_run(
     config.precision.fp8 &= fp8
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device, mesh)
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, checksums=False)
     Sparsity(config, model).begin(read_state(checkpoint)["step"] - 1, watched=False)
     return model.eval(), config, checkpoint
 

@@ -172,15 +172,18 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
 
-def load_weights(model: nn.Module, path: Path, masters: Mapping[str, torch.Tensor] = EMPTY) -> Path:
+def load_weights(
+    model: nn.Module, path: Path, masters: Mapping[str, torch.Tensor] = EMPTY, *, checksums: bool = True
+) -> Path:
     """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError.
 
-    masters: what holds the values of parameters, by name, where they are not in the parameters themselves.
+    masters: what holds the values of parameters, by name, where they are not in the parameters themselves. checksums:
+    whether all files are read and compared first, as `find_checkpoint` does.
 
     The weights of a dense run may become sparse: their betas are computed then. A model with adapters may start from a
     checkpoint of standard blocks (hf/adapters.py). A synchroniser over the model must be told (`adopt`).
     """
-    checkpoint, tensors = find_checkpoint(path), model_tensors(model)
+    checkpoint, tensors = find_checkpoint(path, checksums=checksums), model_tensors(model)
     tensors |= {f"model.{name}": tensor for name, tensor in masters.items()}
     held = holders(checkpoint, tensors)
     known = set().union(*(stored_names(holder) for holder in {checkpoint, *held}))
