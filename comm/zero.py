@@ -47,7 +47,7 @@ class ZeROSettings:
 
     def config(self) -> dict[str, Any]:
         """What DeepSpeed is told."""
-        zero = {"stage": self.stage, "round_robin_gradients": False}
+        zero: dict[str, Any] = {"stage": self.stage}
         host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if self.offload != "none":
             zero["offload_optimizer"] = host
@@ -267,12 +267,12 @@ def _quiet(device: torch.device) -> Iterator[Any]:
     os.environ.setdefault("LOCAL_RANK", "0")
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed's calls, for good
         warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
-    log = logging.getLogger("DeepSpeed")
     import deepspeed
 
     # Collectives of inference on CPUs, which would be compiled for minutes.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
-    log.setLevel(logging.ERROR)  # which the import has set
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
     deepspeed.init_distributed()
     try:
         yield deepspeed
