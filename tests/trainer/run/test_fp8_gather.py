@@ -85,6 +85,7 @@ def planned(config: str, options: list[str], world: int) -> int:
         (2, [*SPARSE, "model.blocks=revffn", "sparse.dense_fraction=0.9"]),
         (2, [*SPARSE, *MOE, "run.recompute=full", "optimizer.name=muon"]),
         (2, [*SPARSE, "parallel.shard=1", "parallel.sync=demo", "precision.compute=bf16"]),
+        (1, [*SPARSE, "parallel.shard=1", "precision.compute=bf16"]),
     ],
 )
 def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, options):
