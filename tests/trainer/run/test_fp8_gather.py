@@ -1,5 +1,7 @@
 """Weights that FSDP2 gathers in FP8: the same numbers as gathered whole and cast afterwards, in fewer bytes."""
 
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,9 +16,11 @@ from stepline.models.sparse_linear import SparseLinear
 from stepline.trainer.data.loader import Batch
 from stepline.trainer.plan.replay import Replay
 from stepline.trainer.run import sparsity
+from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.start import start_job
 from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
+from stepline.trainer.watch.metrics import read_metrics
 
 SPARSE = ["sparse.mode=s-ste", "precision.fp8=true"]
 SHAPE = ["model.hidden_size=32", "model.num_heads=2", "model.ffn_size=48", "model.num_layers=2"]
@@ -121,6 +125,40 @@ def test_the_share_of_values_that_8_bits_lose(tiny_config, options):
         lost += int(((w != 0) & (w.abs() / w.abs().max() * 448 < 2**-10)).sum())  # half of the least number
     assert lost > layers[0].weight.numel() / 4
     assert state.sparsity.row()["fp8_flushed"] == pytest.approx(lost / there, abs=1e-3)
+
+
+def whole_run(config: str, options: list[str], gather: bool) -> tuple[int, list[dict]]:
+    """Exit code and rows of a whole run."""
+    sys.argv = ["stepline"]
+    folder, real = next(o for o in options if o.startswith("run.folder=")), sparsity.Fp8Gather
+    gathers = real if gather else lambda _, config: real(nn.Module(), config)
+    with mock.patch.object(sparsity, "Fp8Gather", gathers):
+        code = run_training(config, options, "never")
+    return code, read_metrics(Path(folder.removeprefix("run.folder=")) / "metrics.jsonl")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("sync", ["all_reduce", "diloco"])
+def test_validation_sees_the_weights_of_its_step(pool, tiny_config, tmp_path, sync):
+    """Which are newer than the cast shards of the step before, and with DiLoCo not even the replica's own."""
+    common = [*SHAPE, *SPARSE, f"parallel.sync={sync}", "parallel.micro_batch=1", "budget.steps=4"]
+    common += [
+        "logging.eval_every=2",
+        "logging.eval_windows=8",
+        "optimizer.lr=0.05",
+        "precision.compute=bf16",
+        "run.compile=false",
+    ]
+    rows = []
+    for gather in (True, False):
+        options = [*common, f"run.folder={tmp_path / str(gather)}"]
+        answers = pool.run(2, whole_run, str(tiny_config), options, gather, init=False, timeout=300)
+        assert [code for code, _ in answers] == [0, 0]
+        rows.append(answers[0][1])
+    values = [[r["val_loss"] for r in some if "val_loss" in r] for some in rows]
+    assert len(values[0]) == 2
+    assert values[0] == values[1]
+    assert values[0][0] != values[0][1]
 
 
 @pytest.mark.parametrize("options", [["run.recompute=selective"], ["run.recompute=full"]])
