@@ -253,7 +253,9 @@ def test_saved_config_is_complete(tiny_config, tmp_path):
     folder = tmp_path / "run"
     assert run_training(str(tiny_config), [f"run.folder={folder}", "budget.steps=2"], "never") == 0
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert "auto" not in [v for s in saved.values() for k, v in s.items() if k not in ("wandb", "verify", "forward")]
+    assert "auto" not in [
+        v for s in saved.values() for k, v in s.items() if k not in ("wandb", "verify", "forward")
+    ]
     for name in ("metrics.jsonl", "environment.json", "outcome.json", "logs/attempt-1/rank-0.log"):
         assert (folder / name).is_file(), name
 
