@@ -19,8 +19,9 @@ def loop_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     Reads `counts` on the host. Returns `[rows, out]`; groups without rows get a gradient of zeros.
     """
-    parts = x.split(counts.tolist())
-    return torch.cat([F.linear(part, w) for part, w in zip(parts, weight.unbind(0), strict=True)])
+    groups = zip(x.split(counts.tolist()), weight.unbind(0), strict=True)
+    products = [F.linear(part, w) for part, w in groups if len(part)]
+    return torch.cat(products or [F.linear(x, weight[0])])
 
 
 def grouped_mm_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
