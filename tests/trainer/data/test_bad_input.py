@@ -30,8 +30,8 @@ def refused(tmp_path: Path, tokenizer: Path | None, name: str, content: bytes, *
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.jsonl.gz", gzip.compress(GOOD)[:-2000], "x.jsonl.gz is truncated"),
-        ("x.txt.gz", gzip.compress(GOOD)[:-4], "x.txt.gz is truncated"),
+        ("x.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-2000], "x.jsonl.gz is truncated"),
+        ("x.txt.gz", gzip.compress(GOOD, mtime=0)[:-4], "x.txt.gz is truncated"),
         ("x.jsonl.gz", b"no gzip at all", "x.jsonl.gz is not a sound gzip file"),
         ("x.jsonl.zst", zstandard.compress(GOOD)[:-200], "x.jsonl.zst is truncated"),
         ("x.jsonl.zst", b"no zstd at all", "x.jsonl.zst is not a sound zstd file"),
@@ -46,7 +46,7 @@ def refused(tmp_path: Path, tokenizer: Path | None, name: str, content: bytes, *
         ("x.parquet", b"PAR1 no parquet", "x.parquet is not a sound Parquet file"),
         ("x.txt", b"", "x.txt has no text"),
         ("x.jsonl", b"\n\n", "x.jsonl has no text"),
-        ("x.jsonl.gz", gzip.compress(b""), "x.jsonl.gz has no text"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), "x.jsonl.gz has no text"),
         ("x.jsonl", b'{"text": ""}\n', "x.jsonl has no text"),
         ("x.jsonl", b'{"text": " \\n\\t"}\n' * 9, "x.jsonl has no text (nothing but white space)"),
         ("x.txt", b" \n\n\t" * 99, "x.txt has no text (nothing but white space)"),
@@ -61,7 +61,7 @@ def test_damaged_input_is_one_sentence_that_names_the_file(
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("x.jsonl", b'{"text": ""}\n'), ("x.jsonl.gz", gzip.compress(b""))]
+    ("name", "content"), [("x.jsonl", b'{"text": ""}\n'), ("x.jsonl.gz", gzip.compress(b"", mtime=0))]
 )
 def test_nothing_to_train_a_tokenizer_on(tmp_path, name: str, content: bytes) -> None:
     assert "no text" in refused(tmp_path, None, name, content)
@@ -71,7 +71,7 @@ def test_nothing_to_train_a_tokenizer_on(tmp_path, name: str, content: bytes) ->
     ("name", "content", "words"),
     [
         ("x.jsonl", GOOD + b'{"text": \n', "x.jsonl:20001 is not JSON"),
-        ("x.jsonl.gz", gzip.compress(GOOD)[:-2000], "x.jsonl.gz is truncated"),
+        ("x.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-2000], "x.jsonl.gz is truncated"),
         ("x.txt", b" \n\n\t" * 99, "x.txt has no text (nothing but white space)"),
     ],
 )
