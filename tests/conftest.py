@@ -20,6 +20,7 @@ def pytest_configure() -> None:
     settings.load_profile("untimed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `-n 2 --dist loadgroup`: one worker has the pool of processes and begins with its tests; the rest of a file
     stays together, as its fixtures are shared."""
