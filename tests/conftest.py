@@ -1,7 +1,9 @@
 """Settings and fixtures of the whole suite."""
 
+import functools
 import importlib.util
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -20,14 +22,23 @@ def pytest_configure() -> None:
     settings.load_profile("untimed")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: one worker has the pool of processes and begins with its tests; the rest of a file
-    stays together, as its fixtures are shared."""
-    for item in items:
-        pooled = "pool" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("pool" if pooled else item.path.stem))
-    items.sort(key=lambda item: "pool" not in getattr(item, "fixturenames", ()))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Of two workers (`-n 2`) one has the pool of processes, and every file whose tests ask for it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPool(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "pool" if uses_pool(config.rootpath / file) else file
+
+    return ByPool(config, log)
+
+
+@functools.cache
+def uses_pool(file: Path) -> bool:
+    """Whether a test in `file` takes a fixture that leads to the pool."""
+    return bool(re.search(r"def \w+\([^)]*\b(pool|train|interrupted)\b", file.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")
