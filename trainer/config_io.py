@@ -25,6 +25,8 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{name} is a folder; its config is {path / 'config.yaml'}")
     return _shipped(path, f"no config file '{name}'")
 
 

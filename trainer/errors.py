@@ -13,6 +13,10 @@ class UserError(Exception):
     """A mistake in a command, a config or an input; its text says in one sentence what to change."""
 
 
+class DoesNotFit(UserError):
+    """A step needs more memory than a device has."""
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the most similar of `words`, or an empty string when none is near."""
     match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)

@@ -32,26 +32,37 @@ def is_new(name: str) -> bool:
     return ADAPTER.fullmatch(name) is not None or STREAM_NORM.fullmatch(name) is not None
 
 
-def freeze(model: nn.Module, config: Config) -> None:
-    """Leaves the adapters and the norms of the streams alone trainable. Raises UserError without adapters."""
+def check_adapters(config: Config) -> None:
+    """Raises UserError where adapters alone are to be trained and there are none, or nothing to read the rest from.
+
+    That must be a checkpoint: of a run the newest one may be another the next time.
+    """
+    if config.optimizer.only != "adapters":
+        return
     if config.model.blocks != "revffn" or not config.model.revffn.adapters:
         raise UserError("optimizer.only=adapters needs model.blocks=revffn and model.revffn.adapters=true")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_new(name))
-
-
-def load_frozen(model: nn.Module, config: Config) -> None:
-    """Fills what is frozen, at the start of every attempt, from the checkpoint that run.init_from names.
-
-    Raises UserError where that is a run, whose newest checkpoint may be another one the next time.
-    """
     path = config.run.init_from
+    if path is not None and not path.exists():
+        raise UserError(
+            f"what this run leaves frozen lies in {path} (its run.init_from), which is not there; put it back"
+        )
     if path is None or not (path / COMPLETE).is_file():
         found = "" if path is None else f", such as {find_checkpoint(path, checksums=False)}"
         raise UserError(
             "optimizer.only=adapters reads what is frozen from run.init_from at every start: name a checkpoint "
             f"there{found}"
         )
+
+
+def freeze(model: nn.Module) -> None:
+    """Leaves the adapters and the norms of the streams alone trainable."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_new(name))
+
+
+def load_frozen(model: nn.Module, config: Config) -> None:
+    """Fills what is frozen, at the start of every attempt, from the checkpoint that run.init_from names."""
+    path = config.run.init_from
     frozen = {f"model.{name}": p.data for name, p in model.named_parameters() if not p.requires_grad}
     for checkpoint, names in holders(path, frozen).items():
         load_tensors(checkpoint, {name: frozen[name] for name in names})

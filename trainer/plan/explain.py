@@ -194,7 +194,10 @@ def show(
 ) -> None:
     """The tables and sentences that a person reads."""
     i = plan.inputs
-    console.print(f"N = {i.params:.4g}, D = {i.tokens:.4g}, D/N = {i.tokens / i.params:.4g}\n", style="bold")
+    active = "" if i.active_params in (None, i.params) else f" ({i.active_params:.4g} active)"
+    console.print(
+        f"N = {i.params:.4g}{active}, D = {i.tokens:.4g}, D/N = {i.tokens / i.params:.4g}\n", style="bold"
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("", "use", "ideal", "95 %", "range", "price"):
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
@@ -243,15 +246,23 @@ def show_tradeoffs(plan: Plan, trade: list[Tradeoff], console: Console) -> None:
     table = Table(
         title="The same loss with other batches", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
     )
-    for name in ("batch, tokens", "steps", "tokens", "GPU-hours", "time, GPUs x batch"):
+    columns = {
+        "batch, tokens": [
+            number(row.batch_tokens) + (" <" if math.isclose(row.batch_tokens, plan.batch_tokens) else "")
+            for row in trade
+        ],
+        "steps": [number(row.steps) for row in trade],
+        "tokens": [short(row.tokens, 4) for row in trade],
+        "GPU-hours": ["" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}" for row in trade],
+        "time, GPUs x batch": ["" if row.hours is None else duration(row.hours) for row in trade],
+    }
+    columns = {
+        name: cells for name, cells in columns.items() if any(cells)
+    }  # without a device nothing of time
+    for name in columns:
         table.add_column(name, justify="right", overflow="fold")
-    for row in trade:
-        mark = " <" if math.isclose(row.batch_tokens, plan.batch_tokens) else ""
-        hours = "" if row.hours is None else duration(row.hours)
-        gpu_hours = "" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}"
-        table.add_row(
-            number(row.batch_tokens) + mark, number(row.steps), short(row.tokens, 4), gpu_hours, hours
-        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     console.print(table)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stepline.trainer.config import Config
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import DoesNotFit
 from stepline.trainer.plan.replay import Replay
 from stepline.trainer.plan.zero_memory import ZeroReplay
 
@@ -85,7 +85,7 @@ def fit_layout(
     then exchange gradients only; all ranks on CPUs and where the memory is not known; where replicas do not exchange
     gradients (parallel.sync), the `node` ranks of a node, and on one node 1. When that is not enough, the micro-batch
     is cut into more equal pieces; the global batch of `batch_windows` windows stays.
-    Raises UserError when not even one window fits.
+    Raises DoesNotFit when not even one window fits.
     """
     parallel, device = config.parallel, config.run.device
     auto_shard, auto_micro_batch = parallel.shard == "auto", parallel.micro_batch == "auto"
@@ -101,7 +101,7 @@ def fit_layout(
         ]
     share = math.ceil(batch_windows / world)
 
-    def need(shard: int, windows: int) -> int:
+    def need(shard: int, windows: int, config: Config = config) -> int:
         return estimate(config, Layout(world, shard, windows, math.ceil(share / windows))).total
 
     limit = usable(memory_bytes, device)
@@ -118,16 +118,19 @@ def fit_layout(
     advice = ["start more ranks"] if shard == world else ["shard over more ranks (parallel.shard)"]
     if not auto_micro_batch and micro_batch > 1:
         advice.insert(0, "lower parallel.micro_batch")
-    # reversible blocks recompute as it is
-    if config.run.recompute != "full" and config.model.blocks == "standard":
-        advice.insert(0, "set run.recompute=full")
+    if (
+        config.run.recompute != "full" and config.model.blocks == "standard"
+    ):  # reversible blocks recompute as it is
+        full = config.model_copy(update={"run": config.run.model_copy(update={"recompute": "full"})})
+        if need(shard, micro_batch, full) <= limit:
+            advice.insert(0, "set run.recompute=full")
     sentence = (
         f"a step of {micro_batch} x {config.data.seq_len} tokens needs an estimated "
         f"{gigabytes(need(shard, micro_batch))} on each device, which has {gigabytes(memory_bytes)} "
         f"({MARGIN[device]:.0%} of it stay free); {' or '.join(advice)}"
     )
     if auto_micro_batch:
-        raise UserError(f"{sentence}, or set parallel.micro_batch=1 to try it all the same")
+        raise DoesNotFit(f"{sentence}, or set parallel.micro_batch=1 to try it all the same")
     return shard, micro_batch, [sentence]
 
 

@@ -23,7 +23,7 @@ from stepline.models.moe import MoE
 from stepline.models.sparse_linear import Recipe, convert
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
-from stepline.trainer.hf.adapters import freeze, load_frozen
+from stepline.trainer.hf.adapters import check_adapters, freeze, load_frozen
 from stepline.trainer.plan.resolve import whole_matrices
 from stepline.trainer.run.precision import compute_dtype, master_dtype, reduce_dtype
 from stepline.trainer.run.sparsity import set_betas
@@ -40,7 +40,8 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         model = Transformer(config.model).to(master_dtype(config))
     convert(model, *recipes(config))
     if config.optimizer.only == "adapters":
-        freeze(model, config)
+        check_adapters(config)
+        freeze(model)
     for block in model.layers:
         _recompute(block, config.run.recompute)
         if config.run.compile is True:

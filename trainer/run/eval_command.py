@@ -138,13 +138,20 @@ def score(
                 source.path,
                 source.split,
                 seq_len=config.data.seq_len,
-                micro_batch=max(1, TOKENS_AT_ONCE // config.data.seq_len),
+                micro_batch=windows_at_once(config),
                 rank=world.rank,
                 world_size=world.size,
                 confine_attention=config.data.confine_attention,
             )
             scores[source.name] = evaluate(model, loader, device)
     return scores
+
+
+def windows_at_once(config: Config) -> int:
+    """Of a micro-batch. In FP8 that of the run: activations have one scale for all of it, which the loss depends on."""
+    if config.precision.fp8:
+        return config.parallel.micro_batch
+    return max(1, TOKENS_AT_ONCE // config.data.seq_len)
 
 
 @contextlib.contextmanager

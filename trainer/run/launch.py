@@ -247,7 +247,7 @@ def dry_run(config: str, overrides: list[str], resume: str) -> int:
     from stepline.trainer.config_io import format_config
     from stepline.trainer.plan.memory import Layout, estimate, memory_table
 
-    job = start_job(config, overrides, resume, world := launched_world(rendezvous=False))
+    job = start_job(config, overrides, resume, world := launched_world(rendezvous=False), dry=True)
     print(format_config(job.config, job.origins), end="")
     layout = Layout.of(job.config, world.size)
     has = device_memory(job.device, world.local_size)
@@ -255,4 +255,6 @@ def dry_run(config: str, overrides: list[str], resume: str) -> int:
         print(f"# {line}")
     for note in job.notes:
         print(f"# note: {note}")
+    if job.refused is not None:
+        raise job.refused
     return DONE

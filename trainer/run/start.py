@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from stepline.comm.mesh import World, check_rendezvous
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
 from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import DoesNotFit, UserError
 from stepline.trainer.files import write_whole
+from stepline.trainer.hf.adapters import check_adapters
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_expectation
+from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.device_memory import device_memory
@@ -44,6 +46,8 @@ class Job:
     """Checkpoint to continue from."""
     resume_chosen: bool = False
     """Whether the user named it; otherwise an earlier one may take its place."""
+    refused: DoesNotFit | None = None
+    """Why the run cannot start, in a dry one."""
     notes: list[str] = field(default_factory=list)
     """Warnings of the plan and what this machine cannot do, each one sentence."""
     products: dict[str, Any] = field(default_factory=dict)
@@ -89,11 +93,12 @@ def launched_world(*, rendezvous: bool = True) -> World:
     return world
 
 
-def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job:
+def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry: bool = False) -> Job:
     """Reads and checks the config, the data, the machine and the run's folder; starts nothing.
 
     resume: `auto` continues the run of that folder where it has a complete checkpoint, `never` refuses a folder
-    that is not empty, anything else is the checkpoint to continue from. Raises UserError.
+    that is not empty, anything else is the checkpoint to continue from. dry: a step that does not fit is planned all
+    the same, and `refused`. Raises UserError.
     """
     config, origins = load_config(name, overrides)
     check_folder(config.run.folder)
@@ -102,6 +107,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins)
     check_installed(config)
+    check_adapters(config)
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
     config.run.device = device.type
@@ -116,8 +122,15 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
     machine = Machine(world.size, device.type, bf16, memory, world.local_size)
-    plan, warnings = resolve(config, origins, machine, corpus)
-    notes += warnings
+    refused = None
+    try:
+        plan, warnings = resolve(config, origins, machine, corpus)
+    except DoesNotFit as error:
+        if not dry:
+            raise
+        refused = error
+        plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus)
+    notes += warnings + idle_keys(config, origins)
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
     check_products_of_batch(config, device)
@@ -129,7 +142,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World) -> Job
         )
 
     chosen = resume not in ("auto", "never")
-    job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, notes)
+    job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, refused, notes)
     if resume_from is None:
         job.expected = expected_final_loss(plan, job.folder, job.fingerprints, config.logging.eval_split)
     else:

@@ -63,6 +63,14 @@ def test_a_config_is_counted_from_its_shapes():
     assert values["batch_tokens"] % (8 * values["inputs"]["micro_batch"] * values["inputs"]["seq_len"]) == 0
 
 
+def test_a_mixture_shows_its_active_weights_and_no_empty_columns():
+    counts = parameter_counts(load_config("moe-tiny")[0].model)
+    out = plan("moe-tiny", "budget.tokens=1e6").stdout
+    assert f"N = {counts.linear:.4g} ({counts.active:.4g} active)" in " ".join(out.split())
+    assert "GPU-hours" not in out
+    assert "GPU-hours" in plan(*TWO, "--device", "H200").stdout
+
+
 def test_cost_of_a_config_counts_attention_and_head():
     out = plan("dense-1b", "budget.tokens=1e11", "--peak-flops", "1e15", "--mfu", "0.5", "--json").stdout
     config = load_config(str(find_config("dense-1b")))[0]
@@ -112,6 +120,7 @@ def test_short():
     ("arguments", "sentence"),
     [
         (["--params", "1e9"], "give --params and --tokens, or a config"),
+        (["{run}"], "is a folder; its config is {run}/config.yaml"),
         (["--params", "1e40", "--tokens", "1e9"], "params is 1e+40"),
         ([*TWO, "--device", "H999"], "the peak of device 'H999' is not known"),
         ([*TWO, "--mfu", "0.5"], "--mfu needs --device"),
@@ -125,7 +134,10 @@ def test_short():
         (["--params", "0", "--tokens", "10"], "--params is 0; it must be between 1 and 1e+15"),
     ],
 )
-def test_mistakes(arguments, sentence):
+def test_mistakes(tmp_path, arguments, sentence):
+    (tmp_path / "config.yaml").touch()
+    arguments = [argument.replace("{run}", str(tmp_path)) for argument in arguments]
+    sentence = sentence.replace("{run}", str(tmp_path))
     done = plan(*arguments, code=2)
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")

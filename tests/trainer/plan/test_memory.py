@@ -280,7 +280,9 @@ def test_when_nothing_fits():
     with pytest.raises(
         UserError, match=r"set run.recompute=full or start more ranks, or set parallel.micro_batch=1"
     ):
-        decide(2e9, run={})
+        decide(4.2e9, run={})
+    with pytest.raises(UserError, match=r"stay free\); start more ranks, or set parallel.micro_batch=1"):
+        decide(2e9, run={})  # recompute is not enough
     run, warnings = decide(2e9, parallel={"micro_batch": 4, "shard": 2})
     assert (run.parallel.micro_batch, run.parallel.shard) == (4, 2)
     assert len(warnings) == 1

@@ -180,14 +180,28 @@ def test_splits_and_the_runs_own_data(run, tuned_data):
     assert said == pytest.approx(next(row["val_loss"] for row in rows if "val_loss" in row), rel=1e-12)
 
 
+def test_fp8_runs_are_evaluated_as_they_were_validated(run, tiny_data, second):
+    """An activation's scale is that of its micro-batch."""
+    shape = ("hidden_size=32", "num_heads=2", "head_dim=16", "num_kv_heads=2", "ffn_size=64", "qk_norm=false")
+    folder = run(
+        "precision.compute=fp32", "precision.fp8=true", *(f"model.{s}" for s in shape)
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "val_loss" in row][-1]
+    for name, values in evaluated(folder, tiny_data, second)["sources"].items():
+        assert values["val_loss"] == pytest.approx(last[f"val_loss/{name}"], rel=1e-12)
+
+
 def test_mistakes(run, tiny_data, tmp_path, pool):
     folder = run("budget.steps=1")
     with pytest.raises(UserError, match="neither a run with a complete checkpoint nor a checkpoint"):
         evaluated(tmp_path, tiny_data)
     with pytest.raises(UserError, match="nothing does not exist"):
         evaluated(folder, tmp_path / "nothing")
-    with pytest.raises(UserError, match="no tokens in 'tune'"):
+    with pytest.raises(UserError, match=r"no tokens in .tune.*--tune-share"):
         evaluated(folder, tiny_data, splits=("tune",))
+    with pytest.raises(UserError, match="no split 'test'; its splits are train, val, tune"):
+        evaluated(folder, tiny_data, splits=("test",))
 
     shutil.copytree(tiny_data, tmp_path / "cut")
     (tmp_path / "cut" / "val-00000.bin").unlink()

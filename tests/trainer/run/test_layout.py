@@ -8,6 +8,7 @@ from stepline.comm.mesh import World
 from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.memory import PARTS
+from stepline.trainer.run import start
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.launch import _check_layout_alike, dry_run
 
@@ -19,6 +20,33 @@ def test_dry_run_prints_the_memory_of_a_step(tiny_config, capsys):
     for part in PARTS:
         assert f"# {part} " in out
     assert "that the device has" in out
+
+
+def test_a_dry_run_shows_what_does_not_fit(tiny_config, capsys, monkeypatch):
+    """And ends as the run would."""
+    monkeypatch.setattr(start, "device_memory", lambda *_: 2**10)
+    with pytest.raises(
+        UserError, match=r"needs an estimated .* on each device; start more ranks, or set|start more"
+    ):
+        dry_run(str(tiny_config), ["parallel.micro_batch=auto"], "never")
+    assert "# total " in capsys.readouterr().out
+    with pytest.raises(UserError, match="start more ranks"):
+        start.start_job(str(tiny_config), ["parallel.micro_batch=auto"], "never", World(0, 1, 0, 1))
+
+
+def test_keys_without_effect_are_named(tiny_config):
+    options = [
+        "model.moe.top_k=3",
+        "parallel.zero.stage=2",
+        "parallel.demo.density=0.5",
+        "optimizer.name=adamw",
+    ]
+    job = start.start_job(str(tiny_config), options, "never", World(0, 1, 0, 1))
+    assert sorted(note for note in job.notes if "no effect" in note) == [
+        "model.moe.top_k has no effect without model.ffn=moe",
+        "parallel.demo.density has no effect without parallel.sync=demo",
+        "parallel.zero.stage has no effect without parallel.backend=zero",
+    ]
 
 
 def test_ram_is_divided_among_the_ranks_of_a_machine():

@@ -16,6 +16,12 @@ from stepline.trainer.run.launch import dry_run, run_training
 from stepline.trainer.run.start import pick_device, start_job
 
 ONE = World(0, 1, 0, 1)
+ADAPTERS = [
+    "optimizer.only=adapters",
+    "model.blocks=revffn",
+    "model.revffn.adapters=true",
+    "model.num_heads=2",
+]
 MIXTURE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=48"]
 
 
@@ -46,6 +52,12 @@ MIXTURE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=48"]
         (
             ["model.blocks=revffn", "model.num_heads=4"],
             "not divisible by the streams' heads, 2 x num_heads 4; the nearest width that is: 32",
+        ),
+        (["optimizer.only=adapters"], "needs model.blocks=revffn and model.revffn.adapters=true"),
+        ([*ADAPTERS], "name a checkpoint there"),
+        (
+            [*ADAPTERS, "run.init_from={tmp}/gone"],
+            "gone (its run.init_from), which is not there; put it back",
         ),
         (["run.init_from={tmp}/nothing"], "nothing is neither a run with a complete checkpoint"),
     ],

@@ -1,0 +1,31 @@
+"""Keys of a config that say nothing, because what they belong to is off. Imports no torch."""
+
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import Origins
+
+BELONGS = {
+    "model.moe.": ("model.ffn", "moe"),
+    "model.revffn.": ("model.blocks", "revffn"),
+    "model.coupling": ("model.blocks", "revffn"),
+    "parallel.zero.": ("parallel.backend", "zero"),
+    "parallel.deepspeed.": ("parallel.backend", "zero"),
+    "parallel.demo.": ("parallel.sync", "demo"),
+    "parallel.diloco.": ("parallel.sync", "diloco"),
+    "parallel.random_k.": ("parallel.sync", "random_k"),
+}
+"""By the beginning of a key: the key and its value without which it has no effect."""
+
+
+def idle_keys(config: Config, origins: Origins) -> list[str]:
+    """A sentence for each key of the command line that has no effect."""
+    notes = []
+    for key, origin in origins.items():
+        for start, (switch, value) in BELONGS.items():
+            section, name = switch.split(".")
+            if (
+                origin == "override"
+                and key.startswith(start)
+                and getattr(getattr(config, section), name) != value
+            ):
+                notes.append(f"{key} has no effect without {switch}={value}")
+    return notes
