@@ -107,7 +107,6 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins)
     check_installed(config)
-    check_adapters(config)
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
     config.run.device = device.type
@@ -130,6 +129,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
             raise
         refused = error
         plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus)
+    check_adapters(config)
     notes += warnings + idle_keys(config, origins)
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from stepline.comm.mesh import World
+from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
+from stepline.trainer.hf.adapters import check_adapters
 from stepline.trainer.run.eval_command import evaluate_run
 from stepline.trainer.run.folder import check_folder
 from stepline.trainer.run.generate import generate_text
@@ -55,10 +57,6 @@ MIXTURE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=48"]
         ),
         (["optimizer.only=adapters"], "needs model.blocks=revffn and model.revffn.adapters=true"),
         ([*ADAPTERS], "name a checkpoint there"),
-        (
-            [*ADAPTERS, "run.init_from={tmp}/gone"],
-            "gone (its run.init_from), which is not there; put it back",
-        ),
         (["run.init_from={tmp}/nothing"], "nothing is neither a run with a complete checkpoint"),
     ],
 )
@@ -259,6 +257,13 @@ def test_weights_that_do_not_fit(tiny_config, tmp_path, capsys):
     nothing = [f"run.folder={tmp_path / 'no'}", f"run.init_from={tmp_path / 'nothing'}"]
     assert run_training(str(tiny_config), nothing, "never") == 2
     assert not (tmp_path / "no").exists()
+
+
+def test_frozen_weights_that_are_gone(tiny_config, tmp_path):
+    """As `eval` of a run of adapters finds it."""
+    config, _ = load_config(str(tiny_config), [*ADAPTERS, f"run.init_from={tmp_path / 'gone'}"])
+    with pytest.raises(UserError, match=r"gone \(its run.init_from\), which is not there; put it back"):
+        check_adapters(config)
 
 
 def test_saved_config_is_complete(tiny_config, tmp_path):

@@ -17,6 +17,8 @@ class WandbServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.runs: dict[str, StoredRun] = {}
+        self.lock = threading.Lock()
+        """Whoever asks for a run sees all of what one request has brought."""
         self.hang = threading.Event()
         self.closed = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -105,10 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if self.path == "/graphql":
             request = json.loads(body)
-            data = self._answer(request.get("operationName"), request.get("variables") or {})
+            with self.server.lock:
+                data = self._answer(request.get("operationName"), request.get("variables") or {})
             return self._reply({"data": data})
         if self.path.endswith("/file_stream"):
-            self._stream(self.path.split("/")[-2], json.loads(body))
+            with self.server.lock:
+                self._stream(self.path.split("/")[-2], json.loads(body))
         return self._reply({"exitcode": None, "limits": {}})
 
     def do_PUT(self) -> None:
