@@ -148,12 +148,22 @@ class WandbLogger:
                 self.mode = "offline"
         if self._run is None:
             self._run = self._start(wandb)
-        self._sent.start(self.mode, self._run.summary.get("step", -1) if self.mode == "online" else None)
+        self._sent.start(self.mode, self._on_server() if self.mode == "online" else None)
         was_lost, self._lost = self._lost, False  # from here on the queue takes rows again
         for row in self._logged():
             self._send(self._run, row)
         if was_lost:
             log.info("wandb is back")
+
+    def _on_server(self) -> tuple[int, bool]:
+        """The place of the last row in the server's history. Its summary gives the step, and may be ahead: wandb sends
+        a row's summary before the row itself."""
+        summary = self._run.summary
+        step, ahead = summary.get("step", -1), summary.get("_step", -1) + 1 - self._run.starting_step
+        if ahead <= 0:
+            return step, True
+        places = [_place(row) for row in self._logged() if row["step"] <= step]
+        return places[-1 - ahead] if ahead < len(places) else (-1, True)
 
     def _start(self, wandb: Any) -> Any:
         known = getattr(wandb.Settings, "model_fields", LIMITS)
@@ -218,13 +228,13 @@ class Sent:
             known = json.loads(path.read_text())
             self._last, self.mode = (known["step"], known["validation"]), known["mode"]
 
-    def start(self, mode: str, server_step: int | None) -> None:
-        """server_step: the last step that the server holds, -1 for none, None offline. It knows better what came of
-        rows that were sent online."""
-        if server_step is not None and self.mode == "online":
-            self._last = min(self._last, (server_step, True))
-        elif server_step is not None and not self.mode:
-            self._last = (server_step, True)
+    def start(self, mode: str, on_server: tuple[int, bool] | None) -> None:
+        """on_server: the place of the last row that the server holds, (-1, True) for none, None offline. It knows
+        better what came of rows that were sent online."""
+        if on_server is not None and self.mode == "online":
+            self._last = min(self._last, on_server)
+        elif on_server is not None and not self.mode:
+            self._last = on_server
         self.mode = mode
 
     def forget(self, row: dict[str, Any]) -> None:
