@@ -91,14 +91,9 @@ def forget_gathered(model: nn.Module) -> None:
 
 
 def all_reduce_on_last(model: nn.Module, last: bool) -> None:
-    """Under HSDP, reduce over the replicas only in the last micro-batch; shards are reduced in each one.
-
-    DeepSpeed's engine must know the last one too.
-    """
+    """Under HSDP, reduce over the replicas only in the last micro-batch; shards are reduced in each one."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
-    elif hasattr(model, "set_gradient_accumulation_boundary"):
-        model.set_gradient_accumulation_boundary(last)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -110,8 +110,8 @@ def largest(chunks: Tensor, kept: int) -> Chosen:
 
 
 def _groups(elements: int, kept: int) -> int | None:
-    """Into how many groups a row is cut: of the powers of two that divide it into groups, the one of least search,
-    elements / size + size * kept; None where a plain search is no longer."""
+    """How many groups of 2, 4, 8 ... elements make the two searches shortest: elements / size + size * kept values.
+    None where they are not half as long as a plain one."""
     sizes = [2**i for i in range(1, 8) if elements % 2**i == 0 and elements // 2**i >= kept]
     searched = {size: elements // size + size * kept for size in sizes}
     best = min(searched, key=searched.get, default=None)

@@ -78,7 +78,7 @@ class Pieces(Tensor):
             return cls._empty(args[0].shape, torch.empty(0, dtype=args[0].dtype))
         if function is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"{function} of pieces of a tensor")
+        raise TypeError(f"{function}: pieces of a tensor can only be saved and loaded; use their `values`")
 
     def __repr__(self) -> str:
         return f"Pieces({tuple(self.shape)}, at {self.offsets})"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stepline.comm.fsdp import local
+from stepline.comm.fsdp import all_reduce_on_last, local
 from stepline.comm.replicas import first_difference, gather_replicas
 from stepline.comm.traffic import ring_bytes
 
@@ -99,6 +99,10 @@ class Synchronizer(ABC):
     def through(self, model: nn.Module) -> nn.Module:
         """What a training forward of `model` is called on."""
         return model
+
+    def announce(self, model: nn.Module, last: bool) -> None:
+        """Before the forward of a micro-batch on what `through` gives: whether it is the step's last one."""
+        all_reduce_on_last(model, last)
 
     @property
     def parts(self) -> int:

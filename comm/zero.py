@@ -150,6 +150,10 @@ class ZeRO(Synchronizer):
         """The engine."""
         return self.engine
 
+    def announce(self, model: nn.Module, last: bool) -> None:
+        """The engine reduces what stage 1 has kept, and counts a step, in the last one."""
+        self.engine.set_gradient_accumulation_boundary(last)
+
     @property
     def parts(self) -> int:
         """DeepSpeed averages gradients over ranks: their sum is the mean of that many times as much."""

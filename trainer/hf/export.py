@@ -19,6 +19,7 @@ from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import new_folder, write_whole
 from stepline.trainer.hf.adapters import holders
+from stepline.trainer.hf.blocks import BLOCK_BYTES, StoredTensors
 from stepline.trainer.hf.card import model_card
 from stepline.trainer.hf.custom import custom_config_dict, custom_name, write_code
 from stepline.trainer.hf.shards import INDEX, Unit, deal, open_shard
@@ -31,8 +32,6 @@ from stepline.trainer.run.state import model_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BIAS = ".balance_bias"
-ROWS = 1024
-"""Of a sparse weight, made at once."""
 KIND = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -53,7 +52,7 @@ class Exported:
 def export_run(path: Path, output: Path, dtype: str = "fp32", shard_bytes: int = 5 * 10**9) -> Exported:
     """Writes the newest checkpoint of a run, or one of its checkpoints, into the new folder `output`.
 
-    One parameter at a time is in memory, as pieces as large as the checkpoint holds it in. dtype: fp32, the weights
+    One parameter at a time is in memory, its place in the file and a block of its rows. dtype: fp32, the weights
     bit for bit, or bf16, rounded to nearest. Raises UserError.
     """
     checkpoint = find_checkpoint(path)
@@ -147,11 +146,12 @@ def write_weights(
     weight_map, total = {}, 0
     names = [f"model.{unit.source}" for unit in units]
     held_by = {name: holder for holder, part in holders(checkpoint, names).items() for name in part}
+    stored = {holder: StoredTensors(holder) for holder in set(held_by.values())}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors"
         with open_shard(folder / file, shard) as places:
             for unit, place in places:
-                _load(held_by[f"model.{unit.source}"], unit, place, scales.get(unit.source))
+                _fill(place, stored[held_by[f"model.{unit.source}"]], unit, scales.get(unit.source))
                 del place
         weight_map |= {name: file for unit in shard for name in unit.names}
         total += sum(unit.nbytes for unit in shard)
@@ -160,16 +160,10 @@ def write_weights(
     return len(shards), total
 
 
-def _load(checkpoint: Path, unit: Unit, place: Tensor, beta: Tensor | None) -> None:
-    """Each piece that the checkpoint holds is copied, and cast, to its part of the place."""
-    name = f"model.{unit.source}"
-    if beta is None:
-        load_tensors(checkpoint, {name: place})
-        return
-    master = torch.empty(unit.shape)
-    load_tensors(checkpoint, {name: master})
-    for rows, part in zip(place.split(ROWS, -2), master.split(ROWS, -2), strict=True):
-        rows.copy_(soft_threshold(part) * beta)
+def _fill(place: Tensor, stored: StoredTensors, unit: Unit, beta: Tensor | None) -> None:
+    """Block by block, cast on the way; a block is small beside the unit."""
+    for part, block in stored.blocks(f"model.{unit.source}", unit.shape, min(BLOCK_BYTES, unit.nbytes // 8)):
+        place[part] = block if beta is None else soft_threshold(block) * beta
 
 
 def _write_tokenizer(config: Config, folder: Path) -> tuple[int | None, list[str]]:

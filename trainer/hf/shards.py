@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -42,17 +43,24 @@ class Stored:
         if part.numel() == 0:
             return part
         row = part.nbytes // (stop - start)
-        # not by way of numpy, after which a tensor's memory cannot be given back before the tensor is
-        target = memoryview((ctypes.c_ubyte * part.nbytes).from_address(part.data_ptr())).cast("B")
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.begin + start * row)
-            done = 0
-            while done < len(target):
-                got = file.readinto(target[done:])
-                if not got:
-                    raise UserError(f"{self.file} is cut off; download it again")
-                done += got
+            if not filled(part, file):
+                raise UserError(f"{self.file} is cut off; download it again")
         return part
+
+
+def filled(tensor: Tensor, file: IO[bytes]) -> bool:
+    """Fills a contiguous tensor with the next bytes of a file; False where there are too few."""
+    # not by way of numpy, after which a tensor's memory cannot be given back before the tensor is
+    target = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    done = 0
+    while done < len(target):
+        got = file.readinto(target[done:])
+        if not got:
+            return False
+        done += got
+    return True
 
 
 def read_header(path: Path) -> dict[str, Stored]:

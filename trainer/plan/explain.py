@@ -1,7 +1,7 @@
 """A plan for people and for programs: the table of `stepline plan` and the object of its --json."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -189,6 +189,19 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+def cells(line: Mapping[str, Any], absent: str = "") -> list[str]:
+    """A line of the plan, as in plan.json's `explain`: name, used, ideal, interval, range, price."""
+    interval, price = line["interval95"], line["penalty_percent"]
+    return [
+        line["name"],
+        number(line["used"]),
+        absent if line["ideal"] is None else short(line["ideal"], 4),
+        absent if interval is None else " - ".join(map(short, interval)),
+        {None: absent, True: "inside", False: "outside"}[line["in_range"]],
+        absent if price is None else f"{price:.3f} %",
+    ]
+
+
 def show(
     plan: Plan, machine: Hardware | None, cost: Cost | None, trade: list[Tradeoff], console: Console
 ) -> None:
@@ -203,14 +216,7 @@ def show(
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
     rows = lines(plan)
     for line in rows:
-        table.add_row(
-            line.name,
-            number(line.used),
-            "" if line.ideal is None else short(line.ideal, 4),
-            "" if line.interval95 is None else " - ".join(map(short, line.interval95)),
-            {None: "", True: "inside", False: "outside"}[line.in_range],
-            "" if line.penalty_percent is None else f"{line.penalty_percent:.3f} %",
-        )
+        table.add_row(*cells(asdict(line)))
     console.print(table)
     console.print("range: whether N and D lie where the law was fitted; price: loss above the ideal's\n")
     for line in rows:

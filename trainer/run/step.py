@@ -1,5 +1,6 @@
 """One optimizer step: accumulate, normalise by global tokens, clip, guard, update."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +37,15 @@ def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor
 
 
 def accumulate(
-    model: nn.Module, batch: Batch, device: torch.device, z_weight: float, parts: int = 1
-) -> torch.Tensor:
+    model: nn.Module, batch: Batch, device: torch.device, z_weight: float, parts: int = 1,
+    announce: Callable[[nn.Module, bool], None] = all_reduce_on_last,
+) -> torch.Tensor:  # fmt: skip
     """Forward and backward of a global batch; returns its loss (0-dim, global mean over valid tokens).
 
     Every micro-batch's loss is a SUM divided by the number of valid tokens of the whole global batch, and
     gradients are summed over micro-batches and ranks: no token weighs more than another, wherever it stands.
     parts: into as many the sum over the global batch is left, each in a replica or a rank, whose mean is its gradient.
+    announce: told before each micro-batch whether it is the last one.
     batch.inputs, batch.targets: `[accumulation, micro_batch, seq]`; targets of -100 carry no loss.
     """
     targets = to_device(batch.targets, device)
@@ -50,7 +53,7 @@ def accumulate(
     valid = all_sum((targets != -100).sum()).clamp(min=1)
     total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
     for i in range(len(inputs)):
-        all_reduce_on_last(model, last=i == len(inputs) - 1)
+        announce(model, i == len(inputs) - 1)
         scale = parts / valid.to(total.dtype)
         sums = model(inputs[i], targets[i], None if doc_ids is None else doc_ids[i], scale)
         loss = sums.nll / valid
@@ -74,7 +77,7 @@ def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     """One step of the run: afterwards the parameters are updated, or untouched where the guard said skip."""
     config, synchronizer = state.config, state.synchronizer
     model, parts = synchronizer.through(state.model), synchronizer.parts
-    loss = accumulate(model, batch, state.device, config.model.z_loss, parts)
+    loss = accumulate(model, batch, state.device, config.model.z_loss, parts, synchronizer.announce)
     norm = synchronizer.largest(clip(synchronizer.gradients(), state.mesh, config.optimizer.grad_clip))
     skip = state.guard.check(loss, norm)
     result = synchronizer.step(lr, skip)

@@ -12,10 +12,12 @@ import yaml
 
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_model
+from stepline.models.sparse_linear import Recipe, convert
 from stepline.models.transformer import Transformer
 from stepline.trainer.hf.shards import INDEX
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import COMPLETE, MANIFEST, STATE, checkpoint_path, file_entry
+from stepline.trainer.run.sparsity import set_betas
 from stepline.trainer.run.state import model_tensors
 from stepline.trainer.watch.metrics import read_metrics
 
@@ -71,15 +73,19 @@ def stir(model: torch.nn.Module) -> None:
 def make_run(tmp_path, data):
     """Writes a run with the checkpoint of a random model; returns both."""
 
-    def make(name: str = "run", *, balanced: bool = False, **changed) -> tuple[Path, Transformer]:
+    def make(
+        name: str = "run", *, balanced: bool = False, sparse: bool = False, **changed
+    ) -> tuple[Path, Transformer]:
         config = ModelConfig(**SMALL | changed)
         torch.manual_seed(0)
         model = Transformer(config)
+        convert(model, Recipe(sparse=sparse), Recipe())
         init_model(model, config, seed=0)
         stir(model)
         for key, buffer in model.named_buffers():
             if not balanced and key.endswith("balance_bias"):
                 buffer.zero_()
+        set_betas(model)
         run = tmp_path / name
         path = checkpoint_path(run, 7)
         path.mkdir(parents=True)
@@ -92,7 +98,8 @@ def make_run(tmp_path, data):
         (path / MANIFEST).write_text(json.dumps({"kind": "permanent", "step": 7, "files": files}))
         (path / COMPLETE).touch()
         sections = {"model": config.model_dump(mode="json"), "data": {"path": str(data), "seq_len": 64}}
-        sections["precision"] = {"compute": "fp32"}
+        sections["precision"], sections["budget"] = {"compute": "fp32"}, {"steps": 7, "batch_tokens": 64}
+        sections["sparse"] = {"mode": "s-ste" if sparse else "none"}
         (run / "config.yaml").write_text(yaml.safe_dump(sections))
         return run, model.eval()
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from stepline.trainer.plan.explain import number
+from stepline.trainer.plan.explain import cells
 from stepline.trainer.plan.screen import short
 from stepline.trainer.watch.loggers import format_seconds
 from stepline.trainer.watch.report.read import Run
@@ -105,17 +105,7 @@ def plans(runs: Sequence[Run]) -> str:
 def _plan(plan: dict[str, Any]) -> str:
     if not plan.get("explain"):
         return "<p>This run has no plan.json.</p>"
-    rows = [
-        [
-            line["name"],
-            number(line["used"]),
-            ABSENT if line["ideal"] is None else short(line["ideal"], 4),
-            ABSENT if line["interval95"] is None else " – ".join(map(short, line["interval95"])),
-            {None: ABSENT, True: "inside", False: "outside"}[line["in_range"]],
-            ABSENT if line["penalty_percent"] is None else f"{line['penalty_percent']:.3f} %",
-        ]
-        for line in plan["explain"]
-    ]
+    rows = [cells(line, ABSENT) for line in plan["explain"]]
     law = plan.get("law", {})
     equations = "".join(
         f"<li>{escape(line['name'])}: <code>{escape(line['equation'])}</code></li>"
@@ -125,7 +115,7 @@ def _plan(plan: dict[str, Any]) -> str:
     return (
         f"<p>N = {short(n, 4)}, D = {short(d, 4)}, D/N = {d / n:.4g}, by {escape(str(law.get('name')))} "
         f"({escape(str(law.get('paper')))})</p>"
-        + table(["", "used", "ideal", "95 %", "range of the law", "price, % of the loss"], rows)
+        + table(["", "used", "ideal", "95 %", "range of the law", "price"], rows)
         + f'<ul class="note">{equations}</ul>'
         + "".join(f'<p class="note">{escape(str(text))}</p>' for text in plan.get("warnings", []))
     )
