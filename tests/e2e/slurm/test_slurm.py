@@ -129,16 +129,26 @@ def test_a_preemption_saves_and_continues(submit, cluster, undisturbed, tmp_path
     assert "SIGTERM: step " in log(folder, job)
 
 
-def test_a_killed_rank_is_tried_again_from_its_last_checkpoint(submit, cluster, undisturbed, tmp_path):
-    """An attempt that dies has the job requeued where it has completed a checkpoint."""
+@pytest.mark.parametrize("whole_node", [False, True])
+def test_what_dies_is_tried_again_from_the_last_checkpoint(
+    submit, cluster, undisturbed, tmp_path, whole_node
+):
+    """A rank, or all processes of the node that hosts the rendezvous store: the attempt ends, and the job is requeued
+    where it has completed a checkpoint."""
     folder = tmp_path / "run"
     job = submit(folder, 200, "checkpoint.every=20")
     reach(folder, 60)
     found = subprocess.run(["pgrep", "-f", f"train .*{folder}"], capture_output=True, text=True, check=True)
-    ranks = [
-        pid for pid in found.stdout.split() if b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-    ]
-    os.kill(int(ranks[0]), signal.SIGKILL)
+    about = {
+        int(pid): [Path(f"/proc/{pid}/{name}") for name in ("environ", "cmdline", "stat")]
+        for pid in found.stdout.split()
+    }
+    about = {pid: [path.read_bytes() for path in paths] for pid, paths in about.items()}
+    ranks = {pid: int(stat.split()[3]) for pid, (env, _, stat) in about.items() if b"\0RANK=" in b"\0" + env}
+    (host,) = {parent for parent in ranks.values() if b"is_host=1" in about[parent][1]}
+    dying = [host, *(pid for pid, parent in ranks.items() if parent == host)] if whole_node else [min(ranks)]
+    for pid in dying:
+        os.kill(pid, signal.SIGKILL)
     assert cluster.end(job) == ("COMPLETED", 1)
     assert rows(folder) == undisturbed(200)
     assert "it goes on from its last checkpoint" in log(folder, job)
