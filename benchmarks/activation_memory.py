@@ -48,6 +48,7 @@ from stepline.models.revffn import run_reversible
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
 from stepline.trainer.run.build import build_model
+from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import accumulate, train_step
 from stepline.trainer.watch.allocations import Allocations
@@ -186,6 +187,8 @@ def bit_equal(model: torch.nn.Module, step: functools.partial, batch: Batch) -> 
 def time_steps(args: argparse.Namespace, ffn: str, layers: int) -> dict:
     """Seconds of a step, wall and of this process's CPUs: medians, and the median of RevFFN over each in its round."""
     device = torch.device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as `stepline train` does
     mesh = build_mesh(device, 1, 1)
     configs = {name: settled(VARIANTS[name], args, ffn, layers) for name in TIMED}
     states = {name: Trainee.build(config, device, mesh) for name, config in configs.items()}

@@ -28,6 +28,7 @@ from stepline.trainer.files import locked
 from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, make_folder
+from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import forget_outcome, told_launchers, write_outcome
 from stepline.trainer.run.signals import StopSignal
@@ -58,6 +59,8 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
                 return code
             launched_world()  # raises where the ranks cannot meet
             make_folder(job.folder)
+            if job.device.type == "cpu":
+                keep_freed_memory()
             if world.rank == 0:
                 held.enter_context(_only_one(job.folder))
             _join(job)

@@ -1,0 +1,43 @@
+"""Freed memory is kept on CPUs: its pages are not faulted in again."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import torch
+from stepline.trainer.run.malloc import keep_freed_memory
+told = keep_freed_memory() if sys.argv[1] == "keep" else None
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(12):
+        torch.zeros(2**26, dtype=torch.uint8).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+pages()
+print(told, pages())
+"""
+
+
+def run(*words: str, **environment: str) -> tuple[str, int]:
+    """(what it answered, page faults of twelve buffers of 64 MiB after the first twelve)."""
+    env = os.environ | environment
+    command = [sys.executable, "-c", PROGRAM, *words]
+    told, faults = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()
+    return told, int(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc alone")
+def test_pages_of_freed_buffers_are_not_faulted_in_again():
+    told, kept = run("keep")
+    assert told == "True"
+    _, given_back = run("leave")
+    assert kept < given_back / 4
+
+
+def test_the_users_own_settings_stand():
+    assert run("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+    assert run("keep", GLIBC_TUNABLES="glibc.malloc.arena_max=1")[0] == "False"
