@@ -4,7 +4,11 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +122,33 @@ def test_prepared_data_and_text_in_one_and_two_processes(run, tiny_data, second,
         each = {name: said["sources"][name][key] for name in (first, other)}
         assert {name: last[f"{key}/{name}"] for name in each} == pytest.approx(each, rel=1e-12)
         assert last[key] == pytest.approx(sum(each.values()) / 2, rel=1e-12)
+
+
+@pytest.mark.e2e
+def test_nothing_of_a_text_is_left_after_sigterm(run, tmp_path):
+    folder, temporary = run(), tmp_path / "temporary"
+    temporary.mkdir()
+    (tmp_path / "long.txt").write_text("carol sends a letter at 7.\n" * 400_000)
+    command = [
+        sys.executable,
+        "-m",
+        "stepline.trainer",
+        "eval",
+        str(folder),
+        "--data",
+        str(tmp_path / "long.txt"),
+    ]
+    process = subprocess.Popen(
+        command, env=os.environ | {"TMPDIR": str(temporary)}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(temporary.glob("stepline-eval-*/*/*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert list(temporary.glob("stepline-eval-*")) == []
 
 
 @pytest.mark.e2e
