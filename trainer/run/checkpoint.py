@@ -63,10 +63,21 @@ class _Pending:
 
 def stored_names(checkpoint: Path) -> set[str]:
     """The names of the tensors in a checkpoint; raises UserError where it is damaged."""
+    return set(stored_shapes(checkpoint))
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors' shapes by name; raises UserError where the checkpoint is damaged."""
     try:
-        return set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # an unpickled file may raise anything
         raise damaged(checkpoint, "its metadata cannot be read") from error
+    return {name: tuple(tensor.size) for name, tensor in stored.items()}
+
+
+def misfit(checkpoint: Path, reason: object) -> UserError:
+    """That the tensors of a checkpoint are those of another model."""
+    return UserError(f"the weights in {checkpoint} do not fit this model: {reason}")
 
 
 def load_tensors(
@@ -87,7 +98,7 @@ def load_tensors(
                 if isinstance(reason, torch.OutOfMemoryError | KeyboardInterrupt):
                     raise
                 if str(reason).startswith(("Size mismatch", "Missing key")):
-                    raise UserError(f"the weights in {checkpoint} do not fit this model: {reason}") from error
+                    raise misfit(checkpoint, reason) from error
             raise damaged(checkpoint, "its tensors cannot be read") from error
 
 

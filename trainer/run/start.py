@@ -23,8 +23,9 @@ from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
-from stepline.trainer.run.manifest import find_checkpoint, read_state
+from stepline.trainer.run.manifest import read_state
 from stepline.trainer.run.products import check_products_of_batch, products_done_instead
+from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.zero import check_installed
 
 
@@ -116,7 +117,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     check_held_out(sources, metas, config.logging.eval_split)
     check_windows(sources, metas, config.data.seq_len)
     if resume_from is None and config.run.init_from is not None:
-        find_checkpoint(config.run.init_from)  # raises UserError
+        check_weights(config)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)

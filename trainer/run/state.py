@@ -18,11 +18,11 @@ from stepline.models.sparse_linear import sparse_weights
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import TrainLoader
-from stepline.trainer.hf.adapters import holders, pretrained, start_adapters
+from stepline.trainer.hf.adapters import holders, is_new, pretrained, start_adapters
 from stepline.trainer.optim.guard import Guard
 from stepline.trainer.run.balance import ExpertBalance
 from stepline.trainer.run.build import build_model
-from stepline.trainer.run.checkpoint import load_tensors, stored_names
+from stepline.trainer.run.checkpoint import load_tensors, misfit, stored_names, stored_shapes
 from stepline.trainer.run.manifest import find_checkpoint, read_state
 from stepline.trainer.run.sparsity import Sparsity, set_betas
 from stepline.trainer.run.synchronize import build_synchronizer
@@ -170,6 +170,18 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that are part of the model: the experts' balance biases, the scales of sparse weights."""
     state = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in state}
+
+
+def check_weights(config: Config) -> None:
+    """Raises UserError, before anything starts, where what run.init_from names has a parameter in another shape."""
+    checkpoint = find_checkpoint(config.run.init_from)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    shapes, anew = stored_shapes(checkpoint), pretrained(model, checkpoint)
+    for name, parameter in model.named_parameters():
+        held = shapes.get(f"model.{name}", tuple(parameter.shape))
+        if held != tuple(parameter.shape) and not (anew and is_new(name)):
+            raise misfit(checkpoint, f"{name} is {held} there and {tuple(parameter.shape)} here")
 
 
 def load_weights(

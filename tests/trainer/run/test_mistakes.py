@@ -253,7 +253,8 @@ def test_weights_that_do_not_fit(tiny_config, tmp_path, capsys):
     wider = [f"run.folder={tmp_path / 'wider'}", "model.ffn_size=51", f"run.init_from={tmp_path / 'first'}"]
     capsys.readouterr()
     assert run_training(str(tiny_config), wider, "never") == 2
-    assert "do not fit this model" in capsys.readouterr().err
+    assert "do not fit this model: layers.0.ffn.w1.weight is (" in capsys.readouterr().err
+    assert not (tmp_path / "wider").exists()
     nothing = [f"run.folder={tmp_path / 'no'}", f"run.init_from={tmp_path / 'nothing'}"]
     assert run_training(str(tiny_config), nothing, "never") == 2
     assert not (tmp_path / "no").exists()
