@@ -1,7 +1,11 @@
-"""8-bit floating point with a scale for each tensor: casts, and products of cast operands.
+"""8-bit floating point with a scale for each tensor, or for each row of the first operand of a product and each column
+of the second: casts, and products of cast operands.
 
 E4M3 for what goes forward, E5M2 for gradients (arXiv 2209.05433). On CUDA (SM 89 and newer) the product is
 `torch._scaled_mm`; elsewhere the same numbers are multiplied in fp32, which is the reference.
+
+With a scale for each row, torch (2.11 to 2.13) takes cuBLAS on Hopper from cuBLAS 12.9 on, and its own CUTLASS kernels
+on all other GPUs: those give bf16 alone and want E4M3 as the second operand. What both take is what is taken here.
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,8 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """What CUDA's products want the inner and the outer widths to be multiples of."""
 RESULTS = (torch.bfloat16, torch.float16, torch.float32)
+ROW_RESULT = torch.bfloat16
+"""The only result of products with a scale for each row."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +28,12 @@ class Scaled:
     data: Tensor
     """`[rows, cols]` in an 8-bit type."""
     scale: Tensor
-    """0-dim fp32."""
+    """fp32: 0-dim, `[rows, 1]` or `[1, cols]`."""
 
     @property
     def mT(self) -> "Scaled":
         """Transposed."""
-        return Scaled(self.data.mT, self.scale)
+        return Scaled(self.data.mT, self.scale.mT if self.scale.ndim else self.scale)
 
     def float(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """As numbers of `dtype`."""
@@ -35,41 +41,58 @@ class Scaled:
 
 
 def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale, 0-dim fp32, that takes `amax` to the largest number of `dtype`; 1 where amax is 0."""
+    """The scale, fp32 of amax's shape, that takes `amax` to the largest number of `dtype`; 1 where amax is 0."""
     scale = amax.float() / torch.finfo(dtype).max
     return torch.where(
         scale > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), 1.0
     )  # of which 1 / scale is finite
 
 
-def cast(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Scaled:
+def cast(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None, dim: int | None = None) -> Scaled:
     """Rounds `x` to the nearest numbers of `dtype`, ties to even; what lies beyond `amax` is clipped.
 
-    amax: 0-dim, the largest magnitude; of `x` by default.
+    amax: 0-dim, the largest magnitude; of `x` by default. dim: values along it share a scale, -1 gives each row its
+    own, -2 each column; None: all of `x` do.
     """
-    scale = scale_for(x.abs().amax() if amax is None else amax, dtype)
+    scale = scale_for(largest(x, dim) if amax is None else amax, dtype)
     return Scaled(quantise(x, scale, dtype), scale)
 
 
+def largest(x: Tensor, dim: int | None = None) -> Tensor:
+    """The largest magnitude of `x`, 0-dim, or those along `dim`, which stays with the size 1."""
+    return x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+
+
 def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x times 1 / scale in `dtype`, rounded to the nearest, ties to even, and clipped to its largest number."""
-    largest, wide = torch.finfo(dtype).max, torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) * (1 / scale.to(wide))).clamp(-largest, largest).to(dtype)
+    """x times 1 / scale in `dtype`, rounded to the nearest, ties to even, and clipped to its largest number.
+
+    scale: fp32 of any shape that x's is a broadcast of.
+    """
+    bound, wide = torch.finfo(dtype).max, torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * (1 / scale.to(wide))).clamp(-bound, bound).to(dtype)
 
 
 def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
-    """a b, `[m, k] x [k, n]`, summed in fp32 and rounded to `dtype` once."""
+    """a b, `[m, k] x [k, n]`, summed in fp32 and rounded to `dtype` once.
+
+    Scales are one number each, or `[m, 1]` and `[1, n]`: what is summed over, k, shares a scale. Raises ValueError for
+    what CUDA refuses.
+    """
     check_product(a, b, dtype)
     if has_fp8(a.data.device):
         data = b.data.mT.contiguous().mT  # column-major
-        return torch._scaled_mm(a.data.contiguous(), data, a.scale, b.scale, out_dtype=dtype)
+        left, right = a.scale, b.scale
+        if left.ndim:  # strides of 1 along their last dimension, also where its size is 1
+            left, right = left.flatten()[:, None], right.flatten()[None]
+        return torch._scaled_mm(a.data.contiguous(), data, left, right, out_dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return ((a.data.to(wide) @ b.data.to(wide)) * (a.scale * b.scale).to(wide)).to(dtype)
 
 
 def check_product(a: Scaled, b: Scaled, dtype: torch.dtype) -> None:
-    """Raises ValueError for what CUDA refuses, on every device: types, widths that are not of 16, other scales than one
-    fp32 number. Layouts are `scaled_mm`'s own: the first operand row-major, the second column-major."""
+    """Raises ValueError for what CUDA refuses, on every device: types, widths that are not of 16, other scales than
+    fp32 of the whole operands or of rows. Layouts are `scaled_mm`'s own: the first operand row-major, the second
+    column-major."""
     types = a.data.dtype, b.data.dtype
     if not {*types} <= {E4M3, E5M2}:
         raise ValueError(f"FP8 products take E4M3 and E5M2 operands, not {types[0]} and {types[1]}")
@@ -83,8 +106,23 @@ def check_product(a: Scaled, b: Scaled, dtype: torch.dtype) -> None:
     if k % MULTIPLE or n % MULTIPLE:
         raise ValueError(f"FP8 products take widths that are multiples of {MULTIPLE}, not {k} x {n}")
     for scale in (a.scale, b.scale):
-        if scale.ndim or scale.dtype != torch.float32:
-            raise ValueError(f"scales are one fp32 number, not {scale.dtype} {tuple(scale.shape)}")
+        if scale.dtype != torch.float32:
+            raise ValueError(f"scales are one fp32 number or one for each row, not {scale.dtype}")
+    if a.scale.ndim or b.scale.ndim:
+        check_row_scales(a, b, dtype)
+
+
+def check_row_scales(a: Scaled, b: Scaled, dtype: torch.dtype) -> None:
+    """Of `check_product` what scales for each row of `a` `[m, k]` and each column of `b` `[k, n]` add."""
+    m, n, given = len(a.data), b.data.shape[1], (tuple(a.scale.shape), tuple(b.scale.shape))
+    if given != ((m, 1), (1, n)):
+        raise ValueError(
+            f"scales are one fp32 number for each operand, or [{m}, 1] and [1, {n}], not {given[0]} and {given[1]}"
+        )
+    if b.data.dtype != E4M3:
+        raise ValueError(f"with scales of rows the second operand is E4M3, not {b.data.dtype}")
+    if dtype != ROW_RESULT:
+        raise ValueError(f"FP8 products with scales of rows give bf16, not {dtype}; ask for it and cast")
 
 
 @torch.compiler.assume_constant_result  # the GPU's properties are no part of a graph

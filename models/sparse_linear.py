@@ -4,7 +4,8 @@
     dX = dY W~                             E5M2 x E4M3
     dW = dY^T X,   or MVUE(dY^T) X         E5M2 x E4M3
 
-The gradient with respect to W~ is taken for that of W, unchanged (straight-through).
+The gradient with respect to W~ is taken for that of W, unchanged (straight-through). The products themselves:
+models/linear_products.py.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from stepline.kernels import ops
-from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, scale_for, scaled_mm
+from stepline.kernels.fp8 import E4M3, E5M2, cast, scale_for
 from stepline.kernels.grouped import grouped_linear
 from stepline.kernels.sparse24 import GROUP, soft_threshold
-from stepline.kernels.sparse_mm import Algorithm, sparse_mm
+from stepline.kernels.sparse_mm import Algorithm
 from stepline.models.attention import Attention
 from stepline.models.ffn import SwiGLU
+from stepline.models.linear_products import Fp8Products, Products, RowFp8Products
 from stepline.models.moe import Experts, MoE, grouped_swiglu
 
 WEIGHTS = ("w1", "w3", "w2")
@@ -34,6 +36,12 @@ class Recipe:
     mvue: bool = False
     """The gradient of the result 2:4 along tokens in dW, by the estimator."""
     fp8: bool = False
+    row_scales: bool = False
+    """In FP8 a scale for each token and each row of a weight, which is dense; otherwise one for each tensor."""
+
+    def __post_init__(self) -> None:
+        if self.row_scales and (self.sparse or not self.fp8):
+            raise ValueError("scales of rows are for dense weights in FP8")
 
 
 @dataclass
@@ -55,7 +63,7 @@ class SparseLinear(nn.Linear):
     """`[out, in]` E4M3, where the weight is sharded and gathered as this (comm/fsdp_cast.py): `weight` is then a
     placeholder while it is gathered, and only its gradient counts."""
     gathered_scale: Tensor | None = None
-    """0-dim fp32, without beta."""
+    """0-dim fp32, without beta; `[out, 1]` with scales of rows."""
     algorithm: Algorithm | None = None
     """How the sparse tensor cores make Y; None: Y is a dense product of the same numbers."""
 
@@ -79,19 +87,24 @@ class SparseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         rows, seed = x.flatten(0, -2), self.seed.clone() if self.recipe.mvue else None
-        if self.recipe.fp8:
+        if self.recipe.row_scales:
+            y = RowFp8Products.apply(rows, self.weight, *self.cast_weight())
+        elif self.recipe.fp8:
             data, scale = self.cast_weight()
             scale, algorithm = (scale * self.beta, self.algorithm) if self.sparse else (scale, None)
-            y = _Fp8Products.apply(rows, self.weight, data, scale, seed, algorithm)
+            y = Fp8Products.apply(rows, self.weight, data, scale, seed, algorithm)
         else:
-            y = _Products.apply(rows, self.weight, self.beta if self.sparse else None, seed)
+            y = Products.apply(rows, self.weight, self.beta if self.sparse else None, seed)
         return y.unflatten(0, x.shape[:-1])
 
     def cast_weight(self) -> tuple[Tensor, Tensor]:
-        """S(W), or W, in E4M3 and its scale."""
+        """S(W), or W, in E4M3 and its scale: 0-dim, or `[out, 1]` with scales of rows."""
         if self.gathered is not None:
             return self.gathered, self.gathered_scale
         w = self.weight.detach()
+        if self.recipe.row_scales:
+            q = cast(w, E4M3, dim=-1)
+            return q.data, q.scale
         scale = scale_for(ops.weight_amax(w, w.dtype, self.sparse), E4M3)
         return ops.weight_cast(w, scale, E4M3, w.dtype, self.sparse), scale
 
@@ -113,76 +126,11 @@ class SparseLinear(nn.Linear):
         return self
 
 
-class _Products(torch.autograd.Function):
-    """Y = X W~^T and its gradients. `x` `[tokens, in]`, `weight` `[out, in]`; without beta weights are dense, without
-    seed dW is made of the whole gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, beta: Tensor | None, seed: Tensor | None) -> Tensor:
-        ctx.weight_dtype = weight.dtype
-        w = weight if beta is None else soft_threshold(weight) * beta.to(weight.dtype)
-        ctx.save_for_backward(x, w, seed)
-        return x @ w.mT
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, w, seed = ctx.saved_tensors
-        dx = grad @ w if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            gt = grad.mT if seed is None else _estimate(grad, seed)
-            dw = (gt @ x).to(ctx.weight_dtype)
-        return dx, dw, None, None
-
-
-def _estimate(grad: Tensor, seed: Tensor) -> Tensor:
-    """MVUE of `[tokens, out]`, transposed and 2:4 along tokens, whose number is filled up to a multiple of four."""
-    padded = nn.functional.pad(grad, (0, 0, 0, -len(grad) % GROUP))
-    return ops.estimate(padded, seed)[:, : len(grad)].to(grad.dtype)
-
-
-class _Fp8Products(torch.autograd.Function):
-    """As `_Products`, of 8-bit operands: `data` `[out, in]` E4M3 times `scale` is W~; `weight` gets the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        data: Tensor,
-        scale: Tensor,
-        seed: Tensor | None,
-        way: Algorithm | None,
-    ) -> Tensor:
-        ctx.dtypes = x.dtype, weight.dtype
-        xq = cast(x, E4M3)
-        ctx.save_for_backward(xq.data, xq.scale, data, scale, seed)
-        if way is None:
-            return scaled_mm(xq, Scaled(data, scale).mT, x.dtype)
-        alpha = xq.scale * scale
-        return sparse_mm(xq.data, data, alpha, x.dtype, way.alg_id, way.split_k, way.split_k_mode)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        xd, xs, data, scale, seed = ctx.saved_tensors
-        x_dtype, w_dtype = ctx.dtypes
-        amax = grad.abs().amax()
-        g = cast(grad, E5M2, amax)
-        dx = scaled_mm(g, Scaled(data, scale), x_dtype) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            gt = g.mT
-            if seed is not None:
-                double = scale_for(2 * amax, E5M2)  # which no value of the estimator exceeds
-                gt = Scaled(ops.estimate_cast(grad, seed, double, E5M2), double)
-            dw = scaled_mm(gt, Scaled(xd, xs), w_dtype)
-        return dx, dw, None, None, None, None
-
-
 class SparseExperts(Experts):
     """A mixture's experts with 2:4 sparse weights, or in simulated FP8, in grouped products.
 
-    No grouped 2:4 product exists: the weights are masked, which is the same function. One beta for each stack.
+    No grouped 2:4 product exists: the weights are masked, which is the same function. One beta for each stack. With
+    scales of rows, tokens and the rows of each weight have their own, and gradients a scale for each token.
     """
 
     def __init__(self, experts: int, width: int, inner: int, recipe: Recipe, mode: Mode) -> None:
@@ -194,18 +142,19 @@ class SparseExperts(Experts):
 
     def product(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], counts: Tensor) -> Tensor:
         """As that of `Experts`, with W~ in the place of W."""
+        dim = -1 if self.recipe.row_scales else None
         made = []
         for name, weight in zip(WEIGHTS, weights, strict=True):
             sparse = self.recipe.sparse and self.mode.sparse
             w = _Straight.apply(weight, getattr(self, f"{name}_beta")) if sparse else weight
-            made.append(_Rounded.apply(w, E4M3, None) if self.recipe.fp8 else w)
+            made.append(_Rounded.apply(w, E4M3, None, dim) if self.recipe.fp8 else w)
         if not self.recipe.fp8:
             return grouped_swiglu(x, *made, counts)
         w1, w3, w2 = made
-        x = _Rounded.apply(x, E4M3, None)
-        gate, up = (_Rounded.apply(grouped_linear(x, w, counts), None, E5M2) for w in (w1, w3))
-        inner = _Rounded.apply(nn.functional.silu(gate) * up, E4M3, None)
-        return _Rounded.apply(grouped_linear(inner, w2, counts), None, E5M2)
+        x = _Rounded.apply(x, E4M3, None, dim)
+        gate, up = (_Rounded.apply(grouped_linear(x, w, counts), None, E5M2, dim) for w in (w1, w3))
+        inner = _Rounded.apply(nn.functional.silu(gate) * up, E4M3, None, dim)
+        return _Rounded.apply(grouped_linear(inner, w2, counts), None, E5M2, dim)
 
 
 class _Straight(torch.autograd.Function):
@@ -221,22 +170,25 @@ class _Straight(torch.autograd.Function):
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounds to 8 bits and back: what goes forward, the gradient, or neither."""
+    """Rounds to 8 bits and back: what goes forward, the gradient, or neither. dim: of `cast`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, forward: torch.dtype | None, backward: torch.dtype | None) -> Tensor:
-        ctx.backward_dtype = backward
-        return x.view_as(x) if forward is None else _rounded(x, forward)
+    def forward(
+        ctx, x: Tensor, forward: torch.dtype | None, backward: torch.dtype | None, dim: int | None
+    ) -> Tensor:
+        ctx.backward_dtype, ctx.dim = backward, dim
+        return x.view_as(x) if forward is None else _rounded(x, forward, dim)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad if ctx.backward_dtype is None else _rounded(grad, ctx.backward_dtype), None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        rounded = grad if ctx.backward_dtype is None else _rounded(grad, ctx.backward_dtype, ctx.dim)
+        return rounded, None, None, None
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded(x: Tensor, dtype: torch.dtype, dim: int | None) -> Tensor:
     if not x.numel():
         return x.clone()
-    return cast(x, dtype).float(torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+    return cast(x, dtype, dim=dim).float(torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
 def sparse_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -185,8 +185,10 @@ class PrecisionConfig(Section):
     compute: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """auto: bf16 on a GPU that has it, fp32 on CPUs."""
     fp8: bool = False
-    """Products of the blocks' linear layers in FP8 (E4M3, gradients E5M2, a scale for each tensor); simulated where the
-    device has none."""
+    """Products of the blocks' linear layers in FP8 (E4M3, gradients E5M2); simulated where the device has none."""
+    fp8_scales: Literal["tensor", "row"] = "tensor"
+    """What shares a scale in FP8: tensor, all of an operand; row, a token, and a row of a weight (dense ones alone),
+    so that one outlier costs the others no precision."""
     reduce: Literal["parameters", "bf16"] = "parameters"
     """Type in which gradients are summed over ranks: that of the parameters, or bf16, which halves what is sent."""
 

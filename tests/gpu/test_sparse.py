@@ -73,11 +73,36 @@ def test_products_are_those_of_the_dequantised_operands(tokens):
         assert ((got.cpu().double() - expected).norm() / expected.norm()).item() < 5e-3
 
 
+@pytest.mark.parametrize("kind", [E4M3, E5M2])
+@pytest.mark.parametrize("tokens", [48, 256, 2048])
+def test_products_with_scales_of_rows_are_those_of_the_dequantised_operands(kind, tokens):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, 512, generator=draw) * torch.logspace(-3, 3, tokens)[:, None]
+    w = torch.randn(384, 512, generator=draw) * torch.logspace(-3, 3, 384)[:, None]
+    a, b = cast(x, kind, dim=-1), cast(w, E4M3, dim=-1)
+    expected, reference = (
+        a.float(torch.float64) @ b.float(torch.float64).mT,
+        scaled_mm(a, b.mT, torch.bfloat16),
+    )
+    ac, bc = cast(x.cuda(), kind, dim=-1), cast(w.cuda(), E4M3, dim=-1)
+    assert same(ac.data, a.data)
+    assert torch.equal(ac.scale.cpu(), a.scale)
+    got = scaled_mm(ac, bc.mT, torch.bfloat16).cpu().double()
+    for wanted in (expected, reference.double()):
+        rows = (got - wanted).norm(dim=1) / wanted.norm(
+            dim=1
+        )  # each token by itself: their sizes are far apart
+        assert rows.max() < 5e-3
+    with pytest.raises(ValueError, match="give bf16"):
+        scaled_mm(ac, bc.mT, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("recipe", "algorithm"),
     [
         (Recipe(sparse=True), None),
         (Recipe(fp8=True), None),
+        (Recipe(fp8=True, row_scales=True), None),
         (Recipe(sparse=True, fp8=True), None),
         (Recipe(sparse=True, fp8=True), Algorithm()),
         (Recipe(sparse=True, mvue=True, fp8=True), Algorithm()),

@@ -27,6 +27,35 @@ def test_what_lies_beyond_amax_is_clipped():
         torch.testing.assert_close(cast(tiny, E5M2).float(), tiny, rtol=0.13, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_rows_and_columns_have_their_own_scales(dtype, dim):
+    """Each is what a cast of it alone gives."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 6)[:, None]
+    x[2] = 0
+    x = x if dim == -1 else x.mT
+    done = cast(x, dtype, dim=dim)
+    assert done.scale.shape == ((6, 1) if dim == -1 else (1, 6))
+    assert torch.equal(done.mT.float(), done.float().mT)
+    for i in range(6):
+        one, part = cast(x.select(-3 - dim, i), dtype), done.data.select(-3 - dim, i)
+        assert done.scale.flatten()[i] == one.scale
+        assert torch.equal(part.float(), one.data.float())
+
+
+@pytest.mark.parametrize("types", [(E4M3, E4M3), (E5M2, E4M3)])
+def test_a_product_with_scales_of_rows_is_that_of_the_dequantised_operands(types):
+    """In float64, to half of bf16's last place in every value that is no small difference of large ones."""
+    draw, spread = torch.Generator().manual_seed(0), torch.logspace(-4, 4, 48)
+    a = cast(torch.randn(20, 32, generator=draw) * spread[:20, None], types[0], dim=-1)
+    b = cast(torch.randn(32, 48, generator=draw) * spread, types[1], dim=-2)
+    left, right = a.float(torch.float64), b.float(torch.float64)
+    out, size = scaled_mm(a, b, torch.bfloat16), left.abs() @ right.abs()
+    assert ((out.double() - left @ right).abs() <= (left @ right).abs() * 2**-8 + size * 2**-20).all()
+    theirs = torch._scaled_mm(a.data, b.data.mT.contiguous().mT, a.scale, b.scale, out_dtype=torch.bfloat16)
+    torch.testing.assert_close(out, theirs, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("types", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)])
 def test_a_product_is_that_of_the_dequantised_operands(types):
     draw = torch.Generator().manual_seed(0)
@@ -40,6 +69,11 @@ def test_a_product_is_that_of_the_dequantised_operands(types):
     assert torch.equal(scaled_mm(a, b, torch.bfloat16), out.bfloat16())
     theirs = torch._scaled_mm(a.data, b.data.mT.contiguous().mT, a.scale, b.scale, out_dtype=torch.float32)
     torch.testing.assert_close(out, theirs, rtol=1e-5, atol=1e-5)
+
+
+def rows(a: Scaled) -> Scaled:
+    """With a scale for each row."""
+    return cast(a.float(), a.data.dtype, dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +93,14 @@ def test_a_product_is_that_of_the_dequantised_operands(types):
         (lambda a, b: (a, b, torch.float64), "give bf16, fp16 or fp32, not torch.float64"),
         (lambda a, b: (Scaled(a.data, a.scale.double()), b, torch.float32), "one fp32 number"),
         (lambda a, b: (Scaled(a.data, a.scale.expand(16)), b, torch.float32), "one fp32 number"),
+        (lambda a, b: (rows(a), b, torch.bfloat16), r"\[16, 1\] and \[1, 32\], not \(16, 1\) and \(\)"),
+        (lambda a, b: (rows(a).mT, rows(b.mT).mT, torch.bfloat16), r"not \(1, 16\) and \(1, 32\)"),
+        (lambda a, b: (rows(a), rows(b.mT).mT, torch.float32), "give bf16, not torch.float32"),
+        (lambda a, b: (rows(a), rows(b.mT).mT, torch.float16), "give bf16, not torch.float16"),
+        (
+            lambda a, b: (rows(a), cast(b.float(), E5M2, dim=-2), torch.bfloat16),
+            "second operand is E4M3, not torch.float8_e5m2",
+        ),
     ],
 )
 def test_what_cuda_would_refuse_is_refused_everywhere(change, sentence):

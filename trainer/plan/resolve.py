@@ -206,6 +206,8 @@ def check_products(config: Config) -> None:
         raise UserError(
             "precision.fp8 rounds to 8 bits, which fp64 is not for; set precision.compute to bf16 or fp32"
         )
+    if config.precision.fp8_scales == "row":
+        check_row_scales(fp8, sparse)
     forced = check_forward(config)
     multiple = 32 if forced else 16 if fp8 else 4 if sparse else 1
     kind = "2:4 sparse FP8 products" if forced else "FP8 products" if fp8 else "2:4 sparse layers"
@@ -221,6 +223,17 @@ def check_products(config: Config) -> None:
                 f"model.{name} gives layers a width of {width}, and {kind} take multiples of {multiple}; the nearest "
                 f"width: {near}"
             )
+
+
+def check_row_scales(fp8: bool, sparse: bool) -> None:
+    """Raises UserError where precision.fp8_scales=row has no product that takes them."""
+    if not fp8:
+        raise UserError("precision.fp8_scales=row scales FP8; set precision.fp8=true, or leave it out")
+    if sparse:
+        raise UserError(
+            "precision.fp8_scales=row is for dense layers, as 2:4 sparse products take one scale for all tokens; set "
+            "it to tensor, or sparse.mode to none"
+        )
 
 
 def check_forward(config: Config) -> bool:

@@ -86,7 +86,9 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
 def recipes(config: Config) -> tuple[Recipe, Recipe]:
     """How the linear layers of feed-forward layers, and those of attention, make their products."""
     fp8, sparse = config.precision.fp8, config.sparse.mode == "s-ste"
-    return Recipe(sparse, sparse and config.sparse.grad_weight == "mvue", fp8), Recipe(fp8=fp8)
+    rows = fp8 and config.precision.fp8_scales == "row"
+    mvue = sparse and config.sparse.grad_weight == "mvue"
+    return Recipe(sparse, mvue, fp8, rows), Recipe(fp8=fp8, row_scales=rows)
 
 
 @torch.no_grad()

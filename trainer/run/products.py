@@ -58,6 +58,10 @@ def products_done_instead(config: Config, device: torch.device) -> list[str]:
         notes.append(
             "experts' products are grouped ones of numbers rounded to FP8: no FP8 product exists for them"
         )
+    if config.precision.fp8_scales == "row" and compute_dtype(config) == torch.float32:
+        notes.append(
+            "FP8 products with scales of rows give bf16: their results are rounded to it before the run goes on in fp32"
+        )
     if config.sparse.mode != "s-ste":
         return notes
     reason = sparse_mm.missing(device)

@@ -2,16 +2,17 @@
 
 import functools
 import math
+from types import EllipsisType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stepline.comm.fsdp import local
+from stepline.comm.fsdp import local, shard_slice
 from stepline.comm.fsdp_cast import CastShard
 from stepline.kernels import ops
-from stepline.kernels.fp8 import E4M3, scale_for
+from stepline.kernels.fp8 import E4M3, largest, quantise, scale_for
 from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
 from stepline.models.sparse_linear import SparseLinear, mode_of, sparse_weights
 from stepline.trainer.config import Config
@@ -44,7 +45,8 @@ def _sums(weight: Tensor) -> Tensor:
 class Fp8Gather:
     """Weights of FP8 layers that FSDP2 shards are gathered as E4M3: thresholded and cast on the shard, once a step.
 
-    The largest value of each weight is that of all its shards.
+    The largest value of each weight is that of all its shards. With scales of rows it is each row's own, of which every
+    rank gets all: FSDP2 would gather scales beside the values only where ranks have the same number of rows.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
@@ -58,7 +60,10 @@ class Fp8Gather:
             CastShard(layer.weight, functools.partial(setattr, layer, "gathered")) for layer in self.layers
         ]
         for layer in self.layers:
-            layer.gathered_scale = torch.ones((), device=layer.weight.device)
+            shape = (layer.out_features, 1) if layer.recipe.row_scales else ()
+            layer.gathered_scale = torch.ones(shape, device=layer.weight.device)
+        self.sizes = [layer.gathered_scale.numel() for layer in self.layers]
+        self.mine = [_own_rows(layer) for layer in self.layers]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -66,15 +71,30 @@ class Fp8Gather:
         if not self.layers:
             return
         shards = [local(weight) for weight in self.weights]
-        amax = torch.zeros(len(shards), device=shards[0].device)
-        for i, (layer, shard) in enumerate(zip(self.layers, shards, strict=True)):
+        amax = torch.zeros(sum(self.sizes), device=shards[0].device)
+        for layer, shard, part, rows in zip(
+            self.layers, shards, amax.split(self.sizes), self.mine, strict=True
+        ):
             if shard.numel():
-                amax[i] = ops.weight_amax(shard, self.compute, layer.sparse)
+                part.view_as(layer.gathered_scale)[rows] = self._largest(layer, shard)
         dist.all_reduce(amax, dist.ReduceOp.MAX, self.casts[0].group)
-        scales = scale_for(amax, E4M3)
-        for layer, cast, shard, scale in zip(self.layers, self.casts, shards, scales, strict=True):
-            cast.shard = ops.weight_cast(shard, scale, E4M3, self.compute, layer.sparse)
-            layer.gathered_scale.copy_(scale)
+        scales = scale_for(amax, E4M3).split(self.sizes)
+        for layer, cast, shard, scale, rows in zip(
+            self.layers, self.casts, shards, scales, self.mine, strict=True
+        ):
+            layer.gathered_scale.copy_(scale.view_as(layer.gathered_scale))
+            cast.shard = self._cast(layer, shard, layer.gathered_scale[rows])
+
+    def _largest(self, layer: SparseLinear, shard: Tensor) -> Tensor:
+        """The largest magnitude of a shard, or of each of its rows, `[rows, 1]`."""
+        if layer.recipe.row_scales:
+            return largest(shard.to(self.compute), -1)
+        return ops.weight_amax(shard, self.compute, layer.sparse)
+
+    def _cast(self, layer: SparseLinear, shard: Tensor, scale: Tensor) -> Tensor:
+        if layer.recipe.row_scales:
+            return quantise(shard.to(self.compute), scale, E4M3)
+        return ops.weight_cast(shard, scale, E4M3, self.compute, layer.sparse)
 
     @torch.no_grad()
     def flushed(self) -> Tensor | None:
@@ -89,6 +109,14 @@ class Fp8Gather:
             there = (soft_threshold(x) if sparse else x) != 0
             counts.append(torch.stack([there.sum(), (there & (q.float() == 0)).sum()]))
         return torch.stack(counts).sum(0).double() if counts else None
+
+
+def _own_rows(layer: SparseLinear) -> slice | EllipsisType:
+    """Which of the layer's scales are those of this rank's rows; the one of a tensor is every rank's."""
+    if not layer.recipe.row_scales:
+        return ...
+    (rows, _), (begin, _) = shard_slice(layer.weight)
+    return slice(begin, begin + rows)
 
 
 class Sparsity:

@@ -23,6 +23,7 @@ from stepline.trainer.run.step import train_step
 from stepline.trainer.watch.metrics import read_metrics
 
 SPARSE = ["sparse.mode=s-ste", "precision.fp8=true"]
+ROWS = ["precision.fp8=true", "precision.fp8_scales=row"]
 SHAPE = ["model.hidden_size=32", "model.num_heads=2", "model.ffn_size=48", "model.num_layers=2"]
 MOE = ["model.ffn=moe", "model.moe.experts=4", "model.moe.shared_size=16"]
 
@@ -90,6 +91,9 @@ def planned(config: str, options: list[str], world: int) -> int:
         (2, [*SPARSE, *MOE, "run.recompute=full", "optimizer.name=muon"]),
         (2, [*SPARSE, "parallel.shard=1", "parallel.sync=demo", "precision.compute=bf16"]),
         (1, [*SPARSE, "parallel.shard=1", "precision.compute=bf16"]),
+        (3, [*ROWS, *MOE]),
+        (4, [*ROWS, "parallel.shard=2", "parallel.reshard_after_forward=false", "model.blocks=revffn"]),
+        (2, [*ROWS, "parallel.shard=1", "parallel.sync=demo", "precision.compute=bf16"]),
     ],
 )
 def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, options):
@@ -110,20 +114,24 @@ def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, option
             assert other["sent"] - mine["sent"] == times * padded * (width - 1)
 
 
-@pytest.mark.parametrize("options", [SPARSE, ["precision.fp8=true"]])
+@pytest.mark.parametrize("options", [SPARSE, ["precision.fp8=true"], ROWS])
 def test_the_share_of_values_that_8_bits_lose(tiny_config, options):
     job = start_job(str(tiny_config), [*SHAPE, *options], "never", World(0, 1, 0, 1))
     state = Trainee.build(job.config, job.device, None)
     layers = [m for m in state.model.modules() if isinstance(m, SparseLinear)]
     with torch.no_grad():
-        layers[0].weight[0, 0] = 1e6 * layers[0].weight.abs().max()  # beside which the others are nothing
+        layers[0].weight[0, 0] = 1e6 * layers[0].weight.abs().max()  # beside which others are nothing
     state.sparsity.begin(0, watched=True)
     there = lost = 0
     for layer in layers:
         w = soft_threshold(layer.weight.detach()) if layer.sparse else layer.weight.detach()
         there += int((w != 0).sum())
-        lost += int(((w != 0) & (w.abs() / w.abs().max() * 448 < 2**-10)).sum())  # half of the least number
-    assert lost > layers[0].weight.numel() / 4
+        most = w.abs().amax(1, keepdim=True) if options is ROWS else w.abs().max()
+        lost += int(((w != 0) & (w.abs() / most * 448 < 2**-10)).sum())  # half of the least number
+    if options is ROWS:  # the other values of its row
+        assert layers[0].in_features - 1 <= lost < 2 * layers[0].in_features
+    else:
+        assert lost > layers[0].weight.numel() / 4
     assert state.sparsity.row()["fp8_flushed"] == pytest.approx(lost / there, abs=1e-3)
 
 
@@ -162,8 +170,9 @@ def test_validation_sees_the_weights_of_its_step(pool, tiny_config, tmp_path, sy
 
 
 @pytest.mark.parametrize("options", [["run.recompute=selective"], ["run.recompute=full"]])
-def test_recompute_draws_and_rounds_the_same(pool, tiny_config, options):
-    common = [*SPARSE, "sparse.grad_weight=mvue", "model.num_layers=1"]
+@pytest.mark.parametrize("layers", [[*SPARSE, "sparse.grad_weight=mvue"], ROWS])
+def test_recompute_draws_and_rounds_the_same(pool, tiny_config, layers, options):
+    common = [*layers, "model.num_layers=1"]
     plain = pool.run(2, trained, str(tiny_config), common, True)
     again = pool.run(2, trained, str(tiny_config), [*common, *options], True)
     for one, other in zip(plain, again, strict=True):
