@@ -6,6 +6,7 @@ import torch
 from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
+from stepline.trainer.run.eval_command import evaluate_run
 from stepline.trainer.run.start import start_job
 
 SHAPE = ["model.hidden_size=48", "model.ffn_size=64", "model.head_dim=16"]
@@ -18,7 +19,7 @@ def started(config, *options):
 
 
 @pytest.mark.e2e
-def test_ranks_compile_and_recompute_give_the_same_curve(train, tiny_config, tmp_path, column):
+def test_ranks_compile_and_recompute_give_the_same_curve(train, tiny_config, tiny_data, tmp_path, column):
     """Tokens are scaled by themselves: two ranks have the first loss of one. Afterwards a gradient's scale is that of
     its output in a micro-batch, and what lies between two FP8 numbers may fall to either side."""
     one = train(1, tiny_config, tmp_path / "one", *ROWS, "parallel.micro_batch=6")
@@ -26,6 +27,8 @@ def test_ranks_compile_and_recompute_give_the_same_curve(train, tiny_config, tmp
     two = train(2, tiny_config, tmp_path / "two", *ranks)
     compiled = train(2, tiny_config, tmp_path / "compiled", *ranks, "run.compile=true", "run.recompute=full")
     assert column(one)[-1] < column(one)[0] - 0.3
+    said = evaluate_run(tmp_path / "one", tiny_data)["val_loss"]
+    assert said == pytest.approx(one[-1]["val_loss"], rel=1e-6)
     assert column(two)[0] == pytest.approx(column(one)[0].item(), rel=1e-6)
     for rows in (two, compiled):
         assert (column(rows) / column(one) - 1).abs().max() < 2e-2
