@@ -86,7 +86,13 @@ def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
             left, right = left.flatten()[:, None], right.flatten()[None]
         return torch._scaled_mm(a.data.contiguous(), data, left, right, out_dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    return ((a.data.to(wide) @ b.data.to(wide)) * (a.scale * b.scale).to(wide)).to(dtype)
+    return as_type((a.data.to(wide) @ b.data.to(wide)) * (a.scale * b.scale).to(wide), dtype)
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), and no operation where that is x: as the result of an autograd function it would have no gradient in
+    what torch 2.11 compiles."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def check_product(a: Scaled, b: Scaled, dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from stepline.kernels import ops
-from stepline.kernels.fp8 import E4M3, E5M2, ROW_RESULT, Scaled, cast, scale_for, scaled_mm
+from stepline.kernels.fp8 import E4M3, E5M2, ROW_RESULT, Scaled, as_type, cast, scale_for, scaled_mm
 from stepline.kernels.sparse24 import GROUP, soft_threshold
 from stepline.kernels.sparse_mm import Algorithm, sparse_mm
 
@@ -95,7 +95,7 @@ class RowFp8Products(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype
         xq = cast(x, E4M3, dim=-1)
         ctx.save_for_backward(xq.data, xq.scale, data, scale)
-        return scaled_mm(xq, Scaled(data, scale).mT, ROW_RESULT).to(x.dtype)
+        return as_type(scaled_mm(xq, Scaled(data, scale).mT, ROW_RESULT), x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

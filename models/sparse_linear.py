@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepline.kernels import ops
-from stepline.kernels.fp8 import E4M3, E5M2, cast, scale_for
+from stepline.kernels.fp8 import E4M3, E5M2, as_type, cast, scale_for
 from stepline.kernels.grouped import grouped_linear
 from stepline.kernels.sparse24 import GROUP, soft_threshold
 from stepline.kernels.sparse_mm import Algorithm
@@ -188,7 +188,7 @@ class _Rounded(torch.autograd.Function):
 def _rounded(x: Tensor, dtype: torch.dtype, dim: int | None) -> Tensor:
     if not x.numel():
         return x.clone()
-    return cast(x, dtype, dim=dim).float(torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+    return as_type(cast(x, dtype, dim=dim).float(torch.promote_types(x.dtype, torch.float32)), x.dtype)
 
 
 def sparse_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

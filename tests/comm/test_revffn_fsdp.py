@@ -69,7 +69,10 @@ def expected(world, options):
 def gathered(module):
     """Bytes of this module's gathered parameters, children's FSDP groups not included."""
     state = module._get_fsdp_state()
-    parameters = [p for group in state._fsdp_param_groups for p in group.fsdp_params]
+    groups = (
+        state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    )  # 2.11
+    parameters = [p for group in groups if group is not None for p in group.fsdp_params]
     full = [p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")]
     return sum(p.untyped_storage().nbytes() for p in full)
 

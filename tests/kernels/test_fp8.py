@@ -52,8 +52,11 @@ def test_a_product_with_scales_of_rows_is_that_of_the_dequantised_operands(types
     left, right = a.float(torch.float64), b.float(torch.float64)
     out, size = scaled_mm(a, b, torch.bfloat16), left.abs() @ right.abs()
     assert ((out.double() - left @ right).abs() <= (left @ right).abs() * 2**-8 + size * 2**-20).all()
-    theirs = torch._scaled_mm(a.data, b.data.mT.contiguous().mT, a.scale, b.scale, out_dtype=torch.bfloat16)
-    torch.testing.assert_close(out, theirs, rtol=2**-7, atol=0)
+    if torch.__version__ >= (2, 13):  # before, that of CPUs took one scale alone
+        theirs = torch._scaled_mm(
+            a.data, b.data.mT.contiguous().mT, a.scale, b.scale, out_dtype=torch.bfloat16
+        )
+        torch.testing.assert_close(out, theirs, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("types", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)])

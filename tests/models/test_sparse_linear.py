@@ -142,20 +142,21 @@ def test_the_estimators_gradient_is_right_on_average_and_24_sparse():
         (Recipe(sparse=True, mvue=True, fp8=True), Algorithm(3, 2, 1)),
     ],
 )
-def test_a_layer_is_one_graph(recipe, algorithm):
-    """torch.compile leaves nothing of a layer, nor of its backward, outside of the graph."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_one_graph(recipe, algorithm, dtype):
+    """torch.compile leaves nothing of a layer, nor of its backward, outside of the graph, and no gradient out."""
     torch._dynamo.reset()
-    made = layer(recipe, n_out=64, dtype=torch.float32)
+    made = layer(recipe, n_out=64, dtype=dtype)
     made.algorithm = algorithm
     if recipe.mvue:
         made.seed.fill_(5)
-    x, grad = torch.randn(2, 16, 32, requires_grad=True), torch.randn(2, 16, 64)
+    x, grad = torch.randn(2, 16, 32, dtype=dtype, requires_grad=True), torch.randn(2, 16, 64, dtype=dtype)
     compiled = torch.compile(made.forward, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         out, plain = compiled(x), made(x)
         assert torch.equal(out, plain)
         gradients = (torch.autograd.grad(y, (x, made.weight), grad) for y in (out, plain))
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
         if recipe.mvue:
             made.seed.add_(1)  # no constant of the graph
 
@@ -163,6 +164,8 @@ def test_a_layer_is_one_graph(recipe, algorithm):
 @pytest.mark.parametrize("recipe", [Recipe(fp8=True), Recipe(sparse=True, mvue=True, fp8=True), ROWS])
 def test_the_operands_of_fp8_products_are_laid_out_as_cuda_takes_them(recipe, monkeypatch):
     """torch's own product is there on CPUs too, where it takes what CUDA refuses."""
+    if recipe.row_scales and torch.__version__ < (2, 13):
+        pytest.skip("this torch's product on CPUs takes one scale alone")
     made = layer(recipe, dtype=torch.float32)
     x, grad, real, types = torch.randn(32, 32, requires_grad=True), torch.randn(32, 48), torch._scaled_mm, []
 
