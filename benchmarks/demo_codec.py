@@ -1,14 +1,20 @@
-"""What DeMo's encoding and decoding cost beside the step that they belong to, on one replica and one thread or GPU.
+"""What DeMo's encoding and decoding cost beside the step that they belong to, on one thread or one GPU.
 
-    python benchmarks/demo_codec.py [--config dense-1b] [--rounds 15] [key=value ...]
+NOT YET RUN ON A GPU (target there: 3 % of a step at 1.3B parameters).
+
+    python benchmarks/demo_codec.py [--config dense-1b] [--tokens 65536] [--replicas 8] [--rounds 15] [--json]
+                                    [key=value ...]
 
 A step is a forward, a backward and the update with DeMo by its defaults, without network. Encode: from what waits to
-packets, the cut of what is sent included, the optimizer's own update not. Decode: from packets to updates in place.
-Rounds alternate; medians. On a CPU it is the thread's own time, which other programs disturb less than the clock.
-Without --config the model is that of benchmarks/slow_link.py, 3.4M parameters, 2,048 tokens.
+packets, the cut of what is sent included, the optimizer's own update not. Decode: from the packets of all replicas (of
+one: copies of its own stand for the others') to parameters in place. Rounds alternate; medians. On a CPU it is the
+thread's own time, which other programs disturb less than the clock.
+Without --config the model is that of benchmarks/slow_link.py, 3.4M parameters, 2,048 tokens, on a CPU; on a GPU it is
+dense-1b with 65,536 tokens, compiled, in bf16 behind FSDP2 of one rank, by the kernels and by torch alone.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +22,10 @@ from collections.abc import Callable
 import torch
 from slow_link import TIMED
 
+from stepline.comm.chunks import Chunks
+from stepline.comm.demo import DeMo
+from stepline.comm.exchange import Flight
+from stepline.comm.mesh import World, build_mesh, start_process_group
 from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
@@ -24,7 +34,7 @@ from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import accumulate
 
 
-def settled(name: str | None, overrides: list[str]) -> Config:
+def settled(name: str | None, overrides: list[str], cuda: bool) -> Config:
     """The config, with values for what a law would decide: they cost the same time."""
     small = [
         "data.seq_len=256",
@@ -38,9 +48,10 @@ def settled(name: str | None, overrides: list[str]) -> Config:
     values += [] if name else [*small, "model.tied_embeddings=false"]
     config, _ = load_config(name or "quickstart", [*values, *overrides])
     if config.parallel.micro_batch == "auto":
-        config.parallel.micro_batch = 1
+        config.parallel.micro_batch = 8 if cuda else 1
     if config.precision.compute == "auto":
-        config.precision.compute = "bf16" if torch.cuda.is_available() else "fp32"
+        config.precision.compute = "bf16" if cuda else "fp32"
+    config.run.compile = cuda
     return config
 
 
@@ -56,18 +67,34 @@ def timed(work: Callable[[], object], cuda: bool) -> tuple[float, object]:
     return clock() - begun, found
 
 
-def one_round(trainee: Trainee, batch: Batch, lr: float, cuda: bool) -> tuple[float, float, float, float]:
+def one_round(trainee: Trainee, batch: Batch, replicas: int, cuda: bool) -> tuple[float, float, float, float]:
     """Seconds of forward and backward, the optimizer's update, encode, decode."""
-    demo, inner = trainee.synchronizer, []
+    demo, lr, inner = trainee.synchronizer, trainee.config.optimizer.lr, []
     accumulate_updates = demo.waiting.accumulate
     demo.zero_grad()
     passes, _ = timed(lambda: accumulate(trainee.model, batch, trainee.device, 0.0), cuda)
     demo.waiting.accumulate = lambda lr: inner.append(timed(lambda: accumulate_updates(lr), cuda)[0])
     encode, packets = timed(lambda: demo._encode(lr), cuda)
     demo.waiting.accumulate = accumulate_updates
-    flight = demo.exchange.send(packets)
-    decode, _ = timed(lambda: demo._apply(demo._arrived(flight), lr), cuda)
+    flight = Flight(packets[0].expand(replicas, -1).contiguous(), None)
+    decode, _ = timed(lambda: demo._land(flight, lr), cuda)
     return passes, inner[0], encode - inner[0], decode
+
+
+def by_torch_alone(demo: DeMo) -> None:
+    """Takes the kernels from an encoder that has some."""
+    chunks = Chunks(demo.batches, demo.settings.codec, demo.sample)
+    demo.chunks = demo.exchange.chunks = chunks
+    demo.form.packing = chunks.packing
+
+
+def measure(trainee: Trainee, batch: Batch, replicas: int, rounds: int, cuda: bool) -> dict[str, float]:
+    """Milliseconds by name, medians after two rounds that warm up; `share`: of encode and decode in the step."""
+    names = ("forward and backward", "update", "encode", "decode")
+    seconds = [one_round(trainee, batch, replicas, cuda) for _ in range(rounds + 2)][2:]
+    times = zip(names, zip(*seconds, strict=True), strict=True)
+    row = {name: statistics.median(column) * 1e3 for name, column in times}
+    return row | {"share": (row["encode"] + row["decode"]) / sum(row.values())}
 
 
 def main() -> None:
@@ -75,34 +102,60 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config")
+    parser.add_argument("--tokens", type=int, help="of a step: whole micro-batches of them")
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    config = settled(options.config, options.overrides)
-    trainee = Trainee.build(config, device, None)
-    lr = config.optimizer.lr
-    size = (1, config.parallel.micro_batch, config.data.seq_len)
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    config = settled(options.config or ("dense-1b" if cuda else None), options.overrides, cuda)
+    mesh = None
+    if cuda:  # parameters in fp32, products in bf16
+        start_process_group(World(0, 1, 0, 1), device, 600)
+        mesh = build_mesh(device, 1, 1)
+    trainee = Trainee.build(config, device, mesh)
+    micro = config.parallel.micro_batch * config.data.seq_len
+    wanted = options.tokens or (65_536 if cuda else micro)
+    size = (max(1, wanted // micro), config.parallel.micro_batch, config.data.seq_len)
     tokens = torch.randint(config.model.vocab_size, size)
     batch = Batch(inputs=tokens, targets=tokens, doc_ids=None, state=None)
 
-    names = ("forward and backward", "update", "encode", "decode")
-    rounds = [one_round(trainee, batch, lr, cuda) for _ in range(options.rounds + 2)][
-        2:
-    ]  # the first two warm up
-    medians = {
-        name: statistics.median(times) for name, times in zip(names, zip(*rounds, strict=True), strict=True)
+    rows = {}
+    if trainee.synchronizer.chunks.kernels is not None:
+        rows["kernels"] = measure(trainee, batch, options.replicas, options.rounds, cuda)
+        by_torch_alone(trainee.synchronizer)
+    rows["torch"] = measure(trainee, batch, options.replicas, options.rounds, cuda)
+    if cuda:
+        torch.distributed.destroy_process_group()
+    found = {
+        "parameters": parameter_counts(config.model).total,
+        "tokens": tokens.numel(),
+        "replicas": options.replicas,
+        "device": torch.cuda.get_device_name() if cuda else "one CPU thread",
+        "torch": torch.__version__,
+        "milliseconds": rows,
     }
-    step = sum(medians.values())
-    where = torch.cuda.get_device_name() if cuda else "one CPU thread"
-    print(f"{parameter_counts(config.model).total:,} parameters, {tokens.numel():,} tokens, {where}\n")
-    print("| | ms | of the step |\n|---|---|---|")
-    for name, value in medians.items():
-        print(f"| {name} | {value * 1e3:.1f} | {value / step:.1%} |")
-    both = medians["encode"] + medians["decode"]
-    print(f"| **encode and decode** | {both * 1e3:.1f} | **{both / step:.1%}** |")
+    print(json.dumps(found) if options.json else table(found))
+
+
+def table(found: dict) -> str:
+    """Markdown."""
+    lines = [
+        f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, packets of {found['replicas']}, "
+        f"{found['device']}, torch {found['torch']}"
+    ]
+    for path, row in found["milliseconds"].items():
+        times = {name: value for name, value in row.items() if name != "share"}
+        step = sum(times.values())
+        lines += [f"\n| by {path} | ms | of the step |\n|---|---|---|"]
+        lines += [f"| {name} | {value:.1f} | {value / step:.1%} |" for name, value in times.items()]
+        lines += [
+            f"| **encode and decode** | {times['encode'] + times['decode']:.1f} | **{row['share']:.1%}** |"
+        ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

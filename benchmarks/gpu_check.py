@@ -27,6 +27,7 @@ def main() -> int:
         "activation_memory.py",
         "sparse_kernels.py",
         "sparse_step.py",
+        "demo_codec.py",
     )
     for script in scripts:
         subprocess.run([sys.executable, str(HERE / script)], check=False)

@@ -7,6 +7,7 @@
 The scale is bf16, not fp16: the momentum holds the learning rate inside, and 1e-7 is no fp16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +30,15 @@ def pack_bits(numbers: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The `count` numbers of `pack_bits`, int64."""
-    rows = packed.view(-1, bits).to(torch.int32)
+    """The `count` numbers of each row of `pack_bits`, int64 `[..., count]` of `[..., bytes]`."""
+    lead = packed.shape[:-1]
+    rows = packed.reshape(-1, bits).to(torch.int32)
     eights = torch.zeros(len(rows), 8, dtype=torch.int32, device=packed.device)
     for byte, parts in enumerate(_overlaps(bits)):
         for number, shift in parts:
             column = rows[:, byte]
             eights[:, number] |= column >> shift if shift >= 0 else column << -shift
-    return (eights & ((1 << bits) - 1)).view(-1)[:count].long()
+    return (eights & ((1 << bits) - 1)).view(*lead, -1)[..., :count].long()
 
 
 def _overlaps(bits: int) -> list[list[tuple[int, int]]]:
@@ -53,6 +55,14 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How numbers are packed to the bit and unpacked."""
+
+    pack: Callable[[Tensor, int], Tensor] = pack_bits
+    unpack: Callable[[Tensor, int, int], Tensor] = unpack_bits
+
+
+@dataclass(frozen=True)
 class ChunkCodec:
     """The packet of `chunks` chunks of `elements` values each, of which `kept` travel; its size depends on nothing
     else, so that all replicas know it."""
@@ -65,6 +75,7 @@ class ChunkCodec:
     """Of the values before they are encoded."""
     indexed: bool = True
     """False where all replicas know the indices."""
+    packing: Packing = Packing()
 
     @property
     def bits(self) -> int:
@@ -92,39 +103,58 @@ class ChunkCodec:
 
         indices: int64 `[chunks, kept]`, None where not indexed; values: `[chunks, kept]`.
         """
-        parts = [pack_bits(indices.reshape(-1), self.bits)] if self.indexed else []
-        if self.codec == "fp32":
-            parts.append(values.reshape(-1).contiguous().view(torch.uint8))
-            return torch.cat(parts), values
-        if self.codec == "int8":
-            scale = values.abs().amax(dim=1).div(127).bfloat16()
-            wide = scale.to(values.dtype).unsqueeze(1)
-            steps = torch.where(wide > 0, values / wide, 0).round_().clamp_(-127, 127)
-            parts.append(steps.to(torch.int8).reshape(-1).view(torch.uint8))
-            sent = steps * wide
-        else:
-            scale = values.abs().mean(dim=1).bfloat16()
-            negative = values < 0
-            parts.append(pack_bits(negative.reshape(-1).to(torch.int32), 1))
-            wide = scale.to(values.dtype).unsqueeze(1)
-            sent = torch.where(negative, -wide, wide)
-        parts.append(scale.view(torch.uint8))
-        return torch.cat(parts), sent
+        numbers, scale = quantise(values, self.codec)
+        return self.pack(indices, numbers, scale), dequantise(numbers, scale, values.dtype)
 
     def decode(self, packet: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(indices, values), each `[chunks, kept]`, of a packet."""
-        indices, values, scales = packet.split(list(self._sizes))
-        shape, count = (self.chunks, self.kept), self.chunks * self.kept
-        found = unpack_bits(indices, self.bits, count).view(shape) if self.indexed else None
+        """(indices, values), each `[..., chunks, kept]`, of packets `[..., num_bytes]`."""
+        indices, numbers, scale = self.unpack(packet)
+        return indices, dequantise(numbers, scale, self.dtype)
+
+    def pack(self, indices: Tensor | None, numbers: Tensor, scale: Tensor | None) -> Tensor:
+        """The packet of what `quantise` made."""
+        parts = [self.packing.pack(indices.reshape(-1), self.bits)] if self.indexed else []
+        if self.codec == "sign":
+            parts.append(self.packing.pack(numbers.reshape(-1), 1))
+        else:
+            parts.append(numbers.reshape(-1).contiguous().view(torch.uint8))
+        return torch.cat(parts if scale is None else [*parts, scale.contiguous().view(torch.uint8)])
+
+    def unpack(self, packet: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(indices, numbers, scale) of packets `[..., num_bytes]`."""
+        indices, numbers, scale = packet.split(list(self._sizes), dim=-1)
+        shape, count = (*packet.shape[:-1], self.chunks, self.kept), self.chunks * self.kept
+        found = self.packing.unpack(indices, self.bits, count).view(shape) if self.indexed else None
         if self.codec == "fp32":
-            return found, _view(values, self.dtype).view(shape)
-        wide = _view(scales, torch.bfloat16).to(self.dtype).unsqueeze(1)
+            return found, as_numbers(numbers, self.dtype).view(shape), None
         if self.codec == "int8":
-            return found, values.view(torch.int8).view(shape).to(self.dtype) * wide
-        negative = unpack_bits(values, 1, count).view(shape) > 0
-        return found, torch.where(negative, -wide, wide)
+            numbers = as_numbers(numbers, torch.int8)
+        else:
+            numbers = self.packing.unpack(numbers, 1, count).to(torch.uint8)
+        return found, numbers.view(shape), as_numbers(scale, torch.bfloat16)
 
 
-def _view(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes from anywhere in a packet as numbers; a copy, because a view must be aligned."""
-    return data.clone().view(dtype)
+def quantise(values: Tensor, codec: str) -> tuple[Tensor, Tensor | None]:
+    """(numbers, scales) that travel for values `[chunks, kept]`: themselves, int8 steps, or uint8, 1 where negative."""
+    if codec == "fp32":
+        return values, None
+    if codec == "int8":
+        scale = values.abs().amax(dim=1).div(127).bfloat16()
+        wide = scale.to(values.dtype).unsqueeze(1)
+        steps = torch.where(wide > 0, values / wide, 0).round_().clamp_(-127, 127)
+        return steps.to(torch.int8), scale
+    return (values < 0).to(torch.uint8), values.abs().mean(dim=1).bfloat16()
+
+
+def dequantise(numbers: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What receivers make of `quantise`'s numbers `[..., chunks, kept]`."""
+    if scale is None:
+        return numbers
+    wide = scale.to(dtype).unsqueeze(-1)
+    return numbers.to(dtype) * wide if numbers.dtype == torch.int8 else torch.where(numbers > 0, -wide, wide)
+
+
+def as_numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes `[..., n]` from anywhere in packets as numbers; a copy, because a view must be aligned."""
+    flat = data.clone(memory_format=torch.contiguous_format).view(-1)
+    return flat.view(dtype).view(*data.shape[:-1], -1)

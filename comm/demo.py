@@ -17,22 +17,22 @@ optimizer, and they are applied as they arrive.
     p     <- p - lr wd p + IDCT(mean of q over all replicas)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stepline.comm.dct import Chunking, dct, dct_basis, inverse_dct, inverse_dct_of
+from stepline.comm.chunks import Chunks, Rule
+from stepline.comm.dct import Chunking
 from stepline.comm.exchange import Flight, PacketExchange
 from stepline.comm.fsdp import local
-from stepline.comm.packets import Batch, Chosen, PacketFormat, largest, make_batches, scattered
+from stepline.comm.packets import Batch, PacketFormat, Quantised, make_batches
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
 from stepline.comm.waiting import MakeOptimizer, Waiting
 
-SPARSE_INVERSE = 3
-"""How many times fewer values than height + width make outer products cheaper than two dense ones (measured)."""
 Direction = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -67,6 +67,7 @@ class DeMo(Synchronizer):
 
     decayed: names to which weight decay applies. dense: updates the vectors. make_optimizer: over what waits.
     direction: with phi muon, the orthogonalised updates of decoded momenta by name (this rank's rows).
+    kernels: of comm/chunks.py, for a device that has some.
     """
 
     left_behind = (".delta", ".owed.")
@@ -75,6 +76,7 @@ class DeMo(Synchronizer):
         self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None, settings: DeMoSettings,
         *, decayed: set[str] = frozenset(), untransformed: set[str] = frozenset(), dense: Optimizer | None = None,
         make_optimizer: MakeOptimizer | None = None, direction: Direction | None = None,
+        kernels: ModuleType | None = None,
     ) -> None:  # fmt: skip
         super().__init__(named_parameters, group)
         self.settings, self.decayed, self.dense, self.direction = settings, decayed, dense, direction
@@ -90,13 +92,14 @@ class DeMo(Synchronizer):
         self.waiting = Waiting(waiting, make_optimizer, settings.beta)
         self.batches = self._cut(plain)
         sample = self.sample = local(next(iter(self.parameters.values())).data)
-        sides = {side for b in self.batches if b.transformed for side in (b.height, b.width)}
-        self.basis = {side: dct_basis(side, sample.dtype, sample.device) for side in sides}
+        self.chunks = Chunks(self.batches, settings.codec, sample, kernels)
 
         shares = self.replicas if self.replicas > settings.owner_reduce_above else 1
         dense_values = sum(local(self.parameters[n]).numel() for n in self.vectors)
-        self.form = PacketFormat(self.batches, dense_values, settings.codec, sample.dtype, shares)
-        self.exchange = PacketExchange(self.form, group, sample)
+        self.form = PacketFormat(
+            self.batches, dense_values, settings.codec, sample.dtype, shares, self.chunks.packing
+        )
+        self.exchange = PacketExchange(self.form, group, sample, self.chunks)
         self.flight: Flight | None = None
         self.pending: dict[str, Tensor] = {}
         """Decoded updates that the next step applies (delay 1); vectors: their mean gradient."""
@@ -127,12 +130,20 @@ class DeMo(Synchronizer):
             before.land()
         flight = self.exchange.send(packets)
         if not self.settings.delay:
-            self._apply(self._arrived(flight), lr)
+            self._land(flight, lr)
         else:
-            held = {n: local(update) for n, update in self.pending.items()}
-            self._apply(iter([held]) if before is None else self._arrived(before), lr)
+            if before is None:
+                self._apply({n: local(update) for n, update in self.pending.items()}, lr)
+            else:
+                self._land(before, lr)
             self.flight = flight
         return StepResult(*self.exchange.num_bytes, skip)
+
+    @torch.no_grad()
+    def midway(self) -> None:
+        """Owners reduce the first message of the step before and send the second, beside the rest of this one."""
+        if self.flight is not None:
+            self.flight = self.exchange.pass_on(self.flight)
 
     @torch.no_grad()
     def _encode(self, lr: float) -> list[Tensor]:
@@ -144,74 +155,74 @@ class DeMo(Synchronizer):
         self.waiting.accumulate(lr)
 
         delta = {n: local(t) for n, t in self.momentum.items()} | self.waiting.local()
-        chosen = []
+        sent = []
         for batch in self.batches:
-            chunks = batch.split(delta)
-            if batch.transformed:
-                chunks = dct(chunks, *self._bases(batch))
-            chosen.append(largest(chunks.view(batch.chunks, -1), batch.kept))
-        vectors = torch.cat([self.sample.new_zeros(0), *(self.gradient(n).reshape(-1) for n in self.vectors)])
-        written = [form.write(s, *self._share(s, chosen, vectors)) for s in range(form.shares)]
-        for i, batch in enumerate(self.batches):
-            own = (chosen[i][0], torch.cat([sent[i] for _, sent in written]))
             alpha = settings.alpha if batch.published and settings.version == 2 else 1.0
-            for name, part in self._own(batch, own).items():
-                delta[name].sub_(part.view_as(delta[name]), alpha=alpha)
-        return [packet for packet, _ in written]
+            sent.append(self.chunks.encode(batch, delta, alpha))
+        vectors = torch.cat([self.sample.new_zeros(0), *(self.gradient(n).reshape(-1) for n in self.vectors)])
+        return [form.write(share, *self._share(share, sent, vectors)) for share in range(form.shares)]
 
-    def _bases(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.basis[batch.height], self.basis[batch.width]
-
-    def _share(self, share: int, chosen: Sequence[Chosen], dense: Tensor) -> tuple[list[Chosen], Tensor]:
+    def _share(self, share: int, sent: Sequence[Quantised], dense: Tensor) -> tuple[list[Quantised], Tensor]:
         """What of a whole step belongs to one owner."""
         spans = [self.form.span(batch.chunks, share) for batch in self.batches]
-        parts = [(indices[s], values[s]) for (indices, values), s in zip(chosen, spans, strict=True)]
+        parts = [
+            tuple(None if t is None else t[span] for t in whole)
+            for whole, span in zip(sent, spans, strict=True)
+        ]
         return parts, dense[self.form.span(len(dense), share)]
 
-    def _own(self, batch: Batch, sent: Chosen) -> dict[str, Tensor]:
-        """What this replica has sent, decoded: tensors of the parameters in the batch."""
-        if batch.transformed and batch.kept < (batch.height + batch.width) / SPARSE_INVERSE:
-            return batch.join(inverse_dct_of(*sent, *self._bases(batch)))
-        return self._decode(batch, scattered(sent, batch.elements))
+    def _decoded(self, flight: Flight) -> dict[str, Tensor]:
+        """What has arrived, for all parameters: decoded updates, and the vectors' mean gradients."""
+        arrived, dense = self.exchange.receive(flight)
+        like = {n: local(p.data) for n, p in self.parameters.items()}
+        found: dict[str, Tensor] = {}
+        for batch, own in zip(self.batches, arrived, strict=True):
+            found |= self.chunks.decode(batch, own, like)
+        return found | self._dense(dense)
 
-    def _decode(self, batch: Batch, flat: Tensor) -> dict[str, Tensor]:
-        """Tensors of the parameters in the batch, of `[chunks, elements]` as they were chosen."""
-        chunks = flat.view(batch.chunks, batch.height, batch.width)
-        return batch.join(inverse_dct(chunks, *self._bases(batch)) if batch.transformed else chunks)
-
-    def _arrived(self, flight: Flight) -> Iterator[dict[str, Tensor]]:
-        """Decoded updates by parameter, batch by batch; the vectors' mean gradients at the end."""
-        means, dense = self.exchange.receive(flight)
-        for batch, mean in zip(self.batches, means, strict=True):
-            yield self._decode(batch, mean)
+    def _dense(self, mean: Tensor) -> dict[str, Tensor]:
         sizes = [local(self.parameters[n]).numel() for n in self.vectors]
-        yield dict(zip(self.vectors, dense.split(sizes), strict=True)) if self.vectors else {}
+        return dict(zip(self.vectors, mean.split(sizes), strict=True)) if self.vectors else {}
 
     @torch.no_grad()
-    def _apply(self, updates: Iterator[dict[str, Tensor]], lr: float) -> None:
-        """What arrived is applied; every parameter comes once."""
-        wd, version, phi = self.settings.weight_decay, self.settings.version, self.settings.phi
-        if phi == "muon" and self.momentum:  # whose matrices meet in other batches
-            every = {n: torch.zeros_like(local(d)) for n, d in self.momentum.items()}
-            every |= {name: update for batch in updates for name, update in batch.items()}
-            updates = iter([every | self.direction({n: every[n] for n in self.momentum})])
-        for batch in updates:
-            for name, update in batch.items():
-                if name in self.vectors:
-                    self.set_gradient(name, update)
-                    continue
+    def _land(self, flight: Flight, lr: float) -> None:
+        """What has arrived is applied."""
+        if self.settings.phi == "muon" and self.momentum:  # whose matrices meet in other batches
+            self._apply(self._decoded(flight), lr)
+            return
+        arrived, dense = self.exchange.receive(flight)
+        parameters = {n: local(p.data) for n, p in self.parameters.items()}
+        for batch, own in zip(self.batches, arrived, strict=True):
+            self.chunks.apply(batch, own, parameters, lambda name: self._rule(name, lr))
+        self._step_vectors(self._dense(dense), lr)
+
+    @torch.no_grad()
+    def _apply(self, updates: dict[str, Tensor], lr: float) -> None:
+        """The same of decoded updates."""
+        if (
+            self.settings.phi == "muon" and self.momentum
+        ):  # a rank without rows of a matrix decodes nothing for it
+            momenta = {n: updates.get(n, torch.zeros_like(local(d))) for n, d in self.momentum.items()}
+            updates = updates | self.direction(momenta)
+        for name, update in updates.items():
+            if name not in self.vectors:
                 p = local(self.parameters[name].data)
-                if name in self.decayed:
-                    p.mul_(1 - lr * wd)
-                update = update.view_as(p)
-                if name in self.waiting.parameters:
-                    p.add_(update)
-                elif phi == "sign":
-                    p.sub_(update.sign(), alpha=lr)
-                else:  # the identity of version 1 holds the learning rate
-                    p.sub_(update, alpha=1.0 if phi == "identity" and version == 1 else lr)
-        if self.vectors:
-            self.dense.step(lr, wd)
+                self._rule(name, lr).apply(p, update.view_as(p))
+        self._step_vectors({n: updates[n] for n in self.vectors}, lr)
+
+    def _rule(self, name: str, lr: float) -> Rule:
+        """How a parameter moves; the identity of version 1 holds the learning rate."""
+        decay = 1 - lr * self.settings.weight_decay if name in self.decayed else 1.0
+        if name in self.waiting.parameters:
+            return Rule(decay)
+        phi, version = self.settings.phi, self.settings.version
+        return Rule(decay, -1.0 if phi == "identity" and version == 1 else -lr, phi == "sign")
+
+    def _step_vectors(self, gradients: dict[str, Tensor], lr: float) -> None:
+        for name, gradient in gradients.items():
+            self.set_gradient(name, gradient)
+        if gradients:
+            self.dense.step(lr, self.settings.weight_decay)
 
     def describe(self) -> dict[str, str]:
         """`demo`, the waiting updates' optimizer, or the dense one's words."""
@@ -223,9 +234,8 @@ class DeMo(Synchronizer):
     def state_dict(self, replica: int) -> dict[str, Tensor]:
         """What waits in this replica, and what all share: the vectors' optimizer and, with a delay, the next update."""
         if self.flight is not None:  # completed: its updates do not depend on how many replicas read them
-            for updates in self._arrived(self.flight):
-                for name, update in updates.items():
-                    local(self.pending[name]).copy_(update.view_as(local(self.pending[name])))
+            for name, update in self._decoded(self.flight).items():
+                local(self.pending[name]).copy_(update.view_as(local(self.pending[name])))
             self.flight = None
         own = {f"{n}.delta": t for n, t in self.momentum.items()}
         own |= self.waiting.state_dict() | self.exchange.state_dict()

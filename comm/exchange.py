@@ -1,13 +1,14 @@
 """How packets reach all replicas: gathered by all, or reduced by the owner of each share first."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stepline.comm.packets import PacketFormat, contributors_mean, largest, replicas_mean, scattered
+from stepline.comm.chunks import Chunks
+from stepline.comm.packets import Chosen, PacketFormat
 from stepline.comm.replicas import gather_single
 
 
@@ -18,13 +19,15 @@ class Flight:
     buffer: Tensor
     """uint8 `[replicas, bytes]`."""
     work: dist.Work | None
+    reduced: bool = False
+    """Whether owners have added up what is in it."""
 
-    def land(self) -> list[Tensor]:
-        """The packets by replica."""
+    def land(self) -> Tensor:
+        """The packets by replica, uint8 `[replicas, bytes]`."""
         if self.work is not None:
             self.work.wait()
             self.work = None
-        return list(self.buffer)
+        return self.buffer
 
 
 def all_gather(packet: Tensor, group: dist.ProcessGroup | None) -> Flight:
@@ -60,8 +63,10 @@ class PacketExchange:
     adds to the next sum.
     """
 
-    def __init__(self, form: PacketFormat, group: dist.ProcessGroup | None, sample: Tensor) -> None:
-        self.form, self.group = form, group
+    def __init__(
+        self, form: PacketFormat, group: dist.ProcessGroup | None, sample: Tensor, chunks: Chunks
+    ) -> None:
+        self.form, self.group, self.chunks = form, group, chunks
         self.replicas = 1 if group is None else dist.get_world_size(group)
         self.replica = 0 if group is None else dist.get_rank(group)
         self.owners = form.shares > 1
@@ -84,47 +89,36 @@ class PacketExchange:
             return to_owners(packets, self.form.num_bytes(self.replica), self.group)
         return all_gather(packets[0], self.group)
 
-    def receive(self, flight: Flight) -> tuple[Iterator[Tensor], Tensor]:
-        """(mean of each batch's chunks `[chunks, elements]`, mean of the dense values); waits for the packets."""
-        if not self.owners:
-            return self._mean(0, flight.land())
-        return self._reduce(*self._mean(self.replica, flight.land()))
+    def pass_on(self, flight: Flight) -> Flight:
+        """The owner's part: waits for the first message, adds it up and starts to send the largest of the sums.
 
-    def _mean(self, share: int, packets: list[Tensor]) -> tuple[Iterator[Tensor], Tensor]:
-        read = [self.form.read(share, packet) for packet in packets]
-        dense = read[0][1].clone()
-        for _, other in read[1:]:
-            dense += other
-
-        def means() -> Iterator[Tensor]:
-            for i, batch in enumerate(self.form.batches):
-                contributions = [chosen[i] for chosen, _ in read]
-                if batch.published:
-                    yield contributors_mean(contributions, batch.elements)
-                else:
-                    yield replicas_mean(contributions, batch.elements)
-
-        return means(), dense / len(read)
-
-    def _reduce(self, means: Iterator[Tensor], dense: Tensor) -> tuple[Iterator[Tensor], Tensor]:
-        """The owner's part."""
-        form, chosen = self.form, []
-        for owed, mean, batch in zip(self.owed, means, form.batches, strict=True):
-            owed.add_(mean)
-            chosen.append(largest(owed, batch.kept))
-        packet, sent = form.write(self.replica, chosen, dense)
-        for owed, (indices, _), values in zip(self.owed, chosen, sent, strict=True):
-            owed.scatter_add_(1, indices, -values)
+        Without owners, or where it is done already, nothing; alike on all replicas.
+        """
+        if not self.owners or flight.reduced:
+            return flight
+        form, sent = self.form, []
+        arrived, dense = form.read(self.replica, flight.land())
+        for owed, batch, own in zip(self.owed, form.batches, arrived, strict=True):
+            self.chunks.add_mean(owed, batch, own)
+            sent.append(self.chunks.take(owed, batch))
+        packet = form.write(self.replica, sent, _mean(dense))
         padded = packet.new_zeros(max(form.num_bytes(share) for share in range(self.replicas)))
         padded[: len(packet)] = packet
-        packets = all_gather(padded, self.group).land()
-        read = [form.read(share, packet) for share, packet in enumerate(packets)]
+        onward = all_gather(padded, self.group)
+        onward.reduced = True
+        return onward
 
-        def whole() -> Iterator[Tensor]:
-            for i, batch in enumerate(form.batches):
-                yield torch.cat([scattered(part[i], batch.elements) for part, _ in read])
-
-        return whole(), torch.cat([part for _, part in read])
+    def receive(self, flight: Flight) -> tuple[list[Chosen], Tensor]:
+        """Waits for the packets: indices and values `[senders, chunks, kept]` of each batch, of which the mean is to be
+        taken (one sender where owners have), and the mean of the dense values."""
+        packets = self.pass_on(flight).land()
+        if not self.owners:
+            arrived, dense = self.form.read(0, packets)
+            return arrived, _mean(dense)
+        shares = [self.form.read(share, packet) for share, packet in enumerate(packets)]
+        batches = zip(*(arrived for arrived, _ in shares), strict=True)
+        whole = [tuple(torch.cat(own).unsqueeze(0) for own in zip(*parts, strict=True)) for parts in batches]
+        return whole, torch.cat([dense for _, dense in shares])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this owner owes, under names of this layout of ranks alone."""
@@ -132,3 +126,11 @@ class PacketExchange:
             return {}
         layout = f"{self.replicas}x{dist.get_world_size() // self.replicas}.rank{dist.get_rank()}"
         return {f"owed.{layout}.{i}": owed for i, owed in enumerate(self.owed) if owed.numel()}
+
+
+def _mean(dense: Tensor) -> Tensor:
+    """Over the replicas of `[replicas, n]`, added in their order."""
+    total = dense[0].clone()
+    for other in dense[1:]:
+        total += other
+    return total / len(dense)

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepline.comm.codec import ChunkCodec
+from stepline.comm.codec import ChunkCodec, Packing, as_numbers
 from stepline.comm.dct import Chunking
 
 BATCH_ELEMENTS = 1 << 26  # transformed at once: bounds the memory beside the parameters
 
-Chosen = tuple[Tensor | None, Tensor]
-"""Indices (None where all replicas know them) and values, each `[chunks, kept]`."""
+Chosen = tuple[Tensor, Tensor]
+"""Indices and values, each `[chunks, kept]`; of several replicas `[replicas, chunks, kept]`."""
+Quantised = tuple[Tensor, Tensor, Tensor | None]
+"""Indices, numbers `[chunks, kept]` and scales `[chunks]` of what is sent (codec.quantise)."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,11 @@ class PacketFormat:
     """
 
     def __init__(
-        self, batches: Sequence[Batch], dense: int, codec: str, dtype: torch.dtype, shares: int = 1
-    ) -> None:
+        self, batches: Sequence[Batch], dense: int, codec: str, dtype: torch.dtype, shares: int = 1,
+        packing: Packing | None = None,
+    ) -> None:  # fmt: skip
         self.batches, self.dense, self.codec, self.dtype, self.shares = batches, dense, codec, dtype, shares
+        self.packing = packing or Packing()
         self.dense_dtype = dtype if codec == "fp32" else torch.bfloat16
 
     def span(self, total: int, share: int) -> slice:
@@ -142,11 +146,10 @@ class PacketFormat:
 
     def codecs(self, share: int) -> list[ChunkCodec]:
         """One for each batch."""
+        lengths = [_length(self.span(batch.chunks, share)) for batch in self.batches]
         return [
-            ChunkCodec(
-                _length(self.span(b.chunks, share)), b.height * b.width, b.kept, self.codec, self.dtype
-            )
-            for b in self.batches
+            ChunkCodec(n, b.elements, b.kept, self.codec, self.dtype, packing=self.packing)
+            for n, b in zip(lengths, self.batches, strict=True)
         ]
 
     def num_bytes(self, share: int) -> int:
@@ -154,45 +157,40 @@ class PacketFormat:
         dense = _length(self.span(self.dense, share)) * self.dense_dtype.itemsize
         return sum(codec.num_bytes for codec in self.codecs(share)) + dense
 
-    def write(self, share: int, chosen: Sequence[Chosen], dense: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The packet of one share (uint8) and the values that its receivers decode, a tensor for each batch.
-
-        chosen, dense: of this share alone.
-        """
-        packets, sent = [], []
-        for codec, (indices, values) in zip(self.codecs(share), chosen, strict=True):
-            packet, decoded = codec.encode(indices, values)
-            packets.append(packet)
-            sent.append(decoded)
-        packets.append(dense.to(self.dense_dtype).view(torch.uint8))
-        return torch.cat(packets), sent
+    def write(self, share: int, sent: Sequence[Quantised], dense: Tensor) -> Tensor:
+        """The packet of one share (uint8). sent, for each batch, and dense: of this share alone."""
+        parts = [codec.pack(*own) for codec, own in zip(self.codecs(share), sent, strict=True)]
+        return torch.cat([*parts, dense.to(self.dense_dtype).view(torch.uint8)])
 
     def read(self, share: int, packet: Tensor) -> tuple[list[Chosen], Tensor]:
-        """What `write` put into a packet."""
+        """What receivers make of packets of one share `[..., bytes]`: for each batch `[..., chunks, kept]`, dense."""
         codecs = self.codecs(share)
         sizes = [codec.num_bytes for codec in codecs]
-        *parts, dense = packet[: self.num_bytes(share)].split([*sizes, self.num_bytes(share) - sum(sizes)])
+        packet = packet[..., : self.num_bytes(share)]
+        *parts, dense = packet.split([*sizes, self.num_bytes(share) - sum(sizes)], dim=-1)
         chosen = [codec.decode(part) for codec, part in zip(codecs, parts, strict=True)]
-        return chosen, dense.clone().view(self.dense_dtype).to(self.dtype)
+        return chosen, as_numbers(dense, self.dense_dtype).to(self.dtype)
 
 
-def contributors_mean(contributions: Sequence[Chosen], elements: int) -> Tensor:
-    """`[chunks, elements]`: at each index the mean over those who sent it (arXiv 2411.19870), in their order."""
-    total = contributions[0][1].new_zeros(len(contributions[0][1]), elements)
+def contributors_mean(arrived: Chosen, elements: int) -> Tensor:
+    """`[chunks, elements]`: at each index the mean over who sent it (arXiv 2411.19870), in their order."""
+    indices, values = arrived[0].long(), arrived[1]
+    total = values.new_zeros(values.shape[1], elements)
     count = torch.zeros_like(total, dtype=torch.int16)
-    for indices, values in contributions:
-        count.scatter_add_(1, indices, torch.ones_like(values, dtype=torch.int16))
-    for indices, values in contributions:
-        total.scatter_add_(1, indices, values / count.gather(1, indices))
+    for places in indices:
+        count.scatter_add_(1, places, torch.ones_like(places, dtype=torch.int16))
+    for places, own in zip(indices, values, strict=True):
+        total.scatter_add_(1, places, own / count.gather(1, places))
     return total
 
 
-def replicas_mean(contributions: Sequence[Chosen], elements: int) -> Tensor:
-    """`[chunks, elements]`: the sum over the contributions, in their order, over their number."""
-    total = contributions[0][1].new_zeros(len(contributions[0][1]), elements)
-    for indices, values in contributions:
-        total.scatter_add_(1, indices, values)
-    return total / len(contributions)
+def replicas_mean(arrived: Chosen, elements: int) -> Tensor:
+    """`[chunks, elements]`: the sum over the replicas, in their order, over their number."""
+    indices, values = arrived[0].long(), arrived[1]
+    total = values.new_zeros(values.shape[1], elements)
+    for places, own in zip(indices, values, strict=True):
+        total.scatter_add_(1, places, own)
+    return total / len(values) if len(values) > 1 else total
 
 
 def _length(span: slice) -> int:

@@ -208,7 +208,7 @@ def conservation(codec: str, owner_reduce_above: int, accumulate: str) -> float:
             own = torch.zeros(batch.chunks, batch.elements, dtype=torch.float64).scatter_(1, indices, values)
             own = own.view(-1, batch.height, batch.width)
             if batch.transformed:
-                own = sync.basis[batch.height] @ own @ sync.basis[batch.width].T
+                own = sync.chunks.basis[batch.height] @ own @ sync.chunks.basis[batch.width].T
             for name, decoded in batch.join(own).items():
                 added = LR * gradients[name] if name in sync.momentum else updates[name]
                 expected = settings.beta * before[name] + added

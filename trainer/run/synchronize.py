@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -64,7 +65,17 @@ def build_synchronizer(
         parameters, group, DeMoSettings(**demo, **common), decayed=decayed, untransformed=ends,
         dense=None if demo["faithful"] else _adamw(config, vectors),
         make_optimizer=functools.partial(waiting_optimizer, config), direction=direction,
+        kernels=chunk_kernels(next(iter(parameters.values())).device),
     )  # fmt: skip
+
+
+def chunk_kernels(device: torch.device) -> ModuleType | None:
+    """What encodes and decodes DeMo's chunks in one pass over the values, where a device has that."""
+    if device.type != "cuda":
+        return None
+    from stepline.kernels import triton_demo
+
+    return triton_demo
 
 
 def inner_optimizer(config: Config, parameters: dict[str, nn.Parameter]) -> Optimizer:
