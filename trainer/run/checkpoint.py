@@ -143,7 +143,8 @@ class Checkpointer:
         self.run, self.keep, self.on_failure = run, keep, on_failure
         self.group = dist.new_group(backend="gloo")
         pinned = device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self.staging = StagingOptions(pinned, False, False, pinned)
+        self.stager = DefaultStager(self.staging)
         self.last: Path | None = None
         """The newest checkpoint that this process completed."""
         self.failed = 0
@@ -159,6 +160,8 @@ class Checkpointer:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
         pending = _Pending(checkpoint_path(self.run, step), state, kind, needed)
         staged = self.stager.stage(tensors)
+        if torch.__version__ < (2, 13):  # whose stagers serve once; later ones keep their buffers
+            self.stager = DefaultStager(self.staging)
         pending.thread = threading.Thread(
             target=self._write, args=(pending, staged), daemon=True, name="checkpoint"
         )
