@@ -104,6 +104,10 @@ class Synchronizer(ABC):
         """Before the forward of a micro-batch on what `through` gives: whether it is the step's last one."""
         all_reduce_on_last(model, last)
 
+    def midway(self) -> None:  # noqa: B027
+        """Between a forward and its backward, once in a step and at the same place on all ranks: the time to pass on
+        what has arrived."""
+
     @property
     def parts(self) -> int:
         """Into how many parts the sum over a global batch is left by backward: their mean is the gradient."""

@@ -38,14 +38,14 @@ def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor
 
 def accumulate(
     model: nn.Module, batch: Batch, device: torch.device, z_weight: float, parts: int = 1,
-    announce: Callable[[nn.Module, bool], None] = all_reduce_on_last,
+    announce: Callable[[nn.Module, bool], None] = all_reduce_on_last, midway: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:  # fmt: skip
     """Forward and backward of a global batch; returns its loss (0-dim, global mean over valid tokens).
 
     Every micro-batch's loss is a SUM divided by the number of valid tokens of the whole global batch, and
     gradients are summed over micro-batches and ranks: no token weighs more than another, wherever it stands.
     parts: into as many the sum over the global batch is left, each in a replica or a rank, whose mean is its gradient.
-    announce: told before each micro-batch whether it is the last one.
+    announce: told before each micro-batch whether it is the last one. midway: called once, after a forward.
     batch.inputs, batch.targets: `[accumulation, micro_batch, seq]`; targets of -100 carry no loss.
     """
     targets = to_device(batch.targets, device)
@@ -59,6 +59,8 @@ def accumulate(
         loss = sums.nll / valid
         if z_weight:
             loss = loss + z_weight * sums.z / valid
+        if i == len(inputs) // 2:
+            midway()
         (loss * parts).backward()
         total += sums.nll.detach()
     return all_sum(total) / valid
@@ -77,7 +79,8 @@ def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     """One step of the run: afterwards the parameters are updated, or untouched where the guard said skip."""
     config, synchronizer = state.config, state.synchronizer
     model, parts = synchronizer.through(state.model), synchronizer.parts
-    loss = accumulate(model, batch, state.device, config.model.z_loss, parts, synchronizer.announce)
+    z_loss, hooks = config.model.z_loss, (synchronizer.announce, synchronizer.midway)
+    loss = accumulate(model, batch, state.device, z_loss, parts, *hooks)
     norm = synchronizer.largest(clip(synchronizer.gradients(), state.mesh, config.optimizer.grad_clip))
     skip = state.guard.check(loss, norm)
     result = synchronizer.step(lr, skip)
