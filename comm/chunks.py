@@ -71,11 +71,10 @@ class Chunks:
         if self._fused(batch, tensors):
             sent = self._room(batch.chunks, batch.kept, tensors[batch.parts[0].name])
             for part in batch.parts:
-                own = tuple(None if t is None else t[part.span] for t in sent)
-                x = _cube(tensors[part.name], part.chunking)
                 self.kernels.encode(
-                    x, (batch.height, batch.width), own, self.codec, self._bases(batch), alpha
-                )
+                    _cube(tensors[part.name], part.chunking), (batch.height, batch.width), part.span, sent, self.codec,
+                    self._bases(batch), alpha,
+                )  # fmt: skip
             return sent
         chunks = batch.split(tensors)
         if batch.transformed:
@@ -121,7 +120,8 @@ class Chunks:
         """The largest of chunks `[chunks, elements]` as they travel; what receivers decode leaves `total`."""
         if total.numel() and self._supports(1, batch.elements, False):
             sent = self._room(len(total), batch.kept, total)
-            self.kernels.encode(total.view(1, 1, -1), (1, batch.elements), sent, self.codec, None)
+            whole = slice(0, len(total))
+            self.kernels.encode(total.view(1, 1, -1), (1, batch.elements), whole, sent, self.codec, None)
             return sent
         indices, values = largest(total, batch.kept)
         numbers, scale = quantise(values, self.codec)

@@ -24,6 +24,8 @@ PROGRAMS_PER_PROCESSOR = 16
 """Of decode, each with a place of its own in memory where it adds up; together they should fit the L2 cache."""
 BLOCK = 1024
 """Numbers or bytes of a program that packs."""
+VARYING = ["first", "stride", "count", "replicas", "down", "across"]
+"""Arguments of which no value has a kernel compiled for itself: each takes seconds."""
 
 
 @triton.jit
@@ -99,13 +101,13 @@ def _to_bf16(x):
     return bits, (bits << 16).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _encode_kernel(
-    x_ptr, down_ptr, across_ptr, indices_ptr, numbers_ptr, scale_ptr, rows, cols, down, across, alpha,
+    x_ptr, down_ptr, across_ptr, indices_ptr, numbers_ptr, scale_ptr, first, rows, cols, down, across, alpha,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, KEPT: tl.constexpr,
     CODEC: tl.constexpr, TRANSFORMED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: `x -= alpha * what is sent`, and what is sent, in the order of the indices."""
+    """One chunk: `x -= alpha * what is sent`, and what is sent, in the order of the indices, from chunk `first` on."""
     chunk = tl.program_id(0).to(tl.int64)
     offsets, there, inside, index = _places(chunk, rows, cols, down, across, HEIGHT, WIDTH, HIGH, WIDE)
     x = tl.load(x_ptr + offsets, mask=there, other=0.0)
@@ -115,6 +117,7 @@ def _encode_kernel(
     else:
         y = x
     taken, place = _chosen(y, inside, KEPT)
+    chunk += first
     out = chunk * KEPT + place
     tl.store(indices_ptr + out, index, mask=taken)
     if CODEC == "fp32":
@@ -141,7 +144,7 @@ def _encode_kernel(
     tl.store(x_ptr + offsets, x - alpha * sent, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _decode_kernel(
     out_ptr, down_ptr, across_ptr, indices_ptr, values_ptr, sums_ptr, first, stride, count, replicas, rows, cols,
     down, across, decay, gain, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
@@ -234,22 +237,24 @@ def supports(height: int, width: int, transformed: bool, dtype: torch.dtype) -> 
 
 
 def encode(
-    x: Tensor, chunk: tuple[int, int], sent: tuple[Tensor, Tensor, Tensor | None], codec: str,
+    x: Tensor, chunk: tuple[int, int], span: slice, sent: tuple[Tensor, Tensor, Tensor | None], codec: str,
     bases: tuple[Tensor, Tensor] | None, alpha: float = 1.0,
 ) -> None:  # fmt: skip
     """Takes the largest values of each chunk out of `x` and writes them into `sent`.
 
     x: `[leading, rows, cols]`, contiguous, cut into chunks of (height, width) as comm/dct.py does; changed in place.
-    sent: indices (int32) and numbers (fp32; int8 steps; uint8, 1 where negative) `[chunks, kept]`, and with a codec
-    other than fp32 the chunks' scales (bf16 `[chunks]`). bases: DCT matrices of height and width, None: as it is.
+    span: its chunks among those of `sent`, indices (int32) and numbers (fp32; int8 steps; uint8, 1 where negative)
+    `[chunks, kept]`, and with a codec other than fp32 scales (bf16 `[chunks]`). bases: DCT matrices of height and
+    width, None: as it is.
     """
     (height, width), (indices, numbers, scale) = chunk, sent
     _, rows, cols = x.shape
     high, wide, warps = _padded(height, width, bases is not None)
     down, across = bases or (x, x)
-    _encode_kernel[(len(indices),)](
-        x, down, across, indices, numbers, numbers if scale is None else scale.view(torch.int16), rows, cols,
-        triton.cdiv(rows, height), triton.cdiv(cols, width), alpha, HEIGHT=height, WIDTH=width, HIGH=high, WIDE=wide,
+    scales = numbers if scale is None else scale.view(torch.int16)
+    _encode_kernel[(span.stop - span.start,)](
+        x, down, across, indices, numbers, scales, span.start, rows, cols, triton.cdiv(rows, height),
+        triton.cdiv(cols, width), alpha, HEIGHT=height, WIDTH=width, HIGH=high, WIDE=wide,
         KEPT=indices.shape[1], CODEC=codec, TRANSFORMED=bases is not None, num_warps=warps,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("chunk_paths.py")
-CASES = [*map(str, runpy.run_path(str(SCRIPT), run_name="cases")["CASES"]), "packing", "steps"]
+CASES = [*map(str, runpy.run_path(str(SCRIPT), run_name="cases")["CASES"]), "packing", "steps", "fallback"]
 
 
 @pytest.fixture(scope="module")

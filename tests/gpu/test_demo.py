@@ -31,6 +31,10 @@ def test_more_chunks_than_programs(paths):
     paths["check"](paths["Case"](((4096, 4096),), 32, "sign"), "cuda")
 
 
+def test_what_the_kernels_do_not_support_goes_through_torch(paths):
+    paths["check_fallback"]("cuda")
+
+
 def test_packing_is_that_of_torch(paths):
     paths["check_packing"]("cuda")
 

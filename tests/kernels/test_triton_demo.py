@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 CHUNKS = {"HEIGHT": 32, "WIDTH": 32, "HIGH": 32, "WIDE": 32, "KEPT": 20}
 LARGE = {"HEIGHT": 64, "WIDTH": 64, "HIGH": 64, "WIDE": 64, "KEPT": 32}
 ODD = {"HEIGHT": 26, "WIDTH": 20, "HIGH": 32, "WIDE": 32, "KEPT": 10}
-ROWS = {"HEIGHT": 1, "WIDTH": 4096, "HIGH": 1, "WIDE": 4096, "KEPT": 82}
+ROWS = {"HEIGHT": 1, "WIDTH": 4096, "HIGH": 1, "WIDE": 4096, "KEPT": 82, "rows": 1}
 NUMBERS = {"fp32": "*fp32", "int8": "*i8", "sign": "*u8"}
 POINTERS = {
     "x_ptr": "*fp32", "out_ptr": "*fp32", "down_ptr": "*fp32", "across_ptr": "*fp32", "indices_ptr": "*i32",
