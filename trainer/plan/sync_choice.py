@@ -104,8 +104,8 @@ class Choice:
         )
         demo, diloco = self.whole[2], self.whole[4]
         if demo.overlapped:
-            part = "" if demo.overlapped == demo.slower else "first half of the "
-            found.append(f"demo's {part}exchange runs beside the next forward and backward (delay 1)")
+            halves = ", its owners' half from the middle of the step on" if "owners" in demo.label else ""
+            found.append(f"demo's exchange runs beside the next forward and backward (delay 1){halves}")
         every, rounds = self.config.parallel.diloco.every, self.config.parallel.diloco.fragments
         burst = seconds_text(diloco.seconds(link.mbit) * every / rounds)
         found.append(f"diloco's is a mean: {rounds} x {burst} in every {every} steps")

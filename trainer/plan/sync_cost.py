@@ -161,8 +161,8 @@ class SyncBytes:
         own = packet.num_bytes(self.replica, self.replicas)
         gathered = others * packet.num_bytes(self.replicas - 1, self.replicas)  # padded to the largest
         sent, received = packet.total(self.replicas) - own, others * own
-        first = max(sent, received) if setting.delay else 0
-        return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, first)
+        beside = max(sent, received) + gathered if setting.delay else 0
+        return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, beside)
 
     def _kept(self) -> int | None:
         setting = self.parallel.demo
