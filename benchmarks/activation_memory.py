@@ -18,7 +18,7 @@ buffer of reductions are then in the peak, at every depth alike.
 
 NOT YET RUN ON A GPU.
 
-    python benchmarks/activation_memory.py [--depth N …] [--ffn dense|moe …] [--pair width|layers] [--no-time]
+    python benchmarks/activation_memory.py [--depth N …] [--ffn dense|moe …] [--pair width|layers] [--no-time] [--json]
 
 Writes runs/activation_memory/result.json, prints tables, and draws benchmarks/plots/activation_memory.png where
 all depths of pair width are there.
@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--time-width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", action="store_true", help="print the result's JSON in the tables' place")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
@@ -318,6 +319,9 @@ def main() -> None:
     result = {"torch": torch.__version__, "device": args.device, "compute": args.compute, "tokens": args.tokens,
               "width": args.width, "pair": args.pair, "cells": cells, "times": times}  # fmt: skip
     out.write_text(json.dumps(result, indent=1))
+    if args.json:
+        print(json.dumps(result))
+        return
     show(cells, times)
     if args.pair == "width" and tuple(args.depth) == DEPTHS and len(args.ffn) == 2:
         plot(cells, ROOT / "plots/activation_memory.png")
