@@ -45,8 +45,9 @@ bench: $(VENV)/.dev
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cpu_step.py
 	$(BIN)/python benchmarks/quickstart_quality.py
 
+# GPU_CHECK=--quick: nine minutes, the shapes that targets name
 gpu-check: $(VENV)/.dev
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

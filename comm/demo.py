@@ -199,9 +199,8 @@ class DeMo(Synchronizer):
     @torch.no_grad()
     def _apply(self, updates: dict[str, Tensor], lr: float) -> None:
         """The same of decoded updates."""
-        if (
-            self.settings.phi == "muon" and self.momentum
-        ):  # a rank without rows of a matrix decodes nothing for it
+        if self.settings.phi == "muon" and self.momentum:
+            # a rank without rows of a matrix decodes nothing for it
             momenta = {n: updates.get(n, torch.zeros_like(local(d))) for n, d in self.momentum.items()}
             updates = updates | self.direction(momenta)
         for name, update in updates.items():
