@@ -157,7 +157,7 @@ def _decode_kernel(
     A program adds up in memory of its own, replica by replica, so that every order of sums is fixed.
     """
     size: tl.constexpr = HEIGHT * WIDTH
-    program = tl.program_id(0).to(tl.int64)
+    program, stride = tl.program_id(0).to(tl.int64), stride.to(tl.int64)
     sums = sums_ptr + program * (2 * size if PUBLISHED else size)
     counts = sums + size
     k = tl.arange(0, KEPT_2)
@@ -196,7 +196,7 @@ def _decode_kernel(
             update = tl.where(update > 0, 1.0, tl.where(update < 0, -1.0, 0.0))
         if not STORE:
             old = tl.load(out_ptr + offsets, mask=there, other=0.0)
-            update = decay * old + gain * update
+            update = tl.fma(gain, update, decay * old)  # rounded as torch does: what was saved lands the same
         tl.store(out_ptr + offsets, update, mask=there)
 
 

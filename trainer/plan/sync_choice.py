@@ -104,8 +104,8 @@ class Choice:
         )
         demo, diloco = self.whole[2], self.whole[4]
         if demo.overlapped:
-            halves = ", its owners' half from the middle of the step on" if "owners" in demo.label else ""
-            found.append(f"demo's exchange runs beside the next forward and backward (delay 1){halves}")
+            onward = ", what owners send on from after the first forward on" if demo.onward else ""
+            found.append(f"demo's exchange runs beside the next forward and backward (delay 1){onward}")
         every, rounds = self.config.parallel.diloco.every, self.config.parallel.diloco.fragments
         burst = seconds_text(diloco.seconds(link.mbit) * every / rounds)
         found.append(f"diloco's is a mean: {rounds} x {burst} in every {every} steps")
@@ -128,7 +128,7 @@ class Choice:
                     "link_bytes_received": whole.received,
                     "link_s": whole.seconds(link.mbit),
                     "of_all_reduce": whole.slower / self.reference.slower,
-                    "overlapped_bytes": whole.overlapped,
+                    "overlapped_bytes": whole.overlapped + whole.onward,
                     "step_s": whole.step_seconds(link.mbit, link.compute_s) if known else None,
                     "harmless_mbit": whole.harmless_mbit(link.compute_s) if known else None,
                 }

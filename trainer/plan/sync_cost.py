@@ -18,6 +18,8 @@ from stepline.trainer.plan.tensors import Shape, block_group, root_group
 INT8_CHUNK = 4096
 """Of comm/diloco.py, like the following of run/synchronize.py; both import torch."""
 PUBLISHED_KEPT = 32
+FIRST_FORWARD = 1 / 3
+"""Of a step's computing, before which owners have nothing to send on: a forward, without accumulation or recompute."""
 HARMLESS = 0.1
 """Share of a step that an exchange may add before another one is worth its price in loss."""
 
@@ -32,7 +34,10 @@ class Exchange:
     sent: float
     received: float
     overlapped: float = 0.0
-    """Of the slower direction, what travels beside the next forward and backward."""
+    """Of the slower direction, what travels beside the next forward and backward; where there is a message onward,
+    beside the first forward of them alone."""
+    onward: float = 0.0
+    """And what travels beside the rest of them: what owners send on."""
 
     @property
     def slower(self) -> float:
@@ -43,16 +48,32 @@ class Exchange:
         """On a link of `mbit` Mbit/s in each direction."""
         return self.slower * 8 / (mbit * 1e6)
 
+    @property
+    def _beside(self) -> tuple[tuple[float, float], ...]:
+        """(bytes, share of the computing that they travel beside) of each message that does."""
+        if self.onward:
+            return (self.overlapped, FIRST_FORWARD), (self.onward, 1 - FIRST_FORWARD)
+        return ((self.overlapped, 1.0),)
+
+    @property
+    def _after(self) -> float:
+        return self.slower - self.overlapped - self.onward
+
     def step_seconds(self, mbit: float, compute_s: float) -> float:
         """Of a step that computes for `compute_s`."""
-        beside = self.overlapped * 8 / (mbit * 1e6)
-        return max(compute_s, beside) + self.seconds(mbit) - beside
+        rate = mbit * 1e6 / 8
+        return self._after / rate + sum(max(share * compute_s, size / rate) for size, share in self._beside)
 
     def harmless_mbit(self, compute_s: float) -> float:
-        """Mbit/s from which on a step is at most HARMLESS longer than `compute_s`."""
-        after = (self.slower - self.overlapped) / HARMLESS
-        whole = self.slower / (1 + HARMLESS)  # where what is overlapped takes longer than the compute
-        return max(after, whole) * 8 / 1e6 / compute_s
+        """Mbit/s from which on a step is at most HARMLESS longer than `compute_s`: where it is for each choice of
+        messages that take longer than the computing beside them."""
+        beside = self._beside
+        choices = [c for n in range(len(beside) + 1) for c in itertools.combinations(beside, n)]
+        needed = (
+            (self._after + sum(size for size, _ in late)) / (HARMLESS + sum(share for _, share in late))
+            for late in choices
+        )
+        return max(needed) * 8 / 1e6 / compute_s
 
 
 @dataclass(frozen=True)
@@ -161,8 +182,8 @@ class SyncBytes:
         own = packet.num_bytes(self.replica, self.replicas)
         gathered = others * packet.num_bytes(self.replicas - 1, self.replicas)  # padded to the largest
         sent, received = packet.total(self.replicas) - own, others * own
-        beside = max(sent, received) + gathered if setting.delay else 0
-        return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, beside)
+        beside = (max(sent, received), gathered) if setting.delay else ()
+        return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, *beside)
 
     def _kept(self) -> int | None:
         setting = self.parallel.demo
@@ -204,7 +225,7 @@ def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
     def whole(i: int, way: str) -> float:
         return sum(number * getattr(every[i], way) for number, every in found)
 
-    ways = ("sent", "received", "overlapped")
+    ways = ("sent", "received", "overlapped", "onward")
     first = found[0][1]
     return [replace(exchange, **{way: whole(i, way) for way in ways}) for i, exchange in enumerate(first)]
 

@@ -7,6 +7,8 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 LARGEST = 2**31 - 1
 """What mallopt, which takes an int, can be told at most, in bytes."""
+OLD_LIMIT = 32 * 2**20
+"""What glibc before 2.35 lets buffers be at most that do not come from the kernel one by one."""
 
 
 def keep_freed_memory() -> bool:
@@ -20,4 +22,6 @@ def keep_freed_memory() -> bool:
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(M_MMAP_THRESHOLD, LARGEST), mallopt(M_TRIM_THRESHOLD, LARGEST)])
+    kept = mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
+    # told alone, this would freeze the other one where it happens to stand
+    return bool(kept and mallopt(M_TRIM_THRESHOLD, LARGEST))

@@ -97,7 +97,7 @@ def test_an_exchange_that_overlaps_is_said_so(capsys):
     sync = sync_of(capsys, *late, link_mbit=100.0, replicas=16)["sync"]
     demo = sync["methods"][2]
     assert demo["overlapped_bytes"] == demo["link_bytes_received"]
-    assert any("its owners' half from the middle of the step on" in note for note in sync["notes"])
+    assert any("what owners send on from after the first forward on" in note for note in sync["notes"])
 
 
 def test_the_table_fits_80_columns_and_is_printed_after_the_plan():

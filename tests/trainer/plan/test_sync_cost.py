@@ -180,7 +180,7 @@ def test_the_ranks_of_a_replica_share_its_link(shard, parts):
     config = config_of({"sync": "demo", "demo": DEMO | {"delay": 1}, "experts": parts or 1, "model": model})
     ranks = [SyncBytes(config, shard, 2, rank).every() for rank in range(shard)]
     for i, link in enumerate(link_bytes(config, shard, 2)):
-        for way in ("sent", "received", "overlapped"):
+        for way in ("sent", "received", "overlapped", "onward"):
             assert getattr(link, way) == pytest.approx(sum(getattr(mine[i], way) for mine in ranks))
     whole = sum(math.prod(shape) for shape, _ in model_parameters(config.model))
     assert link_bytes(config, shard, 2)[0].sent == pytest.approx(4 * whole, abs=shard)
@@ -192,11 +192,14 @@ def test_seconds_of_a_step():
     plain = Exchange("", (), sent=12.5e6, received=6e6)
     beside = Exchange("", (), sent=12.5e6, received=12.5e6, overlapped=12.5e6)
     half = Exchange("", (), sent=12.5e6, received=12.5e6, overlapped=10e6)
+    owners = Exchange("", (), sent=12.5e6, received=12.5e6, overlapped=7.5e6, onward=5e6)
     assert plain.seconds(100) == pytest.approx(1)
     for compute in (0.5, 4.0):
         assert plain.step_seconds(100, compute) == pytest.approx(compute + 1)
         assert beside.step_seconds(100, compute) == pytest.approx(max(compute, 1))
         assert half.step_seconds(100, compute) == pytest.approx(max(compute, 0.8) + 0.2)
-        for exchange in (plain, beside, half):
+        waited = max(compute / 3, 0.6) + max(compute * 2 / 3, 0.4)  # each message beside its own part
+        assert owners.step_seconds(100, compute) == pytest.approx(waited)
+        for exchange in (plain, beside, half, owners):
             mbit = exchange.harmless_mbit(compute)
             assert exchange.step_seconds(mbit, compute) == pytest.approx(1.1 * compute)

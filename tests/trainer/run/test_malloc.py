@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from stepline.trainer.run import malloc
+
 PROGRAM = """
 import resource, sys
 import torch
@@ -30,12 +32,35 @@ def run(*words: str, **environment: str) -> tuple[str, int]:
     return told, int(faults)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc alone")
+NEW = platform.libc_ver()[0] == "glibc" and tuple(map(int, platform.libc_ver()[1].split("."))) >= (2, 35)
+
+
+@pytest.mark.skipif(not NEW, reason="an older or another C library gives larger buffers back")
 def test_pages_of_freed_buffers_are_not_faulted_in_again():
     told, kept = run("keep")
     assert told == "True"
     _, given_back = run("leave")
     assert kept < given_back / 4
+
+
+def test_an_older_glibc_is_told_what_it_takes(monkeypatch):
+    """Which refuses more than 32 MiB; where it refuses that too, nothing is changed."""
+    told = []
+
+    def old(limit: int):
+        def mallopt(option: int, value: int) -> int:
+            told.append((option, value))
+            return int(option != malloc.M_MMAP_THRESHOLD or value <= limit)
+
+        return type("C", (), {"mallopt": staticmethod(mallopt)})
+
+    monkeypatch.setattr(malloc.platform, "libc_ver", lambda: ("glibc", "2.34"))
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: old(2**25))
+    assert malloc.keep_freed_memory()
+    assert told[1:] == [(-3, 2**25), (-1, 2**31 - 1)]
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: old(0))
+    assert not malloc.keep_freed_memory()
+    assert told[3:] == [(-3, 2**31 - 1), (-3, 2**25)]
 
 
 def test_the_users_own_settings_stand():
