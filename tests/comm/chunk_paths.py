@@ -222,8 +222,11 @@ class SGD:
         return {}
 
 
-def steps(device: str, kernels: ModuleType | None, side: int, count: int, **settings) -> list[torch.Tensor]:
-    """Parameters after some steps of one replica, which learns a matrix, an embedding and a vector."""
+def steps(
+    device: str, kernels: ModuleType | None, side: int, count: int, saved: int = 0, **settings
+) -> list[torch.Tensor]:
+    """Parameters after some steps of one replica, which learns a matrix, an embedding and a vector, and saves after
+    step `saved`."""
     draw = torch.Generator().manual_seed(0)
     shapes = {"matrix": (side, 50), "embed": (30, side), "vector": (side,)}
     named = {n: nn.Parameter(torch.randn(s, generator=draw).to(device)) for n, s in shapes.items()}
@@ -231,10 +234,12 @@ def steps(device: str, kernels: ModuleType | None, side: int, count: int, **sett
         named, None, DeMoSettings(density=0.05, weight_decay=0.1, **settings), decayed={"matrix"},
         untransformed={"embed"}, dense=SGD({"vector": named["vector"]}), make_optimizer=SGD, kernels=kernels,
     )  # fmt: skip
-    for _ in range(count):
+    for step in range(1, count + 1):
         for parameter in named.values():
             parameter.grad = torch.randn(parameter.shape, generator=draw).to(device)
         sync.step(1e-2)
+        if step == saved:
+            sync.state_dict(0)
     sync.state_dict(0)  # decodes what is under way
     return [*(p.detach().cpu() for p in named.values()), *(p.cpu() for p in sync.pending.values())]
 
@@ -256,6 +261,9 @@ def check_steps(device: str) -> None:
             assert apart.median() < 1e-6, settings
             # near the threshold another coefficient may be the larger one, near zero a sign the other one
             assert (apart > 1e-5).float().mean() < 0.02, settings
+    for settings in ({"codec": "sign"}, {"codec": "int8", "accumulate": "gradients", "phi": "identity"}):
+        runs = [steps(device, triton_demo, 40, 4, saved, delay=1, **settings) for saved in (0, 2)]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), settings
 
 
 def check_fallback(device: str) -> None:
