@@ -45,7 +45,7 @@ bench: $(VENV)/.dev
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cpu_step.py
 	$(BIN)/python benchmarks/quickstart_quality.py
 
-# GPU_CHECK=--quick: nine minutes, the shapes that targets name
+# GPU_CHECK=--quick: only the shapes that targets name, with a limit for each script
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK)
 

@@ -294,6 +294,7 @@ def main() -> None:
     parser.add_argument("--ffn", nargs="+", choices=["dense", "moe"], default=["dense", "moe"])
     parser.add_argument("--pair", choices=PAIRS, default="width")
     parser.add_argument("--all", action="store_true", help="the two-stream model under full recompute too")
+    parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), help="default: all but that one")
     parser.add_argument("--width", type=int, default=128, help="a multiple of 32")
     parser.add_argument("--tokens", type=int, default=1024, help=f"a multiple of {SEQ}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
@@ -308,7 +309,7 @@ def main() -> None:
     if args.cell:
         child(args)
         return
-    names = list(VARIANTS) if args.all else DRAWN
+    names = args.variant or (list(VARIANTS) if args.all else DRAWN)
     asked = [(name, ffn, depth) for ffn in args.ffn for depth in args.depth for name in names]
     with ThreadPoolExecutor(1 if args.device == "cuda" else 2) as pool:
         cells = list(pool.map(lambda cell: in_process(*cell), asked))
@@ -323,7 +324,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     show(cells, times)
-    if args.pair == "width" and tuple(args.depth) == DEPTHS and len(args.ffn) == 2:
+    if args.pair == "width" and tuple(args.depth) == DEPTHS and len(args.ffn) == 2 and not args.variant:
         plot(cells, ROOT / "plots/activation_memory.png")
 
 

@@ -4,9 +4,9 @@ NOT YET RUN ON A GPU.
 
     python benchmarks/gpu_check.py [--quick] [--only NAME …] [--output DIR]
 
---quick: of each benchmark the one or two shapes that a target names, some nine minutes in all; a script that takes
-longer than its share is ended. What each script says goes to DIR (default runs/gpu_check), its JSON as NAME.json and
-its messages as NAME.log, as soon as it ends.
+--quick: of each benchmark the one or two shapes that a target names; a script that takes longer than its share, which
+is said before it starts, is ended. What each script says goes to DIR (default runs/gpu_check), its JSON as NAME.json
+and its messages as NAME.log, as soon as it ends. --only leaves the others out, `tests` among them.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STEP_1B = ("--shape", "1b", "--micro-batch", "8", "--recompute", "none")
-STEP_8B = ("--shape", "8b", "--micro-batch", "2")
+STEP_1B = ("--shape", "1b", "--micro-batch", "8", "--recompute", "none", "--steps", "5")
+STEP_8B = ("--shape", "8b", "--micro-batch", "2", "--steps", "3")
 FP8_STEP = "8B: FP8 step over bf16 step, tokens/s"
 
 
@@ -42,14 +42,19 @@ class Task:
 
 TASKS = (
     Task("sparse_kernels", "sparse_kernels.py", ("--models", "8b", "--tokens", "8192", "16384"), 90),
-    Task("step_1b", "gpu_step.py", STEP_1B, 90, ("--shape", "125m", "1b")),
-    Task("step_8b", "gpu_step.py", STEP_8B, 90, ("--shape", "8b")),
-    Task("step_8b_fp8", "gpu_step.py", (*STEP_8B, "--set", "precision.fp8=true"), 90, None),
-    Task("sparse_step", "sparse_step.py", ("--models", "8b", "--tokens", "8192", "--no-step"), 100),
-    Task("moe_step", "moe_step.py", ("--rounds", "4"), 60),
-    Task("activation_memory", "activation_memory.py", ("--depth", "8", "64", "--rounds", "6"), 100),
+    Task("step_1b", "gpu_step.py", STEP_1B, 100, ("--shape", "125m", "1b")),
+    Task("step_8b", "gpu_step.py", STEP_8B, 160, ("--shape", "8b")),
+    Task("step_8b_fp8", "gpu_step.py", (*STEP_8B, "--set", "precision.fp8=true"), 160, None),
+    Task("sparse_step", "sparse_step.py", ("--models", "8b", "--tokens", "8192", "--no-step"), 180),
+    Task("moe_step", "moe_step.py", ("--rounds", "3"), 90),
+    Task(
+        "activation_memory",
+        "activation_memory.py",
+        ("--depth", "8", "64", "--variant", "RevFFN", "--rounds", "4"),
+        120,
+    ),
     Task("memory", "memory.py", None),
-    Task("demo_codec", "demo_codec.py", ("--rounds", "8"), 60),
+    Task("demo_codec", "demo_codec.py", ("--rounds", "4"), 120),
 )
 
 
@@ -85,7 +90,11 @@ def targets(found: dict[str, dict]) -> list[Row]:
         texts = [found[name]["error"] for name in names if "error" in found.get(name, {})]
         absent = [name for name in names if name not in found]
         if not texts and not absent:
-            rows += read(*(found[name] for name in names))
+            try:
+                rows += read(*(found[name] for name in names))
+            except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+                what = f"its JSON is not as expected ({type(error).__name__}: {error})"
+                rows.append(Row(", ".join(names), None, float("nan"), why=what))
         elif not absent:
             rows.append(Row(", ".join(names), None, float("nan"), why=texts[0]))
     return rows
@@ -194,22 +203,37 @@ def run(task: Task, quick: bool, output: Path) -> dict:
     """What the task's script printed as JSON, or `{"error": why}`."""
     arguments, limit = (task.quick, task.limit) if quick else (task.full, None)
     command = [sys.executable, str(HERE / task.script), *arguments, "--json"]
+    share = f", {limit:g} s at most" if quick else ""
+    print(f"{task.script} {' '.join(arguments)}{share}", flush=True)
     begun, why = time.perf_counter(), ""
     with (output / f"{task.name}.json").open("w") as out, (output / f"{task.name}.log").open("w") as log:
         child = subprocess.Popen(command, stdout=out, stderr=log, start_new_session=True)
         try:
             code = child.wait(limit)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(child.pid, signal.SIGKILL)  # with its own children
             code, why = child.wait(), f"ended after {limit:g} s"
-    said = (output / f"{task.name}.json").read_text().strip()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
     messages = (output / f"{task.name}.log").read_text().strip().splitlines()
-    found = json.loads(said.splitlines()[-1]) if said and not why else {}
+    found = {} if why else _last_object((output / f"{task.name}.json").read_text())
     if not found:
         found = {"error": why or (messages[-1] if messages else f"exit code {code} without a word")[:200]}
     failed = f", {found['error']}" if "error" in found else ""
     print(f"{task.name}: {time.perf_counter() - begun:.0f} s{failed}", flush=True)
     return found
+
+
+def _last_object(text: str) -> dict:
+    """The last line that is a JSON object; libraries may print around it."""
+    for line in reversed(text.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def table(rows: list[Row]) -> str:

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from unittest import mock
@@ -125,7 +124,7 @@ def main() -> None:
     result = measure(device, args.rounds, args.steps)
     torch.distributed.destroy_process_group()
     if args.json:
-        json.dump(result, sys.stdout)
+        print(json.dumps(result))
         return
     print(f"{result['device']}, torch {result['torch']}")
     for name, tokens in result["tokens_per_second"].items():

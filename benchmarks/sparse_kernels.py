@@ -171,7 +171,7 @@ def main() -> None:
                     f"{row['host_us']:.0f} |"
                 )
     if args.json:
-        json.dump(result, sys.stdout)
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

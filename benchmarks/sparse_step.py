@@ -143,7 +143,7 @@ def main() -> None:
         result["steps"].append({"model": model} | found)
         say(f"{model}, whole step: " + ", ".join(f"{name} {row}" for name, row in found.items()))
     if args.json:
-        json.dump(result, sys.stdout)
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

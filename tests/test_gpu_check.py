@@ -1,7 +1,6 @@
 """`make gpu-check`: its table of targets, from what the benchmarks print, and scripts that fail or take too long."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +75,7 @@ FOUND = {
     "memory": {"rows": [{"ratio": 1.02}, {"ratio": 0.95}]},
     "demo_codec": {"error": "ended after 60 s"},
 }
+ODD = {"moe_step": {"to_dense": {}}, "activation_memory": {"cells": [], "times": []}}
 WANTED = {
     "1.3B: MFU": (0.56, "met"),
     "8B, full recompute: tokens/s": (None, "not measured: CUDA out of memory"),
@@ -104,12 +104,13 @@ def test_targets(check):
     assert len(lines) == len(rows) + 2
     assert "| RevFFN dense: memory at depth 64 over 8 | 1.03 | <= 1.02 | MISSED |" in lines
     assert check.targets({}) == []
+    assert [row.what for row in check.targets(FOUND | ODD) if "not as expected" in row.met] == ["moe_step"]
 
 
 def test_scripts(check, tmp_path, monkeypatch, capsys):
     """What one prints is kept, with a failure's last words, and one that takes too long is ended with its children."""
     scripts = {
-        "sound.py": "import json, sys; print('noise'); print(json.dumps({'arguments': sys.argv[1:]}))",
+        "sound.py": "import json, sys; print('[1]'); print(json.dumps({'arguments': sys.argv[1:]})); print('noise')",
         "outside.py": "print('{\"rows\": []}'); raise SystemExit(1)",
         "fails.py": "raise RuntimeError('no such device')",
         "slow.py": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(613.25)'])",
@@ -124,8 +125,9 @@ def test_scripts(check, tmp_path, monkeypatch, capsys):
     assert check.run(check.Task("c", "fails.py"), True, tmp_path) == {"error": "RuntimeError: no such device"}
     assert check.run(check.Task("d", "slow.py", limit=3), True, tmp_path) == {"error": "ended after 3 s"}
     assert "time.sleep(613.25)" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
-    assert json.loads((tmp_path / "a.json").read_text().splitlines()[-1])["arguments"]
-    assert "d: 3 s, ended after 3 s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "slow.py , 3 s at most" in said
+    assert "d: 3 s, ended after 3 s" in said
 
 
 def test_every_script_takes_the_arguments_that_it_is_given(check):
