@@ -107,8 +107,10 @@ def compare(shard: int, accumulation: int) -> list[str]:
     return events[: 3 * (2 * accumulation + 1) + 2]
 
 
-@pytest.mark.parametrize("shard", [1, 2])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("shard", "accumulation"),
+    [(1, 1), (2, 2), *(pytest.param(*layout, marks=pytest.mark.e2e) for layout in ((1, 2), (2, 1)))],
+)
 def test_the_second_message_leaves_between_a_forward_and_its_backward(pool, shard, accumulation):
     before = ["forward", "backward"] * (accumulation - 1)
     first = [*before, "forward", "backward", "first"]
