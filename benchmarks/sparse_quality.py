@@ -7,7 +7,7 @@ FP8, simulated; and dense FP8. All are trained by the trainer on two ranks, each
 on the `tune` split with one seed), and compared on `val` with three seeds. The hard threshold and SR-STE exist here
 alone: they take the place of the threshold inside the trainer's layers.
 
-    python benchmarks/sparse_quality.py DATA [--output DIR] [--steps N] [--plot FILE.png]
+    python benchmarks/sparse_quality.py DATA [--output DIR] [--steps N] [--seeds N …] [--plot FILE.png]
 
 DATA: a folder written by `stepline prepare` with a `tune` split and at most 2048 tokens in its vocabulary. What is in
 DIR is not trained again.
@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/sparse_quality"))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="compared on `val`")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--plot", type=Path, help="loss curves and flip rates, as a picture")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -119,15 +121,16 @@ def main() -> None:
     print("| | best lr | loss on val by seed | mean | to dense | flip rate, first and last fifth |")
     print("|---|---|---|---|---|---|")
     curves, dense = {}, None
-    for name in METHODS:
-        lr = min(LEARNING_RATES, key=lambda lr: trained(name, lr, SEEDS[0], "tune")["val_loss"])
-        curves[name] = [trained(name, lr, seed, "val") for seed in SEEDS]
+    for name in args.methods:
+        lr = min(LEARNING_RATES, key=lambda lr: trained(name, lr, 0, "tune")["val_loss"])
+        curves[name] = [trained(name, lr, seed, "val") for seed in args.seeds]
         losses = [curve["val_loss"] for curve in curves[name]]
         mean = statistics.mean(losses)
-        dense = dense or mean
+        dense = mean if name == "dense" else dense
+        apart = "" if dense is None else f"{mean / dense - 1:+.2%}"
         print(
             f"| {name} | {lr:g} | {', '.join(f'{loss:.4f}' for loss in losses)} | {mean:.4f} ± "
-            f"{statistics.stdev(losses):.4f} | {mean / dense - 1:+.2%} | {flips(curves[name])} |",
+            f"{statistics.stdev(losses):.4f} | {apart} | {flips(curves[name])} |",
             flush=True,
         )
     if args.plot:
@@ -159,7 +162,7 @@ def plot(curves: dict[str, list[dict]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for i, name in enumerate(curves):
         steps, flips = curves[name][0]["step"], mean(name, "flip_rate")
-        if name != "dense":
+        if name != "dense" and "dense" in curves:
             over = [a - b for a, b in zip(mean(name, "loss"), mean("dense", "loss"), strict=True)]
             left.plot(steps, over, color=f"C{i}", label=name)
         if flips:
