@@ -2,7 +2,6 @@
 
     encode   chunk -> DCT -> the largest -> quantised; what their receivers decode leaves the chunk in place
     decode   values of all replicas -> their mean -> inverse DCT -> applied to the parameter in place
-    pack     numbers to the bit, and back (comm/codec.py)
 
 They say what comm/chunks.py and comm/codec.py say in torch, up to the order of fp32 sums, and cut chunks straight out
 of the parameter's tensor. Written for CUDA, NOT YET RUN ON A GPU; TRITON_INTERPRET=1 runs them on CPUs for the tests.
@@ -15,6 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepline.kernels.triton_bits import pack_bits, unpack_bits
+
+__all__ = ["decode", "encode", "pack_bits", "supports", "unpack_bits"]
+
 LARGEST_SIDE = 64
 """Of a chunk that is transformed."""
 LARGEST_ROW = 4096
@@ -22,8 +25,6 @@ LARGEST_ROW = 4096
 VALUES_PER_WARP = 512
 PROGRAMS_PER_PROCESSOR = 16
 """Of decode, each with a place of its own in memory where it adds up; together they should fit the L2 cache."""
-BLOCK = 1024
-"""Numbers or bytes of a program that packs."""
 VARYING = ["first", "stride", "count", "replicas", "down", "across"]
 """Arguments of which no value has a kernel compiled for itself: each takes seconds."""
 
@@ -200,36 +201,6 @@ def _decode_kernel(
         tl.store(out_ptr + offsets, update, mask=there)
 
 
-@triton.jit
-def _pack_kernel(numbers_ptr, packed_ptr, count, size, BITS: tl.constexpr, SIZE: tl.constexpr):
-    byte = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    first = byte * 8 // BITS
-    value = tl.zeros((SIZE,), tl.int32)
-    for other in tl.static_range((2 * BITS + 6) // BITS):  # as many numbers as may have a bit in a byte
-        number = first + other
-        held = tl.load(numbers_ptr + number, mask=number < count, other=0).to(tl.int32)
-        shift = (number * BITS - byte * 8).to(tl.int32)
-        value |= (
-            tl.where(shift < 0, held >> tl.maximum(-shift, 0), held << tl.minimum(tl.maximum(shift, 0), 8))
-            & 255
-        )
-    tl.store(packed_ptr + byte, value.to(tl.uint8), mask=byte < size)
-
-
-@triton.jit
-def _unpack_kernel(packed_ptr, numbers_ptr, count, size, stride, BITS: tl.constexpr, SIZE: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    number = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    byte = number * BITS // 8
-    value = tl.zeros((SIZE,), tl.int32)
-    for other in tl.static_range((BITS + 14) // 8):  # as many bytes as may hold a bit of a number
-        there = (number < count) & (byte + other < size)
-        held = tl.load(packed_ptr + row * stride + byte + other, mask=there, other=0).to(tl.int32)
-        value |= held << (8 * other)
-    value = (value >> (number * BITS % 8).to(tl.int32)) & ((1 << BITS) - 1)
-    tl.store(numbers_ptr + row * count + number, value, mask=number < count)
-
-
 def supports(height: int, width: int, transformed: bool, dtype: torch.dtype) -> bool:
     """Whether chunks `[height, width]` of `dtype` can take this path."""
     fits = max(height, width) <= LARGEST_SIDE if transformed else height == 1 and width <= LARGEST_ROW
@@ -282,27 +253,6 @@ def decode(
         WIDE=wide, KEPT=indices.shape[2], KEPT_2=triton.next_power_of_2(indices.shape[2]),
         TRANSFORMED=bases is not None, PUBLISHED=published, SIGN=sign, STORE=store, num_warps=warps,
     )  # fmt: skip
-
-
-def pack_bits(numbers: Tensor, bits: int) -> Tensor:
-    """As comm/codec.py: contiguous `[n]` to uint8 `[ceil(n / 8) * bits]`."""
-    size = triton.cdiv(numbers.numel(), 8) * bits
-    packed = torch.empty(size, dtype=torch.uint8, device=numbers.device)
-    if size:
-        _pack_kernel[(triton.cdiv(size, BLOCK),)](
-            numbers, packed, numbers.numel(), size, BITS=bits, SIZE=BLOCK
-        )
-    return packed
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """As comm/codec.py: uint8 `[..., bytes]`, of which rows may lie apart, to int32 `[..., count]`."""
-    rows = packed.unsqueeze(0) if packed.ndim == 1 else packed
-    numbers = torch.empty(len(rows), count, dtype=torch.int32, device=packed.device)
-    if count:
-        grid = (triton.cdiv(count, BLOCK), len(rows))
-        _unpack_kernel[grid](rows, numbers, count, rows.shape[1], rows.stride(0), BITS=bits, SIZE=BLOCK)
-    return numbers.view(*packed.shape[:-1], count)
 
 
 def _padded(height: int, width: int, transformed: bool) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,21 @@ def mount(unavailable):
             unavailable(f"this machine does not let the test mount a disk: {done.stderr.strip()}")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def benchmark():
+    """A script of benchmarks/ as a module, by its name."""
+
+    def load(name: str):
+        path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"stepline_benchmark_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

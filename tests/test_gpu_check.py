@@ -1,6 +1,5 @@
 """`make gpu-check`: its table of targets, from what the benchmarks print, and scripts that fail or take too long."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def check():
+def check(benchmark):
     """benchmarks/gpu_check.py as a module."""
-    spec = importlib.util.spec_from_file_location("stepline_gpu_check", ROOT / "benchmarks/gpu_check.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("gpu_check")
 
 
 def step(shape: str, **values) -> dict:

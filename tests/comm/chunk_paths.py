@@ -17,6 +17,8 @@ from stepline.comm.dct import Chunking, inverse_dct
 from stepline.comm.demo import DeMo, DeMoSettings
 from stepline.comm.packets import Batch, PacketFormat, make_batches, scattered
 from stepline.kernels import triton_demo
+from stepline.trainer.optim.build import AdamW
+from stepline.trainer.optim.muon import Muon
 
 REPLICAS = 2
 
@@ -207,21 +209,6 @@ def check_packing(device: str) -> None:
         assert torch.equal(codec.packing.unpack(apart, bits, count), numbers), bits
 
 
-class SGD:
-    """p <- p - lr g, whose updates are all of another size."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]):
-        self.parameters = parameters
-
-    @torch.no_grad()
-    def step(self, lr, weight_decay, skip=None):
-        for p in self.parameters.values():
-            p.sub_(lr * p.grad)
-
-    def state(self):
-        return {}
-
-
 def steps(
     device: str, kernels: ModuleType | None, side: int, count: int, saved: int = 0, **settings
 ) -> list[torch.Tensor]:
@@ -232,7 +219,7 @@ def steps(
     named = {n: nn.Parameter(torch.randn(s, generator=draw).to(device)) for n, s in shapes.items()}
     sync = DeMo(
         named, None, DeMoSettings(density=0.05, weight_decay=0.1, **settings), decayed={"matrix"},
-        untransformed={"embed"}, dense=SGD({"vector": named["vector"]}), make_optimizer=SGD, kernels=kernels,
+        untransformed={"embed"}, dense=AdamW({"vector": named["vector"]}, set()), make_optimizer=Muon, kernels=kernels,
     )  # fmt: skip
     for step in range(1, count + 1):
         for parameter in named.values():

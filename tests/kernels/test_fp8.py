@@ -59,6 +59,17 @@ def test_a_product_with_scales_of_rows_is_that_of_the_dequantised_operands(types
         torch.testing.assert_close(out, theirs, rtol=2**-7, atol=0)
 
 
+def test_a_product_with_scales_of_rows_is_torchs_own(unavailable):
+    """Which on CPUs takes them from torch 2.13 on."""
+    if torch.__version__ < (2, 13):
+        unavailable("this torch's product on CPUs takes one scale alone")
+    draw = torch.Generator().manual_seed(0)
+    a = cast(torch.randn(20, 32, generator=draw), E5M2, dim=-1)
+    b = cast(torch.randn(32, 48, generator=draw), E4M3, dim=-2)
+    theirs = torch._scaled_mm(a.data, b.data.mT.contiguous().mT, a.scale, b.scale, out_dtype=torch.bfloat16)
+    torch.testing.assert_close(scaled_mm(a, b, torch.bfloat16), theirs, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("types", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)])
 def test_a_product_is_that_of_the_dequantised_operands(types):
     draw = torch.Generator().manual_seed(0)

@@ -1,7 +1,5 @@
 """The kernels of DeMo's chunks compiled for Hopper; tests/comm/test_chunks.py compares their numbers."""
 
-import os
-
 import pytest
 
 pytest.importorskip("triton")
@@ -22,6 +20,7 @@ ALIGNED = ("rows", "cols")
 
 def cases() -> dict[str, tuple]:
     """By name: kernel, own types, constants, warps."""
+    from stepline.kernels import triton_bits as bits
     from stepline.kernels import triton_demo as demo
 
     found = {}
@@ -34,35 +33,17 @@ def cases() -> dict[str, tuple]:
         constants = shape | {"KEPT_2": 128, "TRANSFORMED": shape is not ROWS, "PUBLISHED": published}
         constants |= {"SIGN": published, "STORE": False}
         found[f"decode {name}"] = (demo._decode_kernel, {}, constants, warps)
-    size = {"BITS": 10, "SIZE": demo.BLOCK}
-    found["pack"] = (demo._pack_kernel, {"numbers_ptr": "*i32"}, size, 4)
-    found["unpack"] = (demo._unpack_kernel, {"numbers_ptr": "*i32"}, size, 4)
+    size = {"BITS": 10, "SIZE": bits.BLOCK}
+    found["pack"] = (bits._pack_kernel, {"numbers_ptr": "*i32"}, size, 4)
+    found["unpack"] = (bits._unpack_kernel, {"numbers_ptr": "*i32"}, size, 4)
     return found
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path, monkeypatch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_every_kernel_compiles_for_hopper_without_a_gpu(hopper):
     for case, (kernel, types, constants, warps) in cases().items():
         known = POINTERS | dict.fromkeys(COUNTS, "i32") | types
-        signature = {name: "constexpr" if name in constants else known[name] for name in kernel.arg_names}
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        even = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(kernel.arg_names)
-            if name in ALIGNED or (signature[name].startswith("*") and name != "packed_ptr")
-        }
-        made = triton.compile(
-            ASTSource(kernel, signature, constexprs=places, attrs=even), target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": warps},
-        )  # fmt: skip
-        ptx = made.asm["ptx"]
-        assert ".target sm_90" in ptx
-        assert made.asm["cubin"][:4] == b"\x7fELF"
+        pointers = {name for name, kind in known.items() if kind.startswith("*") and name != "packed_ptr"}
+        ptx = hopper(kernel, known, constants, {*ALIGNED, *pointers} - {*constants}, {"num_warps": warps})
         assert "tf32" not in ptx, case  # products are of fp32
         if "chunks" in case or "rows" in case:
             assert "ld.global.v4.b32" in ptx, case  # 16 bytes a thread

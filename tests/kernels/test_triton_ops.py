@@ -145,26 +145,11 @@ def sources():
         yield ops._estimate_kernel, types, gradient | {"PACK": pack}
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path, monkeypatch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_every_kernel_compiles_for_hopper_without_a_gpu(hopper):
     for kernel, types, constants in sources():
         known = POINTERS | types
-        signature = {name: known.get(name, "constexpr") for name in kernel.arg_names}
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         # as for the lengths that are met: multiples of 16, at such addresses
-        even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in known}
-        made = triton.compile(
-            ASTSource(kernel, signature, constexprs=places, attrs=even), target=GPUTarget("cuda", 90, 32),
-            options={"enable_fp_fusion": False},
-        )  # fmt: skip
-        ptx = made.asm["ptx"]
-        assert ".target sm_90" in ptx
-        assert made.asm["cubin"][:4] == b"\x7fELF"
+        ptx = hopper(kernel, known, constants, {*known}, {"enable_fp_fusion": False})
         assert "fma." not in ptx
         assert "ld.global.v4.b32" in ptx  # 16 bytes a thread
         if "amax" not in kernel.__name__:

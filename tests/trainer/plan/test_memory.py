@@ -1,7 +1,6 @@
 """The memory of a step: exact where it can be counted, measured where it cannot, and what is decided by it."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import subprocess
@@ -41,13 +40,9 @@ def config(model: ModelConfig = ODD, device: str = "cpu", **sections) -> Config:
 
 
 @pytest.fixture(scope="module")
-def benchmark_cases():
+def benchmark_cases(benchmark):
     """benchmarks/memory.py as a module."""
-    spec = importlib.util.spec_from_file_location("stepline_memory_benchmark", ROOT / "benchmarks/memory.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("memory")
 
 
 def test_parameters_and_state_are_those_of_the_model():
