@@ -4,6 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
+# $(call packages,NAMES): Debian packages where root may install; what an installation cut short left is finished first.
+packages = test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null || \
+	(export DEBIAN_FRONTEND=noninteractive; dpkg --configure -a > /dev/null && apt-get update -qq && \
+	apt-get -o DPkg::Lock::Timeout=300 install -qq -y $(1) > /dev/null)
+
 .PHONY: quickstart test test-e2e test-slurm lint bench gpu-check clean
 
 # One file per set of extras says that it is installed; a changed list of packages installs again.
@@ -25,15 +30,12 @@ test: $(VENV)/.dev
 
 # A report is opened in a browser, which is installed where root may do so.
 test-e2e: $(VENV)/.dev
-	command -v chromium > /dev/null || test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null || \
-		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium > /dev/null) || \
-		echo "chromium cannot be installed"
+	command -v chromium > /dev/null || $(call packages,chromium) || echo "chromium cannot be installed"
 	$(BIN)/python -m pytest -q -m "e2e and not slurm"
 
 # A real SLURM, started by the tests; its packages are installed where root may do so.
 test-slurm: $(VENV)/.dev
-	command -v slurmctld > /dev/null || test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null || \
-		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y slurm-wlm munge > /dev/null)
+	command -v slurmctld > /dev/null || $(call packages,slurm-wlm munge)
 	$(BIN)/python -m pytest -q -m slurm
 
 lint: $(VENV)/.dev

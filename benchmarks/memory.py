@@ -96,6 +96,7 @@ GATHERED = {"parallel.reshard_after_forward": False}
 CASES = [
     Case("blocks", BLOCKS),
     Case("blocks, qk-norm, tied", BLOCKS | {"qk_norm": True, "tied_embeddings": True}),
+    Case("blocks, canon", BLOCKS | {"canon": "AC"}),
     Case("blocks, recompute selective", BLOCKS, settings=SELECTIVE),
     Case("blocks, recompute full", BLOCKS, settings=FULL),
     Case("blocks, accumulation 2", BLOCKS, accumulation=2),
@@ -105,6 +106,7 @@ CASES = [
     Case("muon's update", BLOCKS, micro_batch=1, settings=MUON),
     Case("reversible", REVERSIBLE),
     Case("reversible, 24 blocks, qk-norm", REVERSIBLE | {"num_layers": 24, "qk_norm": True}),
+    Case("reversible, canon", REVERSIBLE | {"canon": "AC"}),
     Case("reversible, anchors", REVERSIBLE | {"revffn": RevFFNConfig(anchor_every=1)}, micro_batch=16),
     Case("reversible, fp32 streams", REVERSIBLE | {"revffn": RevFFNConfig(streams="fp32")}),
     Case("reversible, adapters", REVERSIBLE | {"revffn": RevFFNConfig(adapters=True)}),

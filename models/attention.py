@@ -1,13 +1,13 @@
 """Causal grouped-query attention with rotary position embedding."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepline.kernels.rotary import rotate
+from stepline.models.cache import LayerCache
 from stepline.models.config import ModelConfig, RopeScaling
 from stepline.models.norm import RMSNorm
 
@@ -64,35 +64,6 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes keys and values of new tokens, `[batch, kv_heads, seq, head_dim]` each; gives those of all tokens so far."""
-
-
-class KVCache:
-    """Keys and values of the tokens that a model has read, for all its layers; their memory is taken at once.
-
-    `Transformer.forward` appends the tokens that it reads.
-    """
-
-    def __init__(
-        self, config: ModelConfig, capacity: int, batch: int = 1, *, device: torch.device, dtype: torch.dtype
-    ):
-        """capacity: tokens of a sequence; dtype: of the model's weights."""
-        shape = (config.num_layers, 2, batch, config.kv_heads, capacity, config.dim_per_head)
-        self.stored = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-        """Tokens read."""
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The `Store` of a layer; raises ValueError where there is no room."""
-        end = self.length + keys.shape[2]
-        if end > self.stored.shape[4]:
-            raise ValueError(f"a cache of {self.stored.shape[4]} tokens cannot hold {end}")
-        for stored, new in zip(self.stored[layer], (keys, values), strict=True):
-            stored[:, :, self.length : end] = new
-        return tuple(self.stored[layer, :, :, :, :end])
-
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) through `scaled_dot_product_attention`."""
 
@@ -109,11 +80,11 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, kv: Tensor | None = None,
-        store: Store | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
         """`x` and result `[batch, seq, hidden]`; without `mask`, causal over the whole sequence.
 
-        Keys and values are made of `kv`, shaped as `x`, where it is given; `store` puts those of earlier tokens
+        Keys and values are made of `kv`, shaped as `x`, where it is given; `cache` puts those of earlier tokens
         before them.
         """
         batch, seq, _ = x.shape
@@ -124,8 +95,8 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-        if store is not None:
-            k, v = store(k, v)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         out = attend(q, k, v, mask)
         return self.wo(out.transpose(1, 2).flatten(2))
 

@@ -5,6 +5,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+CANON_TAPS = 4
+"""Tokens that a Canon layer reads, the current one included."""
+
 
 class Section(BaseModel):
     """A section of the configuration: unknown keys are refused, attribute docstrings become help."""
@@ -108,6 +111,9 @@ class ModelConfig(Section):
     queries come from the attention's own stream, as published, and a fixed-point iteration inverts it."""
     revffn: RevFFNConfig = RevFFNConfig()
     """Of blocks revffn."""
+    canon: Literal["none", "A", "C", "AC"] = "none"
+    """Canon layers (arXiv 2512.17351), which mix a token with the three before it: between norm and attention (A),
+    between norm and feed-forward layer (C), or both."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     rope_scaling: RopeScaling | None = None
@@ -129,6 +135,11 @@ class ModelConfig(Section):
         self._check_widths()
         if self.dim_per_head % 2:
             raise ValueError(f"head_dim {self.dim_per_head} is odd; RoPE rotates pairs and needs an even one")
+        if self.blocks == "revffn" and self.coupling == "revffn" and "A" in self.canon:
+            raise ValueError(
+                f"canon {self.canon} has a layer before attention, which with coupling revffn reads two streams; "
+                "canon C and coupling exact work"
+            )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         return self

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stepline.models.config import ModelConfig
+from stepline.models.config import CANON_TAPS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class ParameterCounts:
     (arXiv 2503.04715)."""
     norm: int
     """Weights of the norms."""
+    canon: int
+    """Weights of the Canon layers."""
     active: int
     """Linear weights that one token uses: `linear` in a dense model, those of top_k experts in a mixture."""
 
@@ -27,7 +29,8 @@ class FlopsPerToken:
     """Floating-point operations of forward and backward for one token, recomputation not counted."""
 
     matmul: int
-    """6 for each weight of a product, the head's included (2 forward, 4 backward)."""
+    """6 for each weight of a product, the head's included (2 forward, 4 backward); norms and Canon layers are no
+    products."""
     attention_full: int
     """12 * layers * heads * head_dim * seq: scores and values as if every token saw the whole sequence."""
     attention_causal: int
@@ -63,8 +66,9 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     linear = layers * (attention + held + adapters)
     embedding = config.vocab_size * config.hidden_size * (1 if config.tied_embeddings else 2)
     norm = layers * (norms * width + (2 * head_dim if config.qk_norm else 0)) + config.hidden_size
+    canon = layers * sum(place in config.canon for place in "AC") * CANON_TAPS * width
     active = linear - layers * (held - used)
-    return ParameterCounts(linear + embedding + norm, embedding, linear, norm, active)
+    return ParameterCounts(linear + embedding + norm + canon, embedding, linear, norm, canon, active)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> FlopsPerToken:

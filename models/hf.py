@@ -65,6 +65,8 @@ def stock_family(config: ModelConfig) -> str:
     """
     if config.blocks != "standard":
         raise ValueError("no stock architecture has reversible blocks")
+    if config.canon != "none":
+        raise ValueError("no stock architecture has Canon layers")
     if config.ffn != "moe":
         return "qwen3" if config.qk_norm else "llama"
     if config.moe.shared_size or config.moe.score != "softmax":

@@ -7,7 +7,7 @@ of ranks starts from the same bits. Only exactly rounded operations are used (in
 Linear and embedding weights are normal with standard deviation `config.std` (default sqrt(2 / (5 width)) of what
 the layers read, "small init", arXiv 1910.05895), the router's too; the projections that write to the residual stream
 (attn.wo, ffn.w2, those of experts; the adapters down) have `config.std / sqrt(2 num_layers)` (GPT-2); norm weights
-are 1.
+are 1, those of Canon layers 0.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def init_parameter(
     shape = tuple(global_shape if shape is None else shape)
     offset = tuple((0,) * len(shape) if offset is None else offset)
     if len(global_shape) == 1:
-        return torch.ones(shape, device=device, dtype=dtype)
+        return torch.full(shape, 0.0 if "canon" in name else 1.0, device=device, dtype=dtype)
     out = torch.empty(shape, device=device, dtype=dtype)
     if out.numel() == 0:
         return out

@@ -6,7 +6,8 @@ With n a norm, for streams X1 and X2 of half the hidden width each:
     coupling revffn    Y1 = X1 + Attn(q: n X1, kv: n X2)  Y2 = X2 + FFN(n Y1)
 
 Streams are in fp32 (float64 where the weights are), what a branch reads is cast to its weights' type after the norm.
-With adapters, Attn and FFN are P_down . Attn . P_up and P_down . FFN . P_up at the full hidden width.
+Canon layers follow the norms of X2 (A) and of Y1 (C). With adapters, Attn and FFN are P_down . Attn . P_up and
+P_down . FFN . P_up at the full hidden width.
 """
 
 import functools
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from stepline.kernels.rms_norm import rms_norm
-from stepline.models.attention import Attention, Store
+from stepline.models.attention import Attention
+from stepline.models.cache import LayerCache
+from stepline.models.canon import make_canon, mix
 from stepline.models.config import ModelConfig, RevFFNConfig
 from stepline.models.ffn import SwiGLU
 from stepline.models.norm import RMSNorm
@@ -66,9 +69,11 @@ class RevBlock(nn.Module):
         self.attn_norm = RMSNorm(width, config.norm_eps)
         self.attn_kv_norm = RMSNorm(width, config.norm_eps) if config.coupling == "revffn" else None
         self.attn_up, self.attn_down = adapter(width, full), adapter(full, width)
+        self.attn_canon = make_canon(config, "A", width)
         self.attn = Attention(inner)
         self.ffn_norm = RMSNorm(width, config.norm_eps)
         self.ffn_up, self.ffn_down = adapter(width, full), adapter(full, width)
+        self.ffn_canon = make_canon(config, "C", width)
         self.ffn = make_ffn(inner)
         self.streams = streams_of(config.revffn)
         self.iterations = config.revffn.iterations if config.coupling == "revffn" else 0
@@ -86,19 +91,22 @@ class RevBlock(nn.Module):
         sin: Tensor,
         mask: Tensor | None = None,
         *routing: Any,
-        store: Store | None = None,
+        positions: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Streams after the block.
 
         Args:
             x1, x2: `[batch, seq, hidden / 2]`, in at least fp32, on the grid if there is one.
             chain: of this forward; None: backward stores activations (the reference, bit-equal on a grid).
-            cos, sin, mask, store: as in `Attention`; a store makes no backward.
+            cos, sin, mask, cache: as in `Attention`; a cache makes no backward.
             routing: further arguments of the feed-forward layer.
+            positions: as in `Canon`.
         """
-        attend = functools.partial(self._attend, cos=cos, sin=sin, mask=mask, store=store)
+        near = {"positions": positions, "cache": cache}
+        attend = functools.partial(self._attend, cos=cos, sin=sin, mask=mask, **near)
         attention = Half(attend, self.streams, iterations=self.iterations, on_residual=self._note_residual)
-        feed = Half(functools.partial(self._feed, routing=routing), self.streams, routed=self.ffn)
+        feed = Half(functools.partial(self._feed, routing=routing, **near), self.streams, routed=self.ffn)
         if chain is None or not torch.is_grad_enabled():
             y1 = attention.plain(x1, x2)
             y2 = feed.plain(x2, y1)
@@ -112,17 +120,22 @@ class RevBlock(nn.Module):
         return y1, y2
 
     def _attend(
-        self, x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, store: Store | None
-    ) -> Tensor:
+        self, x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, positions: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:  # fmt: skip
         if self.attn_kv_norm is None:
-            q, kv = self.attn_up(norm_cast(self.attn_norm, x2)), None
+            read = mix(self.attn_canon, norm_cast(self.attn_norm, x2), positions, cache)
+            q, kv = self.attn_up(read), None
         else:
             q = self.attn_up(norm_cast(self.attn_norm, x1))
             kv = self.attn_up(norm_cast(self.attn_kv_norm, x2))
-        return self.attn_down(self.attn(q, cos, sin, mask, kv, store))
+        return self.attn_down(self.attn(q, cos, sin, mask, kv, cache))
 
-    def _feed(self, _x2: Tensor, y1: Tensor, routing: tuple) -> Tensor:
-        return self.ffn_down(self.ffn(self.ffn_up(norm_cast(self.ffn_norm, y1)), *routing))
+    def _feed(
+        self, _x2: Tensor, y1: Tensor, routing: tuple, positions: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        read = mix(self.ffn_canon, norm_cast(self.ffn_norm, y1), positions, cache)
+        return self.ffn_down(self.ffn(self.ffn_up(read), *routing))
 
     def _note_residual(self, residual: Tensor) -> None:
         self.residual = _maximum(self.residual, residual)
@@ -151,7 +164,8 @@ def run_reversible(
     mask: Tensor | None = None,
     *routing: Any,
     stored: bool = False,
-    stores: Iterable[Store | None] = itertools.repeat(None),
+    positions: Tensor | None = None,
+    caches: Iterable[LayerCache | None] = itertools.repeat(None),
 ) -> Tensor:
     """Splits `x` into two streams, runs the blocks, and joins the streams.
 
@@ -162,7 +176,8 @@ def run_reversible(
         cos, sin, mask: as in `Attention`; tables in at least fp32.
         routing: further arguments of the feed-forward layers.
         stored: backward by stored activations, same arithmetic: the reference.
-        stores: of each layer, as in `Attention`.
+        positions: as in `Canon`.
+        caches: of each layer, as in `Attention`.
 
     Returns:
         `[batch, seq, hidden]` in the streams' type, for `norm_cast`.
@@ -170,8 +185,8 @@ def run_reversible(
     # each stream is a tensor of its own: views of one would share a base with what hooks of the blocks return
     x1, x2 = (streams_of(config).enter(half.contiguous()) for half in x.chunk(2, -1))
     chain = None
-    for i, (layer, store) in enumerate(zip(layers, stores, strict=False)):
+    for i, (layer, cache) in enumerate(zip(layers, caches, strict=False)):
         if not stored and (chain is None or (config.anchor_every and i % config.anchor_every == 0)):
             chain = Chain()  # the one before keeps its last streams: an anchor
-        x1, x2 = layer(x1, x2, chain, cos, sin, mask, *routing, store=store)
+        x1, x2 = layer(x1, x2, chain, cos, sin, mask, *routing, positions=positions, cache=cache)
     return torch.cat((x1, x2), -1)

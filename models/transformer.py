@@ -1,7 +1,6 @@
 """A Llama-family decoder-only transformer (arXiv 2302.13971), of standard or of reversible blocks."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -10,13 +9,13 @@ from torch import Tensor, nn
 from stepline.kernels.cross_entropy import LossSums, linear_cross_entropy
 from stepline.models.attention import (
     Attention,
-    KVCache,
-    Store,
     causal_mask,
     document_mask,
     document_positions,
     rope_tables,
 )
+from stepline.models.cache import KVCache, LayerCache
+from stepline.models.canon import make_canon, mix
 from stepline.models.config import ModelConfig
 from stepline.models.ffn import SwiGLU
 from stepline.models.moe import MoE, Routing
@@ -35,18 +34,21 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn_canon = make_canon(config, "A", config.hidden_size)
         self.attn = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn_canon = make_canon(config, "C", config.hidden_size)
         self.ffn = make_ffn(config)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, *routing: Routing,
-        store: Store | None = None,
+        positions: Tensor | None = None, cache: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """`x` and result `[batch, seq, hidden]`; tables of `rope_tables`; mask and store as in `Attention`; routing: of
-        a MoE."""
-        x = x + self.attn(self.attn_norm(x), cos, sin, mask, store=store)
-        return x + self.ffn(self.ffn_norm(x), *routing)
+        """`x` and result `[batch, seq, hidden]`; tables of `rope_tables`; mask and cache as in `Attention`; routing: of
+        a MoE; positions as in `Canon`."""
+        read = mix(self.attn_canon, self.attn_norm(x), positions, cache)
+        x = x + self.attn(read, cos, sin, mask, cache=cache)
+        return x + self.ffn(mix(self.ffn_canon, self.ffn_norm(x), positions, cache), *routing)
 
 
 @contextlib.contextmanager
@@ -98,15 +100,17 @@ class Transformer(nn.Module):
             cache: holds the tokens before these, all of one document, and then these too.
         """
         x = self.embed(tokens)
-        stores: list[Store | None] = [None] * len(self.layers)
+        caches: list[LayerCache | None] = [None] * len(self.layers)
+        within: Tensor | None = None  # positions, where they do not follow from a token's place in the row
         if doc_ids is None:
             past, seq, device = 0 if cache is None else cache.length, tokens.shape[1], tokens.device
             positions = torch.arange(past, past + seq, device=device)
             mask = causal_mask(seq, past + seq, device) if past and seq > 1 else None
             if cache is not None:
-                stores = [functools.partial(cache.extend, i) for i in range(len(self.layers))]
+                caches = cache.layers
         else:
             positions, mask = document_positions(doc_ids), document_mask(doc_ids)
+            within = None if self.config.canon == "none" else positions
         # bf16 tables would round the angles' cosines to 8 bits; rotation is done in at least fp32
         cos, sin = rope_tables(self.config, positions, torch.promote_types(x.dtype, torch.float32))
         moes = [layer.ffn for layer in self.layers] if self.config.ffn == "moe" else []
@@ -114,12 +118,20 @@ class Transformer(nn.Module):
         with _counting(moes):
             if self.config.blocks == "revffn":
                 x = run_reversible(
-                    self.layers, x, self.config.revffn, cos, sin, mask, *routing, stores=stores
+                    self.layers,
+                    x,
+                    self.config.revffn,
+                    cos,
+                    sin,
+                    mask,
+                    *routing,
+                    positions=within,
+                    caches=caches,
                 )
                 x = norm_cast(self.norm, x)
             else:
-                for layer, store in zip(self.layers, stores, strict=True):
-                    x = layer(x, cos, sin, mask, *routing, store=store)
+                for layer, own in zip(self.layers, caches, strict=True):
+                    x = layer(x, cos, sin, mask, *routing, positions=within, cache=own)
                 x = self.norm(x)
         if cache is not None:
             cache.length += tokens.shape[1]

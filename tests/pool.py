@@ -18,7 +18,6 @@ import importlib.util
 import inspect
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -83,7 +82,7 @@ class Pool:
         while len(self._workers) < world_size:
             self._workers.append(_Worker())
         workers = self._workers[:world_size]
-        port, path = _free_port(), inspect.getfile(fn)
+        store, path = _store(), inspect.getfile(fn)
         packed = pickle.dumps(args)
         try:
             for rank, worker in enumerate(workers):
@@ -93,7 +92,8 @@ class Pool:
                     "LOCAL_RANK": rank,
                     "LOCAL_WORLD_SIZE": world_size,
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
+                    "MASTER_PORT": store.port,
+                    "TORCHELASTIC_USE_AGENT_STORE": True,
                 }
                 env = {key: str(value) for key, value in env.items()}
                 job = (path, fn.__module__, fn.__qualname__, packed, env, init, timeout)
@@ -143,10 +143,11 @@ class Pool:
         self._workers.clear()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _store():
+    """The launcher's store, as torchrun keeps one: a rank that came before rank 0's own would wait a second."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _load(path: str, module_name: str, qualname: str):

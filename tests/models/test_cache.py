@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepline.models.attention import KVCache
+from stepline.models.cache import KVCache
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_model
 from stepline.models.sparse_linear import Recipe, convert
@@ -26,6 +26,10 @@ KINDS = {
         "blocks": "revffn", "coupling": "revffn", "revffn": {"streams": "fp32"}
     },
     "revffn mixture with adapters": {"blocks": "revffn", "revffn": {"adapters": True}, **MOE},
+    "canon": {"canon": "AC", "qk_norm": True},
+    "canon, revffn mixture with adapters": {
+        "canon": "AC", "blocks": "revffn", "revffn": {"adapters": True}, **MOE
+    },
     "2:4 sparse": {},
 }  # fmt: skip
 
@@ -38,6 +42,9 @@ def test_cached_logits_equal_those_of_the_whole_sequence(kind):
     if "sparse" in kind:
         convert(model, Recipe(sparse=True), Recipe())
     init_model(model, config, seed=0)
+    for name, p in model.named_parameters():
+        if "canon" in name:
+            p.copy_(torch.linspace(-0.5, 0.5, p.numel()))
     for name, buffer in model.named_buffers():
         if name.endswith("beta"):
             buffer.fill_(1.25)

@@ -20,7 +20,9 @@ SHAPES = {
     "mha": ModelConfig(**SMALL),
     "gqa tied": ModelConfig(**SMALL, num_kv_heads=2, tied_embeddings=True),
     "wide heads": ModelConfig(**SMALL, num_kv_heads=3, head_dim=16, qk_norm=True),
+    "canon": ModelConfig(**SMALL, canon="AC"),
     "reversible": ModelConfig(**SMALL, blocks="revffn"),
+    "reversible, canon": ModelConfig(**SMALL, blocks="revffn", canon="C"),
     "reversible, adapters": ModelConfig(
         **SMALL, blocks="revffn", coupling="revffn", qk_norm=True, revffn={"adapters": True}
     ),
@@ -41,7 +43,8 @@ def test_parameters_equal_modules(config):
     assert counts.total == sum(sizes.values())
     assert counts.embedding == sum(n for k, n in sizes.items() if k in ("embed.weight", "head.weight"))
     assert counts.norm == sum(n for k, n in sizes.items() if "norm" in k)
-    assert counts.linear == counts.total - counts.embedding - counts.norm
+    assert counts.canon == sum(n for k, n in sizes.items() if "canon" in k)
+    assert counts.linear == counts.total - counts.embedding - counts.norm - counts.canon
     unused = sum(n // 6 * 4 for k, n in sizes.items() if "experts" in k)  # 4 of 6 experts
     assert counts.active == counts.linear - unused
 

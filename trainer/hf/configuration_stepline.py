@@ -23,6 +23,7 @@ class SteplineConfig(PretrainedConfig):
         rotary=None,
         initializer_range=0.02,
         qk_norm=False,
+        canon="none",
         reversible=False,
         queries_of_own_stream=False,
         adapters=False,
@@ -50,6 +51,8 @@ class SteplineConfig(PretrainedConfig):
         """Under a name of its own, as versions of transformers rewrite `rope_theta` and `rope_scaling` differently."""
         self.initializer_range = initializer_range
         self.qk_norm = qk_norm
+        self.canon = canon
+        """Canon layers (arXiv 2512.17351) before attention (A), feed-forward layers (C), both (AC), or none."""
         self.reversible = reversible
         """Blocks of two streams, each half of hidden_size wide."""
         self.queries_of_own_stream = queries_of_own_stream

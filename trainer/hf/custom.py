@@ -7,8 +7,8 @@ from typing import Any
 from stepline.models.config import ModelConfig
 from stepline.models.hf import common_config_dict
 
-CODE = ("configuration_stepline.py", "modeling_stepline.py")
-IMPORT = "from stepline.trainer.hf.configuration_stepline import"
+CODE = ("configuration_stepline.py", "layers_stepline.py", "modeling_stepline.py")
+PACKAGE = "from stepline.trainer.hf."
 MODEL_TYPE, ARCHITECTURE = "stepline", "SteplineForCausalLM"
 
 
@@ -51,6 +51,7 @@ def custom_config_dict(config: ModelConfig, max_positions: int) -> dict[str, Any
         },
         "rotary": rotary,
         "qk_norm": config.qk_norm,
+        "canon": config.canon,
         "reversible": reversible,
         "queries_of_own_stream": reversible and config.coupling == "revffn",
         "adapters": reversible and config.revffn.adapters,
@@ -65,6 +66,4 @@ def write_code(folder: Path) -> None:
     here = Path(__file__).resolve().parent
     for name in CODE:
         text = (here / name).read_text(encoding="utf-8")
-        (folder / name).write_text(
-            text.replace(IMPORT, "from .configuration_stepline import"), encoding="utf-8"
-        )
+        (folder / name).write_text(text.replace(PACKAGE, "from ."), encoding="utf-8")

@@ -7,178 +7,24 @@ Operations and their order are those of the training: where streams are rounded 
 before the rounding may be a whole step after it.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stepline.trainer.hf.configuration_stepline import SteplineConfig
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, with statistics in at least fp32."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = (
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-            .square()
-            .div(x.shape[-1])
-            .add(self.eps)
-            .rsqrt()
-        )
-        return (wide * rstd * self.weight.to(wide.dtype)).to(self.weight.dtype)
-
-
-def rotary_tables(config, positions):
-    """Cosines and sines, `[batch, seq, 1, head_dim]` each in fp32, for `positions` `[batch, seq]`."""
-    dim, scaling = config.head_dim, config.rotary["scaling"]
-    freqs = 1.0 / config.rotary["theta"] ** (torch.arange(0, dim, 2, device=positions.device).float() / dim)
-    if scaling is not None and scaling["rope_type"] == "linear":
-        freqs = freqs / scaling["factor"]
-    elif (
-        scaling is not None
-    ):  # llama3: high frequencies are kept, low ones divided, those between interpolated
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freqs)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        freqs = (1 - kept) * freqs / scaling["factor"] + kept * freqs
-    angles = (positions.unsqueeze(-1) * freqs).unsqueeze(2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rotate(x, cos, sin):
-    """`x` `[batch, seq, heads, head_dim]`, in at least fp32 on the way."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * cos).addcmul(wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention; keys and values may come from another input than the queries."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        dim, self.head_dim, self.layer = inner_width(config), config.head_dim, layer
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.wq = nn.Linear(dim, config.num_attention_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(dim, config.num_key_value_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(dim, config.num_key_value_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(config.num_attention_heads * self.head_dim, dim, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-
-    def forward(self, x, kv, cos, sin, mask, cache):
-        q, k, v = (
-            w(s).view(*x.shape[:2], -1, self.head_dim)
-            for w, s in ((self.wq, x), (self.wk, kv), (self.wv, kv))
-        )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        if x.device.type != "cpu":
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
-        grouped = k.shape[1] < q.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.wo(out.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, width, inner):
-        super().__init__()
-        self.w1 = nn.Linear(width, inner, bias=False)
-        self.w3 = nn.Linear(width, inner, bias=False)
-        self.w2 = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class Router(nn.Module):
-    """Logits in at least fp32, and a bias that is added to the scores for the choice alone."""
-
-    def __init__(self, experts, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, width))
-        self.balance_bias = nn.Parameter(torch.zeros(experts), requires_grad=False)
-
-    def forward(self, x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), self.weight.to(wide))
-
-
-class Experts(nn.Module):
-    """One SwiGLU for each expert, their weights stacked."""
-
-    def __init__(self, experts, width, inner):
-        super().__init__()
-        self.w1 = nn.Parameter(torch.empty(experts, inner, width))
-        self.w3 = nn.Parameter(torch.empty(experts, inner, width))
-        self.w2 = nn.Parameter(torch.empty(experts, width, inner))
-
-    def forward(self, x, chosen, weights):
-        """`x` `[tokens, width]`; chosen and weights: `[tokens, top_k]`."""
-        top_k = chosen.shape[1]
-        slots = chosen.flatten().argsort(stable=True)
-        parts = []
-        for expert, rows in enumerate(
-            slots.split(chosen.flatten().bincount(minlength=len(self.w1)).tolist())
-        ):
-            part = x[rows // top_k]
-            inner = F.silu(F.linear(part, self.w1[expert])) * F.linear(part, self.w3[expert])
-            parts.append(F.linear(inner, self.w2[expert]))
-        y = torch.cat(parts) * weights.flatten()[slots].unsqueeze(1)
-        return y[slots.argsort()].view(len(x), top_k, -1).sum(1).to(x.dtype)
-
-
-class MoE(nn.Module):
-    """A token goes to the experts with the largest biased scores, which weigh without the bias; none is dropped."""
-
-    def __init__(self, config):
-        super().__init__()
-        width = inner_width(config)
-        self.top_k, self.score, self.renormalise = (
-            config.num_experts_per_tok,
-            config.router_score,
-            config.norm_topk_prob,
-        )
-        self.router = Router(config.num_experts, width)
-        self.experts = Experts(config.num_experts, width, config.intermediate_size)
-        self.shared = SwiGLU(width, config.shared_expert_size) if config.shared_expert_size else None
-
-    def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])
-        logits = self.router(rows)
-        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
-        chosen = (scores + self.router.balance_bias.to(scores.dtype)).topk(self.top_k).indices
-        weights = scores.gather(1, chosen)
-        if self.renormalise:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        out = self.experts(rows, chosen, weights)
-        if self.shared is not None:
-            out = out + self.shared(rows)
-        return out.view(x.shape)
-
-
-def inner_width(config):
-    """Width of what attention and feed-forward layers read and write."""
-    return config.hidden_size // 2 if config.reversible and not config.adapters else config.hidden_size
-
-
-def make_ffn(config):
-    return MoE(config) if config.num_experts else SwiGLU(inner_width(config), config.intermediate_size)
+from stepline.trainer.hf.layers_stepline import (
+    Attention,
+    Experts,
+    RMSNorm,
+    Router,
+    canon_layers,
+    make_canon,
+    make_ffn,
+    rotary_tables,
+)
 
 
 class Block(nn.Module):
@@ -187,14 +33,17 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_canon = make_canon(config, "A", layer, config.hidden_size)
         self.attn = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_canon = make_canon(config, "C", layer, config.hidden_size)
         self.ffn = make_ffn(config)
 
-    def forward(self, x, *attention):
-        normed = self.attn_norm(x)
-        x = x + self.attn(normed, normed, *attention)
-        return x + self.ffn(self.ffn_norm(x))
+    def forward(self, x, positions, *attention):
+        near = (positions, attention[-1])
+        read = mix(self.attn_canon, self.attn_norm(x), *near)
+        x = x + self.attn(read, read, *attention)
+        return x + self.ffn(mix(self.ffn_canon, self.ffn_norm(x), *near))
 
 
 class ReversibleBlock(nn.Module):
@@ -211,18 +60,27 @@ class ReversibleBlock(nn.Module):
         self.attn_norm = RMSNorm(width, eps)
         self.attn_kv_norm = RMSNorm(width, eps) if config.queries_of_own_stream else None
         self.attn_up, self.attn_down = adapter(width, full), adapter(full, width)
+        self.attn_canon = make_canon(config, "A", layer, width)
         self.attn = Attention(config, layer)
         self.ffn_norm = RMSNorm(width, eps)
+        self.ffn_canon = make_canon(config, "C", layer, width)
         self.ffn_up, self.ffn_down = adapter(width, full), adapter(full, width)
         self.ffn = make_ffn(config)
 
-    def forward(self, x1, x2, *attention):
+    def forward(self, x1, x2, positions, *attention):
+        near = (positions, attention[-1])
         if self.attn_kv_norm is None:
-            q = kv = self.attn_up(self.attn_norm(x2))
+            q = kv = self.attn_up(mix(self.attn_canon, self.attn_norm(x2), *near))
         else:
             q, kv = self.attn_up(self.attn_norm(x1)), self.attn_up(self.attn_kv_norm(x2))
         y1 = add(x1, self.attn_down(self.attn(q, kv, *attention)), self.bits)
-        return y1, add(x2, self.ffn_down(self.ffn(self.ffn_up(self.ffn_norm(y1)))), self.bits)
+        read = mix(self.ffn_canon, self.ffn_norm(y1), *near)
+        return y1, add(x2, self.ffn_down(self.ffn(self.ffn_up(read))), self.bits)
+
+
+def mix(canon, x, positions, cache):
+    """`x` through a Canon layer, if there is one."""
+    return x if canon is None else canon(x, positions, cache)
 
 
 def add(x, h, bits):
@@ -243,7 +101,10 @@ class SteplineModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, positions, mask, cache):
-        attention = (*rotary_tables(self.config, positions), mask, cache)
+        if cache is not None:
+            while len(cache.layers) < self.config.num_hidden_layers + canon_layers(self.config):
+                cache.layers.append(DynamicLayer())
+        attention = (positions, *rotary_tables(self.config, positions), mask, cache)
         if not self.config.reversible:
             for layer in self.layers:
                 x = layer(x, *attention)

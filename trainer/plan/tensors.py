@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from stepline.models.config import ModelConfig
+from stepline.models.config import CANON_TAPS, ModelConfig
 from stepline.trainer.config import Config
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -50,12 +50,18 @@ def block_group(model: ModelConfig) -> Group:
     dim, head = model.inner_size, model.dim_per_head
     norms = ((head,), (head,)) if model.qk_norm else ()
     attention = (*attention_shapes(model), *norms)
+    canon = ((CANON_TAPS * normed_width(model),),) * sum(place in model.canon for place in "AC")
     if model.blocks == "standard":
-        return Group(((dim,), *attention, (dim,), *ffn_shapes(model)))
+        return Group(((dim,), *canon, *attention, (dim,), *ffn_shapes(model)))
     full, stream = model.hidden_size, model.hidden_size // 2
     adapter = ((full, stream), (stream, full)) if model.revffn.adapters else ()
     norms = ((stream,),) * (3 if model.coupling == "revffn" else 2)
-    return Group((*norms, *adapter, *attention, *adapter, *ffn_shapes(model)))
+    return Group((*norms, *canon, *adapter, *attention, *adapter, *ffn_shapes(model)))
+
+
+def normed_width(model: ModelConfig) -> int:
+    """Width of what a block's norms read: the hidden one, or a stream's."""
+    return model.hidden_size // (2 if model.blocks == "revffn" else 1)
 
 
 def cast_group(model: ModelConfig) -> Group:
@@ -141,6 +147,12 @@ class Sizes:
             saved["adapters"] = (reads + 1) * self.inner  # what the layer reads, and its result
         return saved
 
+    def canon(self) -> int:
+        """What a Canon layer keeps beside the normed tensor that it reads: that with the three tokens ahead of it, and
+        its result, which the layer behind it reads."""
+        ahead = self.batch * (CANON_TAPS - 1) * normed_width(self.model) * self.compute
+        return self.width(normed_width(self.model)) + ahead
+
     def attention_saved(self) -> dict[str, int]:
         """What the attention half of a block keeps for backward."""
         model, confined = self.model, self.config.data.confine_attention
@@ -151,6 +163,8 @@ class Sizes:
             "q, k, v": self.width(self.query + 2 * (self.key if native else self.query)),
             "out": self.width(self.query) + self.statistics(model.num_heads),
         }
+        if "A" in model.canon:
+            saved["canon"] = self.canon()
         if model.qk_norm:
             heads = self.statistics(model.num_heads + model.kv_heads)
             wide = 0 if self.compiled else self.wide_norm(self.query + self.key)
@@ -168,6 +182,8 @@ class Sizes:
             # the backward kernel of a compiled block computes silu(w1 x) again
             "silu": 0 if compiled else self.ffn,
         }
+        if "C" in self.model.canon:
+            saved["canon"] = self.canon()
         if mixture:
             experts, rows = self.model.moe.experts, self.copies * self.tokens
             saved |= {

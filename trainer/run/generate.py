@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepline.kernels.sparse24 import soft_threshold
-from stepline.models.attention import KVCache
+from stepline.models.cache import KVCache
 from stepline.models.sparse_linear import mode_of, sparse_weights
 from stepline.models.transformer import Transformer
 from stepline.trainer.errors import UserError

@@ -59,11 +59,13 @@ def data(texts) -> Path:
 
 
 def stir(model: torch.nn.Module) -> None:
-    """Norm weights that are not 1, balance biases that move choices."""
+    """Norm weights that are not 1, Canon weights that are not 0, balance biases that move choices."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" in name:
                 p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+            elif "canon" in name:
+                p.copy_(torch.linspace(-0.4, 0.6, p.numel()))
         for name, b in model.named_buffers():
             if name.endswith("balance_bias"):
                 b.copy_(torch.linspace(-0.05, 0.05, b.numel()))
@@ -124,7 +126,7 @@ def train(pool, data):
         options = [
             f"run.folder={folder}", f"data.path={data}", "data.seq_len=32", "budget.batch_tokens=192",
             "parallel.micro_batch=2", "optimizer.weight_decay=0.0", "checkpoint.every=1000", "logging.every=1",
-            "logging.eval_every=0", "logging.wandb=off", *overrides,
+            "logging.eval_every=0", "logging.eval_windows=16", "logging.wandb=off", *overrides,
         ]  # fmt: skip
         codes = pool.run(world, one_rank, str(config), options, init=False, timeout=300)
         assert codes == [0] * world

@@ -36,6 +36,13 @@ CUSTOM = {
         "coupling": "revffn",
         "revffn": {"streams": "fp32"},
     },
+    "canon": {"qk_norm": True, "canon": "AC", "tied_embeddings": True},
+    "canon, reversible mixture with adapters": {
+        "canon": "C",
+        "blocks": "revffn",
+        "revffn": {"adapters": True},
+        **MOE,
+    },
     "reversible mixture with adapters": {"blocks": "revffn", "revffn": {"adapters": True}, **MOE},
 }
 
@@ -99,6 +106,11 @@ def test_models_with_code_of_their_own(make_run, tokens, tmp_path, kind):
     padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), prompt), 1)
     mask = torch.cat((torch.zeros(2, 3, dtype=torch.long), mask), 1)
     assert torch.equal(theirs.generate(padded, attention_mask=mask, pad_token_id=0, **greedy)[:, 3:], cached)
+
+    beams = {**greedy, "num_beams": 3}
+    mask = torch.ones_like(prompt)
+    found = [theirs.generate(prompt, attention_mask=mask, use_cache=use, **beams) for use in (True, False)]
+    assert torch.equal(*found)
 
     import_model(tmp_path / "hf", tmp_path / "back")
     assert same_weights(run, tmp_path / "back")

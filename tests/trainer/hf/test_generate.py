@@ -15,6 +15,7 @@ KINDS = {
     "Qwen3MoeForCausalLM": {"qk_norm": True, **MOE},
     "MixtralForCausalLM": MOE,
     "SteplineForCausalLM": {"ffn": "moe", "moe": {"experts": 6, "score": "sigmoid", "shared_size": 16}},
+    "SteplineForCausalLM, canon": {"canon": "AC"},
     "SteplineForCausalLM, reversible": {"blocks": "revffn", "qk_norm": True},
     "SteplineForCausalLM, reversible, own queries": {"blocks": "revffn", "coupling": "revffn"},
     "SteplineForCausalLM, reversible mixture": {"blocks": "revffn", "revffn": {"adapters": True}, **MOE},

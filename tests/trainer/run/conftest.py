@@ -30,7 +30,7 @@ TINY = {
     "optimizer": {"lr": 5e-3, "weight_decay": 0.1},
     "parallel": {"micro_batch": 2},
     "checkpoint": {"every": 1000},
-    "logging": {"every": 1, "eval_every": 0, "wandb": "off"},
+    "logging": {"every": 1, "eval_every": 0, "eval_windows": 16, "wandb": "off"},
 }
 
 

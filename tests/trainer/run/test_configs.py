@@ -31,6 +31,7 @@ def test_config_trains_for_20_steps_in_a_narrow_form(pool, tiny_data, tmp_path, 
         "optimizer.lr=0.01",
         "logging.wandb=off",
         "logging.every=1",
+        "logging.eval_windows=8",
         f"run.folder={tmp_path / 'run'}",
     ]
     assert pool.run(2, run, name, narrow, init=False) == [0, 0]
