@@ -45,7 +45,7 @@ def settled(name: str | None, overrides: list[str], cuda: bool) -> Config:
         "data.path=unused", "optimizer.lr=0.001", "optimizer.weight_decay=0.1", "optimizer.name=adamw",
         "budget.law=null", "budget.tokens=null", "budget.steps=1000", "parallel.sync=demo", "parallel.shard=1",
     ]  # fmt: skip
-    values += [] if name else [*small, "model.tied_embeddings=false"]
+    values += [] if name else [*small, "model.tied_embeddings=false", "model.canon=none"]
     config, _ = load_config(name or "quickstart", [*values, *overrides])
     if config.parallel.micro_batch == "auto":
         config.parallel.micro_batch = 8 if cuda else 1

@@ -4,7 +4,7 @@ Both get the same corpus (this Python's standard library without its tests), the
 same two cores and --seconds of training. The plain loop is a 1.4M-parameter LlamaForCausalLM at sequence 256 in
 one process with two threads, AdamW, warm-up and linear decay over the time, with a learning rate tuned by hand on
 the `tune` split (docs/LAB.md). The quickstart is configs/quickstart.yaml under torchrun on two processes; its
-tokens are set from a short calibration run, and its seconds of training, compilation and first step
+tokens are set from short calibration runs, and its seconds of training, compilation and first step
 included, are reported. Neither has been tuned on the validation split.
 
     python benchmarks/quickstart_quality.py [--seconds 150] [--json]
@@ -93,20 +93,23 @@ def ask(*command: str) -> dict:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def calibrate(batch_tokens: int, overrides: list[str]) -> tuple[float, float]:
+    """Tokens/s at this batch, and the seconds of a run that are not its steps."""
+    steps = [f"budget.batch_tokens={batch_tokens}", f"budget.steps={CALIBRATION}", "budget.tokens=null"]
+    seconds = train(WORK / "calibration", *overrides, *steps)["train_seconds"]
+    rows = [row for row in read_metrics(WORK / "calibration" / "metrics.jsonl") if row["step"] > 60]
+    rate = statistics.harmonic_mean(row["tokens_per_second"] for row in rows if "loss" in row)
+    return rate, seconds - CALIBRATION * batch_tokens / rate
+
+
 def stepline_run(seconds: float, split: str, overrides: list[str]) -> dict:
     """The quickstart's config for as many tokens as `seconds` hold; its law picks learning rate and batch from them."""
-    planned = ask("plan", "quickstart", f"data.path={DATA}", *overrides, "--world-size", "2")
-    steps = [
-        f"budget.batch_tokens={planned['batch_tokens']}",
-        f"budget.steps={CALIBRATION}",
-        "budget.tokens=null",
-    ]
-    calibration = train(WORK / "calibration", *overrides, *steps)
-    rows = [row for row in read_metrics(WORK / "calibration" / "metrics.jsonl") if row["step"] > 60]
-    rate = statistics.median(row["tokens_per_second"] for row in rows if "loss" in row)
-    start_up = calibration["train_seconds"] - CALIBRATION * planned["batch_tokens"] / rate
-    tokens = int((0.97 * seconds - start_up) * rate)
-    outcome = train(WORK / "run", *overrides, f"budget.tokens={tokens}")
+    tokens: list[str] = []
+    for _ in range(2):  # the batch follows from the tokens, and the rate from the batch
+        planned = ask("plan", "quickstart", f"data.path={DATA}", *overrides, *tokens, "--world-size", "2")
+        rate, start_up = calibrate(planned["batch_tokens"], overrides)
+        tokens = [f"budget.tokens={int((0.95 * seconds - start_up) * rate)}"]
+    outcome = train(WORK / "run", *overrides, *tokens)
     config = read_run_config(WORK / "run")
     return {
         "params": parameter_counts(config.model).total,

@@ -26,9 +26,10 @@ TIMED = {"hidden_size": 192, "num_layers": 6, "num_heads": 6, "ffn_size": 512}
 TRAINED = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "ffn_size": 384}
 """1.4M parameters with embeddings."""
 SHAPE = [
-    "model.tied_embeddings=false", "data.seq_len=256", "data.verify=off", "budget.law=null", "budget.tokens=null",
-    "budget.batch_tokens=4096", "optimizer.name=adamw", "parallel.shard=1", "parallel.micro_batch=8",
-    "logging.eval_every=0", "logging.wandb=off", "checkpoint.ephemeral_minutes=null", "checkpoint.every=1000000",
+    "model.tied_embeddings=false", "model.canon=none", "data.seq_len=256", "data.verify=off", "budget.law=null",
+    "budget.tokens=null", "budget.batch_tokens=4096", "optimizer.name=adamw", "parallel.shard=1",
+    "parallel.micro_batch=8", "logging.eval_every=0", "logging.wandb=off", "checkpoint.ephemeral_minutes=null",
+    "checkpoint.every=1000000",
 ]  # fmt: skip
 """2,048 tokens for each of two replicas in a step."""
 METHODS = {

@@ -9,9 +9,9 @@ from stepline.models.config import CANON_TAPS, ModelConfig
 
 
 class Canon(nn.Module):
-    """y_t = x_t + sum over j in 0..3 of w_j * x_(t-j), with * channel by channel (arXiv 2512.17351, section 3).
+    """y_t = x_t + sum over j in 0..3 of w_j * x_(t-j), with * channel by channel (arXiv 2512.17351).
 
-    A causal convolution of depth 1 with a residual, no bias and no activation. The weights are one vector, tap after
+    A causal depthwise convolution with a residual, no bias and no activation. The weights are one vector, tap after
     tap, `[4 * dim]`: optimizers treat it as a norm's, without decay. They begin with zeros, so that the layer does
     nothing at first.
     """

@@ -54,7 +54,7 @@ def data(texts) -> Path:
     """The prepared documents, vocabulary 330."""
     from stepline.trainer.data.prepare import prepare
 
-    prepare([texts], texts.parent / "data", vocab_size=330, workers=1, val_share=0.1, progress=False)
+    prepare([texts], texts.parent / "data", vocab_size=330, workers=1, val_share=0.02, progress=False)
     return texts.parent / "data"
 
 
@@ -126,7 +126,7 @@ def train(pool, data):
         options = [
             f"run.folder={folder}", f"data.path={data}", "data.seq_len=32", "budget.batch_tokens=192",
             "parallel.micro_batch=2", "optimizer.weight_decay=0.0", "checkpoint.every=1000", "logging.every=1",
-            "logging.eval_every=0", "logging.eval_windows=16", "logging.wandb=off", *overrides,
+            "logging.eval_every=0", "logging.wandb=off", *overrides,
         ]  # fmt: skip
         codes = pool.run(world, one_rank, str(config), options, init=False, timeout=300)
         assert codes == [0] * world

@@ -30,7 +30,7 @@ TINY = {
     "optimizer": {"lr": 5e-3, "weight_decay": 0.1},
     "parallel": {"micro_batch": 2},
     "checkpoint": {"every": 1000},
-    "logging": {"every": 1, "eval_every": 0, "eval_windows": 16, "wandb": "off"},
+    "logging": {"every": 1, "eval_every": 0, "wandb": "off"},
 }
 
 
@@ -55,7 +55,7 @@ def tiny_data(tmp_path_factory) -> Path:
     texts.mkdir()
     for i in range(120):
         (texts / f"{i:03}.txt").write_text(_text(60, i))
-    prepare([texts], folder / "data", vocab_size=330, workers=1, val_share=0.1, progress=False)
+    prepare([texts], folder / "data", vocab_size=330, workers=1, val_share=0.02, progress=False)
     return folder / "data"
 
 

@@ -1,4 +1,4 @@
-"""Every shipped config trains in a narrow form: the same options, a few layers of small width."""
+"""Every shipped config trains in a narrow form: the same options, a few layers of small width, at most 16 experts."""
 
 import pytest
 
@@ -15,7 +15,10 @@ def run(config: str, overrides: list[str]) -> int:
 def test_config_trains_for_20_steps_in_a_narrow_form(pool, tiny_data, tmp_path, name):
     full, _ = load_config(str(find_config(name)))
     group = full.model.num_heads // full.model.kv_heads
+    experts = min(full.model.moe.experts, 16)
     narrow = [
+        f"model.moe.experts={experts}",
+        f"model.moe.top_k={min(full.model.moe.top_k, experts // 2)}",
         "model.hidden_size=64",
         "model.num_layers=2",
         "model.num_heads=4",
@@ -31,7 +34,6 @@ def test_config_trains_for_20_steps_in_a_narrow_form(pool, tiny_data, tmp_path, 
         "optimizer.lr=0.01",
         "logging.wandb=off",
         "logging.every=1",
-        "logging.eval_windows=8",
         f"run.folder={tmp_path / 'run'}",
     ]
     assert pool.run(2, run, name, narrow, init=False) == [0, 0]

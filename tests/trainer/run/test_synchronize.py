@@ -104,7 +104,6 @@ def test_validation_and_checkpoint_hold_the_model_that_replicas_agree_on(train, 
         "parallel.shard=1",
         "parallel.diloco.every=100",
         "logging.eval_every=3",
-        "logging.eval_windows=null",
     ]
     rows = train(2, tiny_config, tmp_path / "run", *options, "budget.steps=7", "checkpoint.every=6")
     values = [row["val_loss"] for row in rows if "val_loss" in row]
