@@ -42,10 +42,10 @@ def test_initial_weights_are_those_of_the_cpu():
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-6, atol=1e-9)
 
 
-def losses(device: torch.device, compute: str, compiled: bool = False) -> list[float]:
+def losses(device: torch.device, compute: str, compiled: bool = False, canon: str = "none") -> list[float]:
     """30 steps of the trainer with Muon on one batch of a tiny model."""
     shape = {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
-    config = Config(model=ModelConfig(**shape))
+    config = Config(model=ModelConfig(**shape, canon=canon))
     config.precision.compute, config.run.compile = compute, compiled
     config.optimizer.name, config.optimizer.weight_decay = "muon", 0.1
     tokens = torch.randint(0, 256, (2, 4, 65), generator=torch.Generator().manual_seed(0))
@@ -57,11 +57,12 @@ def losses(device: torch.device, compute: str, compiled: bool = False) -> list[f
     return curve
 
 
+@pytest.mark.parametrize("canon", ["none", "AC"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_bf16_training_follows_fp32(compiled):
+def test_bf16_training_follows_fp32(compiled, canon):
     """bf16 compute with fp32 master weights stays within 5 % of fp32 on the CPU."""
-    cpu = losses(torch.device("cpu"), "fp32")
-    cuda = losses(torch.device("cuda", 0), "bf16", compiled)
+    cpu = losses(torch.device("cpu"), "fp32", canon=canon)
+    cuda = losses(torch.device("cuda", 0), "bf16", compiled, canon)
     assert cpu[-1] < cpu[0] - 0.5
     assert torch.tensor(cuda) == pytest.approx(torch.tensor(cpu), rel=0.05)
 

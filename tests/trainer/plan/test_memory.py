@@ -45,6 +45,14 @@ def benchmark_cases(benchmark):
     return benchmark("memory")
 
 
+@pytest.mark.parametrize("changed", [{"canon": "AC"}, {"canon": "C", "blocks": "revffn", "hidden_size": 48}])
+def test_canon_layers_are_counted(changed):
+    model = ModelConfig(**ODD.model_dump() | changed)
+    with torch.device("meta"):
+        shapes = [tuple(p.shape) for p in Transformer(model).parameters()]
+    assert sorted(root_group(model).shapes + block_group(model).shapes * model.num_layers) == sorted(shapes)
+
+
 def test_parameters_and_state_are_those_of_the_model():
     with torch.device("meta"):
         model = Transformer(ODD)
