@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 # $(call packages,NAMES): Debian packages where root may install; what an installation cut short left is finished first.
 packages = test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null || \
-	(export DEBIAN_FRONTEND=noninteractive; dpkg --configure -a > /dev/null && apt-get update -qq && \
+	(export DEBIAN_FRONTEND=noninteractive; dpkg --configure -a > /dev/null 2>&1; apt-get update -qq && \
 	apt-get -o DPkg::Lock::Timeout=300 install -qq -y $(1) > /dev/null)
 
 .PHONY: quickstart test test-e2e test-slurm lint bench gpu-check clean

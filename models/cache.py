@@ -1,9 +1,7 @@
 """What a model keeps of the tokens that it has read, so that each is read once."""
 
-from collections.abc import Hashable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepline.models.config import CANON_TAPS, ModelConfig
 
@@ -22,7 +20,12 @@ class KVCache:
         self.stored = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
         """Tokens read; 0 forgets them."""
-        self.layers = [LayerCache(self, i) for i in range(config.num_layers)]
+        self.last: dict[nn.Module, Tensor] = {}
+        """The last inputs of each Canon layer, `[batch, 3, dim]`."""
+
+    def layers(self) -> list["LayerCache"]:
+        """Each layer's part."""
+        return [LayerCache(self, i) for i in range(len(self.stored))]
 
 
 class LayerCache:
@@ -30,8 +33,6 @@ class LayerCache:
 
     def __init__(self, cache: KVCache, layer: int):
         self.cache, self.stored = cache, cache.stored[layer]
-        self.last: dict[Hashable, Tensor] = {}
-        """The last inputs of each Canon layer, `[batch, 3, dim]`."""
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Takes keys and values of new tokens, `[batch, kv_heads, seq, head_dim]` each; gives those of all tokens so
@@ -44,10 +45,10 @@ class LayerCache:
             stored[:, :, start:end] = new
         return tuple(self.stored[:, :, :, :end])
 
-    def before(self, canon: Hashable, x: Tensor) -> Tensor:
+    def before(self, canon: nn.Module, x: Tensor) -> Tensor:
         """The inputs ahead of `x` `[batch, seq, dim]`, its next ones: `[batch, 3, dim]`, zeros ahead of the first."""
-        early = self.last.get(canon) if self.cache.length else None
+        early = self.cache.last.get(canon) if self.cache.length else None
         if early is None:
             early = x.new_zeros(x.shape[0], CANON_TAPS - 1, x.shape[2])
-        self.last[canon] = torch.cat((early, x), 1)[:, -(CANON_TAPS - 1) :].clone()
+        self.cache.last[canon] = torch.cat((early, x), 1)[:, -(CANON_TAPS - 1) :].clone()
         return early

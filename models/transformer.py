@@ -107,7 +107,7 @@ class Transformer(nn.Module):
             positions = torch.arange(past, past + seq, device=device)
             mask = causal_mask(seq, past + seq, device) if past and seq > 1 else None
             if cache is not None:
-                caches = cache.layers
+                caches = cache.layers()
         else:
             positions, mask = document_positions(doc_ids), document_mask(doc_ids)
             within = None if self.config.canon == "none" else positions

@@ -58,5 +58,8 @@ def test_cached_logits_equal_those_of_the_whole_sequence(kind):
     cache = KVCache(config, 24, batch=2, device=tokens.device, dtype=torch.float64)
     parts = [model(part, cache=cache) for part in tokens.split([9, 1, 1, 5, 1, 7], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+    cache.length = 0  # begins anew, with nothing of what it held
+    torch.testing.assert_close(model(tokens[:, :9], cache=cache), whole[:, :9], rtol=0, atol=1e-12)
+    cache.length = 24
     with pytest.raises(ValueError, match="a cache of 24 tokens cannot hold 25"):
         model(tokens[:, :1], cache=cache)

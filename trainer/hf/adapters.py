@@ -25,11 +25,12 @@ log = logging.getLogger("stepline")
 
 ADAPTER = re.compile(r"layers\.(\d+)\.(attn|ffn)_(up|down)\.weight")
 STREAM_NORM = re.compile(r"layers\.(\d+)\.(attn|attn_kv|ffn)_norm\.weight")
+CANON = re.compile(r"layers\.(\d+)\.(attn|ffn)_canon\.weight")
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter is one that pre-trained layers do not bring: an adapter, or a norm of a stream."""
-    return ADAPTER.fullmatch(name) is not None or STREAM_NORM.fullmatch(name) is not None
+    """Whether pre-trained layers do not bring this parameter: an adapter, or a norm or Canon layer of a stream."""
+    return any(pattern.fullmatch(name) for pattern in (ADAPTER, STREAM_NORM, CANON))
 
 
 def check_adapters(config: Config) -> None:
@@ -104,7 +105,8 @@ def pretrained(model: Transformer, checkpoint: Path) -> bool:
 def start_adapters(model: Transformer, checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fills `tensors` of the model from a checkpoint of standard blocks of the full width.
 
-    Attention, feed-forward layers, embedding, last norm and head are taken over. The norms of the streams start at 1.
+    Attention, feed-forward layers, embedding, last norm and head are taken over. The norms of the streams start at 1,
+    their Canon layers at 0.
     The adapters start so that a layer reads and writes what it knows: `up` repeats the stream in both halves and scales
     by the pre-trained norm's weight, which the layer was trained behind, and `down` takes the half of the layer's
     result that belongs to the stream it writes to, so that each stream stays that half of the pre-trained residual.
@@ -122,7 +124,7 @@ def start_adapters(model: Transformer, checkpoint: Path, tensors: dict[str, Tens
     for name, tensor in new.items():
         match = ADAPTER.fullmatch(name.removeprefix("model."))
         if match is None:
-            local(tensor).fill_(1.0)
+            local(tensor).fill_(0.0 if CANON.fullmatch(name.removeprefix("model.")) else 1.0)
             continue
         layer, half, way = match.groups()
         gain = gains[f"model.layers.{layer}.{half}_norm.weight"]

@@ -63,8 +63,8 @@ def _usage(remote: bool, eod_id: int | None) -> list[str]:
     lines = []
     if remote:
         lines += [
-            "No stock architecture of transformers computes this model: its code is in `modeling_stepline.py`, for "
-            "inference.", "",
+            "No stock architecture of transformers computes this model: its code is in `modeling_stepline.py` and "
+            "beside it, for inference.", "",
         ]  # fmt: skip
     lines += [
         "```python",

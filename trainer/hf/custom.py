@@ -1,5 +1,5 @@
-"""Models that no stock architecture computes: reversible blocks, and mixtures with a balance bias, sigmoid scores or a
-shared expert. Their exports bring the modelling code along."""
+"""Models that no stock architecture computes: reversible blocks, Canon layers, and mixtures with a balance
+bias, sigmoid scores or a shared expert. Their exports bring the modelling code along."""
 
 from pathlib import Path
 from typing import Any

@@ -171,9 +171,11 @@ class Canon(nn.Module):
         super().__init__()
         self.weight, self.layer = nn.Parameter(torch.zeros(CANON_TAPS * dim)), layer
 
-    def forward(self, x, positions, cache):
-        """`x` `[batch, seq, dim]`; nothing is read from before position 0. The cache, if there is one, keeps the inputs
-        as keys of one head, under a layer of their own, so that beams are reordered with them."""
+    def forward(self, x, positions, kept, cache):
+        """`x` `[batch, seq, dim]`; nothing is read from before position 0, nor where `kept`, `[batch, seq, 1]`, is 0.
+        The cache, if there is one, has the inputs as keys of one head, under a layer of their own, so that beams are
+        reordered with them."""
+        x = x if kept is None else x * kept
         taps, seq, wide = self.weight.view(CANON_TAPS, -1), x.shape[1], x
         if cache is not None:
             wide = cache.update(x.unsqueeze(1), x.new_empty(len(x), 1, seq, 0), self.layer)[0].squeeze(1)

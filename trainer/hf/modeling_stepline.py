@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stepline.trainer.hf.configuration_stepline import SteplineConfig
@@ -39,8 +38,8 @@ class Block(nn.Module):
         self.ffn_canon = make_canon(config, "C", layer, config.hidden_size)
         self.ffn = make_ffn(config)
 
-    def forward(self, x, positions, *attention):
-        near = (positions, attention[-1])
+    def forward(self, x, context, *attention):
+        near = (context, attention[-1])
         read = mix(self.attn_canon, self.attn_norm(x), *near)
         x = x + self.attn(read, read, *attention)
         return x + self.ffn(mix(self.ffn_canon, self.ffn_norm(x), *near))
@@ -67,8 +66,8 @@ class ReversibleBlock(nn.Module):
         self.ffn_up, self.ffn_down = adapter(width, full), adapter(full, width)
         self.ffn = make_ffn(config)
 
-    def forward(self, x1, x2, positions, *attention):
-        near = (positions, attention[-1])
+    def forward(self, x1, x2, context, *attention):
+        near = (context, attention[-1])
         if self.attn_kv_norm is None:
             q = kv = self.attn_up(mix(self.attn_canon, self.attn_norm(x2), *near))
         else:
@@ -78,9 +77,9 @@ class ReversibleBlock(nn.Module):
         return y1, add(x2, self.ffn_down(self.ffn(self.ffn_up(read))), self.bits)
 
 
-def mix(canon, x, positions, cache):
-    """`x` through a Canon layer, if there is one."""
-    return x if canon is None else canon(x, positions, cache)
+def mix(canon, x, context, cache):
+    """`x` through a Canon layer, if there is one; context: positions and what is no padding."""
+    return x if canon is None else canon(x, *context, cache)
 
 
 def add(x, h, bits):
@@ -100,11 +99,12 @@ class SteplineModel(nn.Module):
         self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, positions, mask, cache):
-        if cache is not None:
-            while len(cache.layers) < self.config.num_hidden_layers + canon_layers(self.config):
-                cache.layers.append(DynamicLayer())
-        attention = (positions, *rotary_tables(self.config, positions), mask, cache)
+    def forward(self, x, positions, kept, mask, cache):
+        extra = canon_layers(self.config)
+        if extra and cache is not None and cache.layers:  # made for as many layers as the config has
+            while len(cache.layers) < self.config.num_hidden_layers + extra:
+                cache.layers.append(type(cache.layers[0])())
+        attention = ((positions, kept), *rotary_tables(self.config, positions), mask, cache)
         if not self.config.reversible:
             for layer in self.layers:
                 x = layer(x, *attention)
@@ -180,7 +180,8 @@ class SteplineForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         if position_ids is None:
             position_ids = queries.unsqueeze(0)
-        x = self.model(x, position_ids, mask, past_key_values)
+        kept = attention_mask[:, past:, None].to(x.dtype) if padded else None
+        x = self.model(x, position_ids, kept, mask, past_key_values)
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = F.linear(x, self.model.embed.weight) if self.lm_head is None else self.lm_head(x)
         loss = None

@@ -20,18 +20,21 @@ class Expected:
     """Whose number it is."""
 
 
-def expected_final_loss(plan: Plan, folder: Path, fingerprints: Sequence[str], split: str) -> Expected | None:
+def expected_final_loss(
+    plan: Plan, folder: Path, fingerprints: Sequence[str], split: str, canon: str = "none"
+) -> Expected | None:
     """By a loss law fitted on the same text, else from an earlier run of the same data; None without either.
 
     A published loss law has the intercept of another corpus and tokenizer: it ranks plans, it predicts nothing here.
 
     folder: the run's own; its neighbours are the earlier runs. fingerprints: of the data, in order. split: the one
-    that the run validates on; losses of different splits differ by more than a plan gains.
+    that the run validates on; losses of different splits differ by more than a plan gains. canon: of the model; laws do
+    not know whether theirs had Canon layers, which lower the loss, and are taken to have had none.
     """
     n, d, law = plan.inputs.params, plan.inputs.tokens, plan.law
-    if law.loss_law is not None and law.held_out == held_out_text(fingerprints, split):
+    if canon == "none" and law.loss_law is not None and law.held_out == held_out_text(fingerprints, split):
         return Expected(law.loss_law.loss(n, d), f"the loss law of {law.source.name}")
-    return _from_earlier_run(plan, folder, list(fingerprints), split)
+    return _from_earlier_run(plan, folder, list(fingerprints), split, canon)
 
 
 def held_out_text(fingerprints: Sequence[str], split: str) -> str:
@@ -39,7 +42,9 @@ def held_out_text(fingerprints: Sequence[str], split: str) -> str:
     return f"{split} of {'+'.join(fingerprint[:16] for fingerprint in fingerprints)}"
 
 
-def _from_earlier_run(plan: Plan, folder: Path, fingerprints: list[str], split: str) -> Expected | None:
+def _from_earlier_run(
+    plan: Plan, folder: Path, fingerprints: list[str], split: str, canon: str
+) -> Expected | None:
     """L = L_earlier + Epoch(N, D) - Epoch(N_earlier, D_earlier): that run gives the intercept, Epoch's
     Chinchilla fit (arXiv 2404.10102) the difference, from the nearest run and inside of its range only."""
     n, d = plan.inputs.params, plan.inputs.tokens
@@ -53,6 +58,7 @@ def _from_earlier_run(plan: Plan, folder: Path, fingerprints: list[str], split: 
         planned, loss = earlier
         same = (planned.get("data"), planned.get("eval_split")) == (fingerprints, split)
         same = same and planned["inputs"]["seq_len"] == plan.inputs.seq_len
+        same = same and planned.get("canon", "none") == canon
         n0, d0 = planned["params"], planned["tokens"]
         if same and not EPOCH.source.outside(n0, d0):
             distance = abs(math.log(n / n0)) + abs(math.log(d / d0))

@@ -148,8 +148,8 @@ class Sizes:
         return saved
 
     def canon(self) -> int:
-        """What a Canon layer keeps beside the normed tensor that it reads: that with the three tokens ahead of it, and
-        its result, which the layer behind it reads."""
+        """What a Canon layer adds: its result, which the layer behind it reads; and three tokens ahead of the normed
+        tensor, in whose place the copy with them is kept."""
         ahead = self.batch * (CANON_TAPS - 1) * normed_width(self.model) * self.compute
         return self.width(normed_width(self.model)) + ahead
 

@@ -251,6 +251,7 @@ def _write_description(job: Job, state: TrainState, number: int) -> dict[str, An
         plan = plan_json(job.plan) | {
             "data": job.fingerprints,
             "eval_split": job.config.logging.eval_split,
+            "canon": job.config.model.canon,
             "expected_final_loss": None if job.expected is None else asdict(job.expected),
         }
         write_whole(path, json.dumps(plan, indent=2) + "\n")

@@ -145,7 +145,9 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     chosen = resume not in ("auto", "never")
     job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, refused, notes)
     if resume_from is None:
-        job.expected = expected_final_loss(plan, job.folder, job.fingerprints, config.logging.eval_split)
+        job.expected = expected_final_loss(
+            plan, job.folder, job.fingerprints, config.logging.eval_split, config.model.canon
+        )
     else:
         job.expected = kept_expectation(job.folder)
         held = read_state(resume_from)["fingerprints"]

@@ -30,6 +30,8 @@ from stepline.trainer.run.zero import build_zero
 
 log = logging.getLogger("stepline")
 EMPTY: Mapping[str, torch.Tensor] = MappingProxyType({})
+CANON = "_canon.weight"
+"""How names of Canon layers' weights end."""
 
 
 @dataclass(kw_only=True)
@@ -182,6 +184,12 @@ def check_weights(config: Config) -> None:
         held = shapes.get(f"model.{name}", tuple(parameter.shape))
         if held != tuple(parameter.shape) and not (anew and is_new(name)):
             raise misfit(checkpoint, f"{name} is {held} there and {tuple(parameter.shape)} here")
+    own = {f"model.{name}" for name, _ in model.named_parameters()}
+    dropped = [name for name in shapes if name.endswith(CANON) and name not in own]
+    if dropped and not anew:
+        raise misfit(
+            checkpoint, f"it has {dropped[0].removeprefix('model.')}, which model.canon here leaves out"
+        )
 
 
 def load_weights(
@@ -201,13 +209,16 @@ def load_weights(
     known = set().union(*(stored_names(holder) for holder in {checkpoint, *held}))
     betas = {id(beta) for _, _, beta in sparse_weights(model)}
     without_beta = {name for name, tensor in tensors.items() if id(tensor) in betas and name not in known}
-    for name in without_beta:
+    without_canon = {name for name in tensors if name.endswith(CANON) and name not in known}
+    for name in without_beta | without_canon:
         del tensors[name]
     if pretrained(model, checkpoint):
         start_adapters(model, checkpoint, tensors)
     else:
         for holder, names in holders(checkpoint, tensors).items():
             load_tensors(holder, {name: tensors[name] for name in names})
+    if without_canon:
+        log.info("%s has no Canon layers like these: they start as ones that do nothing", checkpoint)
     if without_beta:
         log.info("%s was dense: the scales of sparse weights are computed from its weights", checkpoint)
         set_betas(model)

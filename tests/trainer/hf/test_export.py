@@ -116,6 +116,19 @@ def test_models_with_code_of_their_own(make_run, tokens, tmp_path, kind):
     assert same_weights(run, tmp_path / "back")
 
 
+@torch.no_grad()
+def test_padding_is_not_read_whatever_its_positions(make_run, tokens, tmp_path):
+    """On the left with positions of the caller's own, which count the padding."""
+    run, model = make_run(canon="AC")
+    export_run(run, tmp_path / "hf")
+    theirs, batch = load(tmp_path / "hf", trust_remote_code=True), len(tokens)
+    padded = torch.cat((torch.zeros(batch, 3, dtype=torch.long), tokens), 1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long().expand(batch, -1)
+    positions = torch.arange(padded.shape[1]).expand(batch, -1)
+    logits = theirs(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
+    torch.testing.assert_close(logits, model(tokens), rtol=0, atol=1e-4)
+
+
 def test_a_folder_with_code_needs_no_stepline(make_run, tokens, tmp_path):
     """In a process that cannot import it; the model card's example runs there as it stands."""
     run, model = make_run(blocks="revffn")

@@ -49,12 +49,14 @@ def test_training_goes_on_and_comes_out_again(imported, train, tmp_path):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("family", "world"), [("Llama", 2), ("Qwen3Moe", 1)])
-def test_two_stages_in_reversible_blocks(imported, train, tmp_path, family, world):
+@pytest.mark.parametrize(
+    ("family", "world", "canon"), [("Llama", 2, "none"), ("Qwen3Moe", 1, "none"), ("Llama", 2, "AC")]
+)
+def test_two_stages_in_reversible_blocks(imported, train, tmp_path, family, world, canon):
     """The first loss is finite and falls; the first stage leaves the pre-trained layers bit by bit as they were."""
     run, _ = imported(family)
     first = run / "checkpoints" / "step-000000"
-    shape = ["model.blocks=revffn", "model.revffn.adapters=true"]
+    shape = ["model.blocks=revffn", "model.revffn.adapters=true", f"model.canon={canon}"]
     stage = [*shape, "optimizer.lr=1e-2", "optimizer.only=adapters", f"run.init_from={first}"]
     rows = train(world, run / "config.yaml", tmp_path / "one", *stage, "budget.steps=12")
     assert math.isfinite(rows[0]["loss"])

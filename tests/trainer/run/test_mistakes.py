@@ -16,6 +16,7 @@ from stepline.trainer.run.folder import check_folder
 from stepline.trainer.run.generate import generate_text
 from stepline.trainer.run.launch import dry_run, run_training
 from stepline.trainer.run.start import pick_device, start_job
+from stepline.trainer.watch.metrics import read_metrics
 
 ONE = World(0, 1, 0, 1)
 ADAPTERS = [
@@ -255,6 +256,13 @@ def test_weights_that_do_not_fit(tiny_config, tmp_path, capsys):
     assert run_training(str(tiny_config), wider, "never") == 2
     assert "do not fit this model: layers.0.ffn.w1.weight is (" in capsys.readouterr().err
     assert not (tmp_path / "wider").exists()
+    more = [f"run.folder={tmp_path / 'more'}", "budget.steps=2", "model.canon=AC"]
+    assert run_training(str(tiny_config), [*more, f"run.init_from={tmp_path / 'first'}"], "never") == 0
+    less = [f"run.folder={tmp_path / 'less'}", "model.canon=C", f"run.init_from={tmp_path / 'more'}"]
+    assert run_training(str(tiny_config), less, "never") == 2
+    assert "it has layers.0.attn_canon.weight, which model.canon here leaves out" in capsys.readouterr().err
+    firsts = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("fits", "more")]
+    assert firsts[0] == firsts[1]  # Canon layers that a checkpoint has not begin as ones that do nothing
     nothing = [f"run.folder={tmp_path / 'no'}", f"run.init_from={tmp_path / 'nothing'}"]
     assert run_training(str(tiny_config), nothing, "never") == 2
     assert not (tmp_path / "no").exists()
