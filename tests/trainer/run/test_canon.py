@@ -23,7 +23,9 @@ OF_THE_MODEL = ("model", "optimizer", "data.", "budget", "sparse")
         (2, 1e-12, [*REVFFN, "data.confine_attention=true"]),
         (2, 1e-12, [*REVFFN, "model.revffn.adapters=true", "model.canon=C", "optimizer.name=muon"]),
         (2, 1e-12, [*MOE, "run.recompute=full"]),
-        (4, 1e-12, [*MOE, "parallel.experts=2", *REVFFN, "model.ffn_size=24"]),
+        pytest.param(
+            4, 1e-12, [*MOE, "parallel.experts=2", *REVFFN, "model.ffn_size=24"], marks=pytest.mark.e2e
+        ),
         (2, 1e-10, ["sparse.mode=s-ste", "model.hidden_size=48", "model.ffn_size=64"]),
     ],
 )  # fmt: skip

@@ -59,6 +59,7 @@ def close(train, tiny_config, tmp_path):
     return compare
 
 
+@pytest.mark.e2e
 def test_every_stage_gives_the_curve_of_fsdp2(close):
     assert close([*PADDED, "budget.steps=50"], stage(1), stage(2), stage(3)) < 1e-5
 
