@@ -58,6 +58,6 @@ def corpus(tmp_path_factory) -> Path:
 def data(sh, corpus, tmp_path_factory) -> Path:
     """That corpus, prepared by the command with a vocabulary of 512."""
     folder = tmp_path_factory.mktemp("data") / "small"
-    options = ["--vocab-size", "512", "--val-share", "0.02"]
+    options = ["--vocab-size", "512", "--val-share", "0.1"]
     sh(sys.executable, "-m", "stepline.trainer", "prepare", corpus, "--output", folder, *options)
     return folder

@@ -16,7 +16,7 @@ SHAPE = [
     "data.seq_len=64", "run.device=cpu", "budget.tokens=4096", "budget.batch_tokens=1024", "parallel.micro_batch=4",
     "logging.wandb=off", "checkpoint.every=2",
 ]  # fmt: skip
-SMALLER = {"prepare": ["--vocab-size", "512", "--val-share", "0.02", "--workers", "1"]}
+SMALLER = {"prepare": ["--vocab-size", "512", "--val-share", "0.1", "--workers", "1"]}
 VERBS = {"doctor", "prepare", "plan", "train", "report", "submit", "eval", "generate", "export"}
 
 

@@ -18,7 +18,7 @@ SHAPE = [
     "data.seq_len=64", "run.device=cpu",
 ]  # fmt: skip
 SMALLER = {
-    "prepare": ["--vocab-size", "512", "--val-share", "0.02"],
+    "prepare": ["--vocab-size", "512", "--val-share", "0.1"],
     "train": [*SHAPE, "budget.tokens=20480", "budget.batch_tokens=1024", "parallel.micro_batch=4"],
     "sweep": [
         *SHAPE, "--sizes", "0.5", "--tokens", "20480", "--lr", "0.001,0.002", "--batch-tokens", "1024",

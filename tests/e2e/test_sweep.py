@@ -44,7 +44,7 @@ echo 77
 def held_out(sh, corpus, tmp_path_factory) -> Path:
     """The small corpus with a split to tune on."""
     folder = tmp_path_factory.mktemp("data") / "tuned"
-    options = ["--vocab-size", "512", "--val-share", "0.02", "--tune-share", "0.02"]
+    options = ["--vocab-size", "512", "--val-share", "0.1", "--tune-share", "0.02"]
     sh(*STEPLINE, "prepare", corpus, "--output", folder, *options)
     return folder
 
