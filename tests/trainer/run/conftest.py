@@ -55,7 +55,7 @@ def tiny_data(tmp_path_factory) -> Path:
     texts.mkdir()
     for i in range(120):
         (texts / f"{i:03}.txt").write_text(_text(60, i))
-    prepare([texts], folder / "data", vocab_size=330, workers=1, val_share=0.02, progress=False)
+    prepare([texts], folder / "data", vocab_size=330, workers=1, val_share=0.1, progress=False)
     return folder / "data"
 
 
