@@ -111,7 +111,7 @@ def stepline_run(seconds: float, split: str, overrides: list[str]) -> dict:
         tokens = int((0.95 * seconds - start_up) * rate)
         budget = [f"budget.tokens={tokens}"]
     outcome = train(WORK / "run", *overrides, *budget)
-    while (took := outcome["train_seconds"]) > seconds:  # the machine has slowed down: fewer tokens, whatever the loss
+    while (took := outcome["train_seconds"]) > seconds:  # fewer tokens, whatever the loss
         tokens = int(0.97 * tokens * seconds / took)
         outcome = train(WORK / "run", *overrides, f"budget.tokens={tokens}")
     config = read_run_config(WORK / "run")

@@ -38,6 +38,11 @@ class Canon(nn.Module):
         return y
 
 
+def is_canon(name: str) -> bool:
+    """Whether a parameter of this name is a Canon layer's."""
+    return name.endswith("_canon.weight")
+
+
 def make_canon(config: ModelConfig, place: str, dim: int) -> Canon | None:
     """The layer at `place`, A or C, of a block whose norms have width `dim`, if `config` asks for one."""
     return Canon(dim) if place in config.canon else None

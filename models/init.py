@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stepline.models.canon import is_canon
 from stepline.models.config import ModelConfig
 
 CHUNK = 2**20
@@ -58,7 +59,7 @@ def init_parameter(
     shape = tuple(global_shape if shape is None else shape)
     offset = tuple((0,) * len(shape) if offset is None else offset)
     if len(global_shape) == 1:
-        return torch.full(shape, 0.0 if name.endswith("_canon.weight") else 1.0, device=device, dtype=dtype)
+        return torch.full(shape, 0.0 if is_canon(name) else 1.0, device=device, dtype=dtype)
     out = torch.empty(shape, device=device, dtype=dtype)
     if out.numel() == 0:
         return out

@@ -23,6 +23,15 @@ def pytest_configure() -> None:
     settings.load_profile("untimed")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where STEPLINE_CI is set a skip, of a whole file too, fails the run: it would hide a lack of proof."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("STEPLINE_CI") and reporter is not None and reporter.stats.get("skipped"):
+        reporter.write_line("skipped, and STEPLINE_CI is set: failed", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Of two workers (`-n 2`) one has the pool of processes, and every file whose tests ask for it."""

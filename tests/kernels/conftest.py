@@ -6,13 +6,13 @@ import pytest
 
 
 @pytest.fixture
-def hopper(tmp_path, monkeypatch):
+def hopper(tmp_path, monkeypatch, unavailable):
     """The PTX of a kernel: hopper(kernel, types, constants, aligned, options).
 
     types: of its arguments by name, without those in constants; aligned: which of them are multiples of 16.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter compiles nothing")
+        unavailable("TRITON_INTERPRET is set, and the interpreter compiles nothing")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

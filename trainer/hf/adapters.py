@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepline.comm.fsdp import local, shard_slice
+from stepline.models.canon import is_canon
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
@@ -25,12 +26,11 @@ log = logging.getLogger("stepline")
 
 ADAPTER = re.compile(r"layers\.(\d+)\.(attn|ffn)_(up|down)\.weight")
 STREAM_NORM = re.compile(r"layers\.(\d+)\.(attn|attn_kv|ffn)_norm\.weight")
-CANON = re.compile(r"layers\.(\d+)\.(attn|ffn)_canon\.weight")
 
 
 def is_new(name: str) -> bool:
     """Whether pre-trained layers do not bring this parameter: an adapter, or a norm or Canon layer of a stream."""
-    return any(pattern.fullmatch(name) for pattern in (ADAPTER, STREAM_NORM, CANON))
+    return is_canon(name) or any(pattern.fullmatch(name) for pattern in (ADAPTER, STREAM_NORM))
 
 
 def check_adapters(config: Config) -> None:
@@ -124,7 +124,7 @@ def start_adapters(model: Transformer, checkpoint: Path, tensors: dict[str, Tens
     for name, tensor in new.items():
         match = ADAPTER.fullmatch(name.removeprefix("model."))
         if match is None:
-            local(tensor).fill_(0.0 if CANON.fullmatch(name.removeprefix("model.")) else 1.0)
+            local(tensor).fill_(0.0 if is_canon(name) else 1.0)
             continue
         layer, half, way = match.groups()
         gain = gains[f"model.layers.{layer}.{half}_norm.weight"]

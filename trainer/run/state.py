@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from stepline.comm.synchronizer import Synchronizer
 from stepline.comm.traffic import Traffic
+from stepline.models.canon import is_canon
 from stepline.models.sparse_linear import sparse_weights
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
@@ -30,8 +31,6 @@ from stepline.trainer.run.zero import build_zero
 
 log = logging.getLogger("stepline")
 EMPTY: Mapping[str, torch.Tensor] = MappingProxyType({})
-CANON = "_canon.weight"
-"""How names of Canon layers' weights end."""
 
 
 @dataclass(kw_only=True)
@@ -185,7 +184,7 @@ def check_weights(config: Config) -> None:
         if held != tuple(parameter.shape) and not (anew and is_new(name)):
             raise misfit(checkpoint, f"{name} is {held} there and {tuple(parameter.shape)} here")
     own = {f"model.{name}" for name, _ in model.named_parameters()}
-    dropped = [name for name in shapes if name.endswith(CANON) and name not in own]
+    dropped = [name for name in shapes if is_canon(name) and name not in own]
     if dropped and not anew:
         raise misfit(
             checkpoint, f"it has {dropped[0].removeprefix('model.')}, which model.canon here leaves out"
@@ -209,7 +208,7 @@ def load_weights(
     known = set().union(*(stored_names(holder) for holder in {checkpoint, *held}))
     betas = {id(beta) for _, _, beta in sparse_weights(model)}
     without_beta = {name for name, tensor in tensors.items() if id(tensor) in betas and name not in known}
-    without_canon = {name for name in tensors if name.endswith(CANON) and name not in known}
+    without_canon = {name for name in tensors if is_canon(name) and name not in known}
     for name in without_beta | without_canon:
         del tensors[name]
     if pretrained(model, checkpoint):
