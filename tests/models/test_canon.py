@@ -42,9 +42,9 @@ def layer(dim=6, seed=0):
 
 @pytest.mark.parametrize("seq", [1, 2, 3, 4, 11])
 def test_values_and_gradients_are_those_of_the_equation(seq):
-    canon = layer()
-    x = torch.randn(3, seq, 6, dtype=torch.float64, requires_grad=True)
-    target = torch.randn(3, seq, 6, dtype=torch.float64)
+    canon, draw = layer(), torch.Generator().manual_seed(seq)
+    x, target = (torch.randn(3, seq, 6, dtype=torch.float64, generator=draw) for _ in range(2))
+    x.requires_grad_()
     taps = canon.weight.detach().view(CANON_TAPS, 6).requires_grad_()
     expected = torch.stack([equation(row, taps) for row in x])
     torch.testing.assert_close(canon(x), expected, rtol=0, atol=1e-14)
@@ -55,7 +55,8 @@ def test_values_and_gradients_are_those_of_the_equation(seq):
 
 
 def test_nothing_is_read_from_another_document():
-    canon, x = layer(), torch.randn(1, sum(LENGTHS), 6, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    canon, x = layer(), torch.randn(1, sum(LENGTHS), 6, dtype=torch.float64, generator=draw)
     positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
     expected = torch.cat([canon(part) for part in x.split(LENGTHS, 1)], 1)
     torch.testing.assert_close(canon(x, positions), expected, rtol=0, atol=1e-14)

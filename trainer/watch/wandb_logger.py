@@ -1,7 +1,6 @@
 """wandb, behind a thread of its own: whatever happens to it, the run does not wait."""
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -14,6 +13,7 @@ from typing import Any
 
 from stepline.trainer.errors import TO_BE_CONTINUED, first_line
 from stepline.trainer.watch.loggers import has_key, run_id, wandb_mode
+from stepline.trainer.watch.sent import Sent, place_of
 
 log = logging.getLogger("stepline")
 
@@ -58,7 +58,7 @@ class WandbLogger:
         self._arguments = {"project": project, "name": name, "config": config}
         self._logged = logged
         self._run: Any = None
-        self._sent = Sent(self.folder / "wandb-sent.json")
+        self._sent = Sent(self.folder / "wandb-sent.json", 2 * LIMITS["x_transaction_log_flush_interval"])
         self._queue: queue.Queue[Callable[[Any], None] | None] = queue.Queue(MOST_WAITING)
         self._started, self._closing = threading.Event(), threading.Event()
         self._lost = False
@@ -72,9 +72,13 @@ class WandbLogger:
         """Sends one row, unless wandb has it."""
         self._put(lambda run: self._send(run, row))
 
+    def disk_is_full(self) -> None:
+        """What wandb has taken lately it may not have written yet, and will not: `begin_again` sends that too."""
+        self._put(lambda run: self._sent.hold())
+
     def begin_again(self, row: dict[str, Any]) -> None:
-        """Starts wandb anew and sends the rows from this one on: wandb stops to write when its disk is full, says
-        nothing, and never writes again."""
+        """Starts wandb anew and sends the rows from this one on, and those shortly before `disk_is_full`: wandb stops
+        to write when its disk is full, says nothing, and never writes again."""
         self._put(lambda run: self._restart(row))
 
     def alert(self, title: str, text: str, level: str) -> None:
@@ -162,7 +166,7 @@ class WandbLogger:
         step, ahead = summary.get("step", -1), summary.get("_step", -1) + 1 - self._run.starting_step
         if ahead <= 0:
             return step, True
-        places = [_place(row) for row in self._logged() if row["step"] <= step]
+        places = [place_of(row) for row in self._logged() if row["step"] <= step]
         return places[-1 - ahead] if ahead < len(places) else (-1, True)
 
     def _start(self, wandb: Any) -> Any:
@@ -213,51 +217,6 @@ class WandbLogger:
 
 class _Restart(Exception):
     """wandb is to be ended and started again."""
-
-
-class Sent:
-    """The last row that wandb took, in a small file, over all attempts.
-
-    A row's place is its step, and behind the step's own row the one of its validation.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.mode = path, ""
-        self._last = (-1, False)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            known = json.loads(path.read_text())
-            self._last, self.mode = (known["step"], known["validation"]), known["mode"]
-
-    def start(self, mode: str, on_server: tuple[int, bool] | None) -> None:
-        """on_server: the place of the last row that the server holds, (-1, True) for none, None offline. It knows
-        better what came of rows that were sent online."""
-        if on_server is not None and self.mode == "online":
-            self._last = min(self._last, on_server)
-        elif on_server is not None and not self.mode:
-            self._last = on_server
-        self.mode = mode
-
-    def forget(self, row: dict[str, Any]) -> None:
-        """wandb has neither this row nor the later ones."""
-        step, validation = _place(row)
-        self._last = min(self._last, (step, False) if validation else (step - 1, True))
-
-    def lacks(self, row: dict[str, Any]) -> bool:
-        """Whether wandb does not have the row yet."""
-        return _place(row) > self._last
-
-    def note(self, row: dict[str, Any]) -> None:
-        """wandb has taken the row."""
-        self._last = _place(row)
-        partial = self.path.with_name(self.path.name + ".partial")
-        with contextlib.suppress(OSError):
-            step, validation = self._last
-            partial.write_text(json.dumps({"step": step, "validation": validation, "mode": self.mode}) + "\n")
-            partial.replace(self.path)
-
-
-def _place(row: dict[str, Any]) -> tuple[int, bool]:
-    return row["step"], "val_loss" in row
 
 
 def _finish(run: Any, exit_code: int, summary: dict[str, Any]) -> None:

@@ -66,6 +66,8 @@ class Watch:
         waited_from = self.file.waits_from
         self.file.write(row)
         self.loggers.log(row)
+        if waited_from is None and self.file.waits_from is not None:
+            self.wandb.disk_is_full()
         if waited_from is not None and self.file.waits_from is None:
             self.wandb.begin_again(waited_from)
         self.last |= row
