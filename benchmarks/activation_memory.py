@@ -18,7 +18,8 @@ buffer of reductions are then in the peak, at every depth alike.
 
 NOT YET RUN ON A GPU.
 
-    python benchmarks/activation_memory.py [--depth N …] [--ffn dense|moe …] [--pair width|layers] [--no-time] [--json]
+    python benchmarks/activation_memory.py [--depth N …] [--ffn dense|moe …] [--pair width|layers] [--compile]
+        [--no-time] [--json]
 
 Writes runs/activation_memory/result.json, prints tables, and draws benchmarks/plots/activation_memory.png where
 all depths of pair width are there.
@@ -107,7 +108,7 @@ def settled(variant: Variant, args: argparse.Namespace, ffn: str, layers: int) -
     config = Config(model=shape(variant.blocks, ffn, layers, args.width, args.pair))
     config.model.revffn.anchor_every = variant.anchor_every
     config.data.seq_len = SEQ
-    config.run.device, config.run.compile = args.device, False
+    config.run.device, config.run.compile = args.device, args.compile
     config.run.recompute, config.precision.compute = variant.recompute, args.compute
     config.parallel.shard, config.parallel.reshard_after_forward = 1, True
     config.optimizer.weight_decay, config.budget.steps = 0.1, 1000
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--compute", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="blocks by torch.compile, as on CUDA")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--time-width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)

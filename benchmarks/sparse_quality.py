@@ -7,7 +7,7 @@ FP8, simulated; and dense FP8. All are trained by the trainer on two ranks, each
 on the `tune` split with one seed), and compared on `val` with three seeds. The hard threshold and SR-STE exist here
 alone: they take the place of the threshold inside the trainer's layers.
 
-    python benchmarks/sparse_quality.py DATA [--output DIR] [--steps N] [--seeds N …] [--plot FILE.png]
+    python benchmarks/sparse_quality.py DATA [--output DIR] [--steps N] [--lr X …] [--seeds N …] [--plot FILE.png]
 
 DATA: a folder written by `stepline prepare` with a `tune` split and at most 2048 tokens in its vocabulary. What is in
 DIR is not trained again.
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/sparse_quality"))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, nargs="+", default=LEARNING_RATES, help="one: nothing is chosen")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="compared on `val`")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--plot", type=Path, help="loss curves and flip rates, as a picture")
@@ -122,7 +123,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     curves, dense = {}, None
     for name in args.methods:
-        lr = min(LEARNING_RATES, key=lambda lr: trained(name, lr, 0, "tune")["val_loss"])
+        lr, *others = args.lr
+        if others:
+            lr = min(args.lr, key=lambda lr: trained(name, lr, 0, "tune")["val_loss"])
         curves[name] = [trained(name, lr, seed, "val") for seed in args.seeds]
         losses = [curve["val_loss"] for curve in curves[name]]
         mean = statistics.mean(losses)
