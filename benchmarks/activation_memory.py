@@ -21,26 +21,26 @@ NOT YET RUN ON A GPU.
     python benchmarks/activation_memory.py [--depth N …] [--ffn dense|moe …] [--pair width|layers] [--compile]
         [--no-time] [--json]
 
-Writes runs/activation_memory/result.json, prints tables, and draws benchmarks/plots/activation_memory.png where
-all depths of pair width are there.
+Writes runs/activation_memory/result.json, prints tables, and draws benchmarks/plots/activation_memory.png where all
+depths of pair width are there. --json prints one object of all cells and times so far after each, and no tables.
 """
 
 import argparse
 import functools
 import json
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from activation_tables import plot, show
+from activation_tables import DRAWN, TIMED, VARIANTS, Variant, plot, show
+from children import call, emit, last_object, reason
 
 from stepline.comm.mesh import build_mesh
 from stepline.models import transformer
@@ -59,29 +59,8 @@ ROOT = Path(__file__).resolve().parent
 PAIRS = ("width", "layers")
 DEPTHS, VOCAB, SEQ = (8, 16, 32, 64), 512, 256
 EXPERTS, TOP_K, TIME_DEPTH = 8, 2, 8
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the tables."""
-
-    blocks: str
-    recompute: str = "none"
-    stored: bool = False
-    """Two streams with stored activations, or with what `recompute` says."""
-    anchor_every: int | None = None
-
-
-VARIANTS = {
-    "standard, stored": Variant("standard"),
-    "standard, selective recompute": Variant("standard", "selective"),
-    "standard, full recompute": Variant("standard", "full"),
-    "RevFFN, anchor every 8": Variant("revffn", anchor_every=8),
-    "RevFFN": Variant("revffn"),
-    "two streams, full recompute": Variant("revffn", "full", stored=True),
-}
-DRAWN = list(VARIANTS)[:5]
-TIMED = ("standard, full recompute", "two streams, full recompute", "RevFFN")
+SIDE_BY_SIDE = {"cpu": 2, "cuda": 4}
+"""Cells at once: each process counts its own memory."""
 
 
 def shape(blocks: str, ffn: str, layers: int, width: int, pair: str) -> ModelConfig:
@@ -115,6 +94,11 @@ def settled(variant: Variant, args: argparse.Namespace, ffn: str, layers: int) -
     return config
 
 
+def device_of(args: argparse.Namespace) -> torch.device:
+    """With its index, which process groups ask for."""
+    return torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
+
+
 def backward_of(variant: Variant) -> mock._patch:
     """Within it `Transformer` runs its reversible blocks as the variant says."""
     run = functools.partial(run_reversible, stored=variant.stored)
@@ -130,7 +114,7 @@ def draw_batch(args: argparse.Namespace, seed: int) -> Batch:
 
 def measure(args: argparse.Namespace, name: str, ffn: str, layers: int) -> dict:
     """One cell, in bytes."""
-    device, variant = torch.device(args.device), VARIANTS[name]
+    device, variant = device_of(args), VARIANTS[name]
     config = settled(variant, args, ffn, layers)
     record = None if args.device == "cuda" else Allocations()
     if record is not None:
@@ -174,19 +158,26 @@ def measure(args: argparse.Namespace, name: str, ffn: str, layers: int) -> dict:
 
 
 def bit_equal(model: torch.nn.Module, step: functools.partial, batch: Batch) -> bool:
-    """Whether backward by reconstruction and by stored activations give the same gradients."""
+    """Whether backward by reconstruction and by stored activations give the same gradients.
+
+    On CUDA by kernels that add in a fixed order, where there are some: attention's usual backward does not.
+    """
     gradients = []
-    for stored in (False, True):
-        model.zero_grad()
-        with backward_of(Variant("revffn", stored=stored)):
-            step(batch)
-        gradients.append([p.grad for p in model.parameters()])
+    torch.use_deterministic_algorithms(next(model.parameters()).is_cuda, warn_only=True)
+    try:
+        for stored in (False, True):
+            model.zero_grad()
+            with backward_of(Variant("revffn", stored=stored)):
+                step(batch)
+            gradients.append([p.grad for p in model.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
     return all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def time_steps(args: argparse.Namespace, ffn: str, layers: int) -> dict:
     """Seconds of a step, wall and of this process's CPUs: medians, and the median of RevFFN over each in its round."""
-    device = torch.device(args.device)
+    device = device_of(args)
     if device.type == "cpu":
         keep_freed_memory()  # as `stepline train` does
     mesh = build_mesh(device, 1, 1)
@@ -217,20 +208,25 @@ def child(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        if args.device == "cuda":
+            torch.cuda.set_device(0)
         name, ffn, depth = json.loads(args.cell)
+        if name != "time":  # for equal bits, read before the first product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         print(json.dumps(time_steps(args, ffn, depth) if name == "time" else measure(args, name, ffn, depth)))
         dist.destroy_process_group()
 
 
 def in_process(*cell: object, **options: object) -> dict:
-    """The cell in a fresh process with this one's arguments, `options` in their place."""
+    """The cell in a fresh process with this one's arguments, `options` in their place; `error`: why it failed."""
     more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, __file__, *sys.argv[1:], *more, "--cell", json.dumps(cell)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(cell, result.get("activations", result.get("wall")), file=sys.stderr, flush=True)
+    done = call(command)
+    result = last_object(done.stdout)
+    if done.code or not result:
+        result = {"error": reason(done.stderr) or f"exit code {done.code} without a word", "cell": cell}
+    said = result.get("activations", result.get("wall", result.get("error")))
+    print(cell, said, file=sys.stderr, flush=True)
     return result
 
 
@@ -251,7 +247,7 @@ def main() -> None:
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--time-width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true", help="print the result's JSON in the tables' place")
+    parser.add_argument("--json", action="store_true", help="in the tables' place")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
@@ -259,17 +255,27 @@ def main() -> None:
         return
     names = args.variant or (list(VARIANTS) if args.all else DRAWN)
     asked = [(name, ffn, depth) for ffn in args.ffn for depth in args.depth for name in names]
-    with ThreadPoolExecutor(1 if args.device == "cuda" else 2) as pool:
-        cells = list(pool.map(lambda cell: in_process(*cell), asked))
-    asked = [] if args.no_time else [(ffn, pair) for ffn in args.ffn for pair in PAIRS]
-    times = [in_process("time", ffn, TIME_DEPTH, width=args.time_width, pair=pair) for ffn, pair in asked]
+    cells, times, failures = [], [], []
+    result = {"torch": torch.__version__, "device": args.device, "compute": args.compute, "tokens": args.tokens,
+              "width": args.width, "pair": args.pair, "cells": cells, "times": times, "failures": failures}  # fmt: skip
     out = ROOT.parent / "runs/activation_memory/result.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"torch": torch.__version__, "device": args.device, "compute": args.compute, "tokens": args.tokens,
-              "width": args.width, "pair": args.pair, "cells": cells, "times": times}  # fmt: skip
-    out.write_text(json.dumps(result, indent=1))
+
+    def keep(row: dict, rows: list[dict]) -> None:
+        (failures if "error" in row else rows).append(row)
+        out.write_text(json.dumps(result, indent=1))
+        if args.json:
+            emit(result)
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE[args.device]) as pool:
+        for row in pool.map(lambda cell: in_process(*cell), asked):
+            keep(row, cells)
+    asked = [] if args.no_time else [(ffn, pair) for ffn in args.ffn for pair in PAIRS]
+    for ffn, pair in asked:
+        keep(in_process("time", ffn, TIME_DEPTH, width=args.time_width, pair=pair), times)
+    if failures:
+        sys.exit(f"error: {len(failures)} cells or times failed, the first with: {failures[0]['error']}")
     if args.json:
-        print(json.dumps(result))
         return
     show(cells, times, TIMED)
     if args.pair == "width" and tuple(args.depth) == DEPTHS and len(args.ffn) == 2 and not args.variant:

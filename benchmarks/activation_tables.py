@@ -1,9 +1,33 @@
-"""Tables and the picture of activation_memory.py, from the cells and times that it measures."""
+"""What activation_memory.py compares, and its tables and picture, from the cells and times that it measures."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 GROWTH, SLOWER = 1.02, 1.05
 """Targets: memory at the largest depth over the smallest; step over that of full recompute."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the tables."""
+
+    blocks: str
+    recompute: str = "none"
+    stored: bool = False
+    """Two streams with stored activations, or with what `recompute` says."""
+    anchor_every: int | None = None
+
+
+VARIANTS = {
+    "standard, stored": Variant("standard"),
+    "standard, selective recompute": Variant("standard", "selective"),
+    "standard, full recompute": Variant("standard", "full"),
+    "RevFFN, anchor every 8": Variant("revffn", anchor_every=8),
+    "RevFFN": Variant("revffn"),
+    "two streams, full recompute": Variant("revffn", "full", stored=True),
+}
+DRAWN = list(VARIANTS)[:5]
+TIMED = ("standard, full recompute", "two streams, full recompute", "RevFFN")
 
 
 def show(cells: list[dict], times: list[dict], timed: tuple[str, ...]) -> None:

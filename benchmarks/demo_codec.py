@@ -11,15 +11,17 @@ one: copies of its own stand for the others') to parameters in place. Rounds alt
 thread's own time, which other programs disturb less than the clock.
 Without --config the model is that of benchmarks/slow_link.py, 3.4M parameters, 2,048 tokens, on a CPU; on a GPU it is
 dense-1b with 65,536 tokens, compiled, in bf16 behind FSDP2 of one rank, by the kernels and by torch alone.
+--json: one object after each round, with the medians so far.
 """
 
 import argparse
-import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from children import emit
 from slow_link import TIMED
 
 from stepline.comm.chunks import Chunks
@@ -88,13 +90,21 @@ def by_torch_alone(demo: DeMo) -> None:
     demo.form.packing = chunks.packing
 
 
-def measure(trainee: Trainee, batch: Batch, replicas: int, rounds: int, cuda: bool) -> dict[str, float]:
-    """Milliseconds by name, medians after two rounds that warm up; `share`: of encode and decode in the step."""
+def measure(
+    trainee: Trainee, batch: Batch, replicas: int, rounds: int, cuda: bool
+) -> Iterator[dict[str, float]]:
+    """Milliseconds by name, medians so far after each round but two that warm up; `share`: of encode and decode in the
+    step."""
     names = ("forward and backward", "update", "encode", "decode")
-    seconds = [one_round(trainee, batch, replicas, cuda) for _ in range(rounds + 2)][2:]
-    times = zip(names, zip(*seconds, strict=True), strict=True)
-    row = {name: statistics.median(column) * 1e3 for name, column in times}
-    return row | {"share": (row["encode"] + row["decode"]) / sum(row.values())}
+    seconds = []
+    for turn in range(-2, rounds):
+        found = one_round(trainee, batch, replicas, cuda)
+        print(f"round {turn}: {sum(found):.2f} s", file=sys.stderr, flush=True)
+        if turn >= 0:
+            seconds.append(found)
+            times = zip(names, zip(*seconds, strict=True), strict=True)
+            row = {name: statistics.median(column) * 1e3 for name, column in times}
+            yield row | {"share": (row["encode"] + row["decode"]) / sum(row.values())}
 
 
 def main() -> None:
@@ -123,22 +133,29 @@ def main() -> None:
     tokens = torch.randint(config.model.vocab_size, size)
     batch = Batch(inputs=tokens, targets=tokens, doc_ids=None, state=None)
 
-    rows = {}
-    if trainee.synchronizer.chunks.kernels is not None:
-        rows["kernels"] = measure(trainee, batch, options.replicas, options.rounds, cuda)
-        by_torch_alone(trainee.synchronizer)
-    rows["torch"] = measure(trainee, batch, options.replicas, options.rounds, cuda)
-    if cuda:
-        torch.distributed.destroy_process_group()
     found = {
         "parameters": parameter_counts(config.model).total,
         "tokens": tokens.numel(),
         "replicas": options.replicas,
         "device": torch.cuda.get_device_name() if cuda else "one CPU thread",
         "torch": torch.__version__,
-        "milliseconds": rows,
+        "milliseconds": {},
     }
-    print(json.dumps(found) if options.json else table(found))
+
+    def by(path: str) -> None:
+        for row in measure(trainee, batch, options.replicas, options.rounds, cuda):
+            found["milliseconds"][path] = row
+            if options.json:
+                emit(found)
+
+    if trainee.synchronizer.chunks.kernels is not None:
+        by("kernels")
+        by_torch_alone(trainee.synchronizer)
+    by("torch")
+    if cuda:
+        torch.distributed.destroy_process_group()
+    if not options.json:
+        print(table(found))
 
 
 def table(found: dict) -> str:

@@ -2,33 +2,62 @@
 
 NOT YET RUN ON A GPU.
 
-    python benchmarks/gpu_check.py [--quick] [--only NAME …] [--output DIR]
+    python benchmarks/gpu_check.py [--quick] [--only NAME …] [--seconds N] [--output DIR]
 
---quick: of each benchmark the one or two shapes that a target names; a script that takes longer than its share, which
-is said before it starts, is ended. What each script says goes to DIR (default runs/gpu_check), its JSON as NAME.json
-and its messages as NAME.log, as soon as it ends. --only leaves the others out, `tests` among them.
+--quick: of each benchmark the one or two shapes that a target names; a script or a file of tests that takes longer than
+its share, which is said before it starts, is ended, and what it had measured by then counts. --seconds: the share of
+all together. --only leaves the others out, `tests` among them.
+
+DIR (default runs/gpu_check) gets results.json, written anew after each task, with what earlier runs of the same kind on
+the same device left there, and messages.log, what all of them say, as they say it.
+
+It also runs in a bare checkout, with nothing of it installed: it then links the folders into DIR/site. torch, triton,
+numpy, pydantic, PyYAML, typer, rich and packaging must be there, for the tests pytest and hypothesis too.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from children import call, end_all, last_object, reason
+from gpu_targets import WHOLE_8B_GIB, line, table, targets
+
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PIECES = ("trainer", "models", "comm", "kernels", "configs", "slurm")
+LEAST_SECONDS = 15
+"""With less left nothing is started."""
+TESTS_SECONDS, TEST_FILE_SECONDS, SIDE_BY_SIDE = 140, 60, 3
+FIRST, LAST = ("test_sparse", "test_demo", "test_moe", "test_step"), "test_zero"
+OUTCOME = re.compile(r"::(?P<name>.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
 STEP_1B = ("--shape", "1b", "--micro-batch", "8", "--recompute", "none", "--steps", "5")
-STEP_8B = ("--shape", "8b", "--micro-batch", "2", "--steps", "3")
-FP8_STEP = "8B: FP8 step over bf16 step, tokens/s"
+KEPT = ("--set", "parallel.reshard_after_forward=false")
+STEP_8B = ("--shape", "8b", "--micro-batch", "4", "--steps", "3", "--warm-up", "2")
+NUMBERS = ("bf16", "fp8", "chosen")
+PYTEST = ("-m", "pytest", "-v", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider")
+LOOK = """
+import json, torch
+if torch.cuda.is_available():
+    device = torch.cuda.get_device_properties(0)
+    print(json.dumps({"device": device.name, "gib": round(device.total_memory / 2**30, 1), "torch": torch.__version__,
+                      "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}))
+"""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark that prints one JSON object with --json."""
+    """A benchmark that prints JSON objects with --json, each more complete than the one before."""
 
     name: str
     script: str
@@ -38,212 +67,183 @@ class Task:
     """Seconds of a quick check."""
     full: tuple[str, ...] | None = ()
     """Its arguments otherwise; None: in a quick check alone."""
+    least_gib: float = 0
+    """Memory of a device that can run it."""
 
 
-TASKS = (
-    Task("sparse_kernels", "sparse_kernels.py", ("--models", "8b", "--tokens", "8192", "16384"), 90),
-    Task("step_1b", "gpu_step.py", STEP_1B, 100, ("--shape", "125m", "1b")),
-    Task("step_8b", "gpu_step.py", STEP_8B, 160, ("--shape", "8b")),
-    Task("step_8b_fp8", "gpu_step.py", (*STEP_8B, "--set", "precision.fp8=true"), 160, None),
-    Task("sparse_step", "sparse_step.py", ("--models", "8b", "--tokens", "8192", "--no-step"), 180),
-    Task("moe_step", "moe_step.py", ("--rounds", "3"), 90),
-    Task(
-        "activation_memory",
-        "activation_memory.py",
-        ("--depth", "8", "64", "--variant", "RevFFN", "--rounds", "4"),
-        120,
-    ),
-    Task("memory", "memory.py", None),
-    Task("demo_codec", "demo_codec.py", ("--rounds", "4"), 120),
-)
+def tasks(gib: float) -> list[Task]:
+    """For a device of so much memory."""
+    layers = 16 if gib >= WHOLE_8B_GIB else 8
+    cut = (*STEP_8B, "--set", f"model.num_layers={layers}")
+    fp8 = (*cut, "precision.fp8=true")
+    times = ("--time-width", "2048", "--tokens", "16384")
+    reversible = ("--depth", "8", "64", "--variant", "RevFFN", "--rounds", "4", *times)
+    sparse = ("--models", "8b", "--tokens", "8192", "--no-block", "--no-step", "--numbers", *NUMBERS)
+    kernels = ("--models", "8b", "--tokens", "8192", "16384")
+    return [
+        Task("sparse_kernels", "sparse_kernels.py", kernels, 70),
+        Task("step_1b", "gpu_step.py", (*STEP_1B, *KEPT), 75, ("--shape", "125m", "1b", *KEPT)),
+        Task("step_8b", "gpu_step.py", STEP_8B, 110, ("--shape", "8b"), WHOLE_8B_GIB),
+        Task("step_8b_bf16_cut", "gpu_step.py", cut, 75, cut),
+        Task("step_8b_fp8", "gpu_step.py", fp8, 80, fp8),
+        Task("sparse_step", "sparse_step.py", sparse, 80, ("--layers-8b", str(layers))),
+        Task("moe_step", "moe_step.py", ("--rounds", "3", "--no-other"), 80),
+        Task("activation_memory", "activation_memory.py", reversible, 110, times),
+        Task("memory", "memory.py", None),
+        Task("demo_codec", "demo_codec.py", ("--rounds", "4"), 70),
+    ]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class Share:
+    """The seconds of a whole check."""
 
-    what: str
-    measured: float | None
-    """None: not measured."""
-    target: float
-    least: bool = True
-    """Whether the target is the least that is wanted, or the most."""
-    why: str = ""
-    """Why it was not measured."""
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.end = clock, None if seconds is None else clock() + seconds
 
-    @property
-    def met(self) -> str:
-        """In a word."""
-        if self.measured is None:
-            return f"not measured{self.why and f': {self.why}'}"
-        return (
-            "met"
-            if (self.measured >= self.target) == self.least or self.measured == self.target
-            else "MISSED"
-        )
+    def of(self, limit: float | None) -> float | None:
+        """Seconds that a task of this limit gets, 0 where it cannot start any more; None: as many as it takes."""
+        left = None if self.end is None else self.end - self.clock()
+        if left is not None and left < LEAST_SECONDS:
+            return 0
+        return min((n for n in (limit, left) if n is not None), default=None)
 
 
-def targets(found: dict[str, dict]) -> list[Row]:
-    """Every target that a GPU has, from the scripts' JSON by the tasks' names; `{"error": why}` where one failed."""
-    rows: list[Row] = []
-    for names, read in READERS.items():
-        texts = [found[name]["error"] for name in names if "error" in found.get(name, {})]
-        absent = [name for name in names if name not in found]
-        if not texts and not absent:
-            try:
-                rows += read(*(found[name] for name in names))
-            except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-                what = f"its JSON is not as expected ({type(error).__name__}: {error})"
-                rows.append(Row(", ".join(names), None, float("nan"), why=what))
-        elif not absent:
-            rows.append(Row(", ".join(names), None, float("nan"), why=texts[0]))
-    return rows
+class Report:
+    """results.json and messages.log in a folder."""
+
+    def __init__(self, folder: Path, device: dict, quick: bool) -> None:
+        self.path, self.kind = folder / "results.json", {**device, "quick": quick}
+        self.log, self.lock = (folder / "messages.log").open("a", buffering=1), threading.Lock()
+        earlier = last_object(self.path.read_text().replace("\n", " ")) if self.path.exists() else {}
+        same = all(earlier.get(key) == value for key, value in self.kind.items())
+        self.tasks = earlier["tasks"] if same and "tasks" in earlier else {}
+        if self.tasks:
+            print(f"{self.path} has {', '.join(self.tasks)} of an earlier check", flush=True)
+
+    def message(self, text: str) -> None:
+        """Adds a line to the log; threads take turns."""
+        with self.lock:
+            self.log.write(text if text.endswith("\n") else f"{text}\n")
+
+    def add(self, name: str, found: dict) -> None:
+        """Keeps a task's results, and prints its lines of the table."""
+        self.tasks[name] = found
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.kind | {"tasks": self.tasks}, indent=1) + "\n")
+        partial.replace(self.path)
+        for row in targets(self.tasks, name):
+            print(line(row), flush=True)
 
 
-def _best(rows: list[dict], shape: str, value: str) -> tuple[float | None, str]:
-    """The largest value of a shape, or why there is none."""
-    mine = [row for row in rows if row["shape"] == shape]
-    values = [row[value] for row in mine if row.get(value) is not None]
-    errors = [row["error"] for row in mine if "error" in row]
-    return (max(values), "") if values else (None, errors[0] if errors else "the device's peak is unknown")
-
-
-def _step_1b(result: dict) -> Iterator[Row]:
-    mfu, why = _best(result["rows"], "1b", "mfu")
-    yield Row("1.3B: MFU", mfu, 0.55, why=why)
-
-
-def _step_8b(result: dict) -> Iterator[Row]:
-    rate, why = _best(result["rows"], "8b", "tokens_per_second")
-    yield Row("8B, full recompute: tokens/s", rate, 9800, why=why)
-
-
-def _fp8_step(plain: dict, fp8: dict) -> Iterator[Row]:
-    (slow, why), (fast, why_fp8) = (_best(r["rows"], "8b", "tokens_per_second") for r in (plain, fp8))
-    both = slow is not None and fast is not None
-    yield Row(FP8_STEP, fast / slow if both else None, 1.25, why=why or why_fp8)
-
-
-def _sparse_kernels(result: dict) -> Iterator[Row]:
-    new = result["cusparselt"] >= 801
-    for row in result["products"]:
-        if row["model"] == "8b" and row["tokens"] >= 8192:
-            what = f"8B {row['rows']} x {row['cols']}, {row['tokens']} tokens: 2:4 over dense FP8"
-            gain = None if "refused" in row else row["fp8"] / row["sparse"]
-            yield Row(what, gain, 1.5 if new else 1.2, why=row.get("refused", ""))
-    for kernels in result["kernels"]:
-        copy = kernels["copy"]["gb_per_s"]
-        for name in ("threshold + amax", "threshold + cast"):
-            yield Row(f"{kernels['model']} {name}: of a copy", kernels[name]["gb_per_s"] / copy, 0.7)
-
-
-def _sparse_step(result: dict) -> Iterator[Row]:
-    new = result["cusparselt"] >= 801
-    for row in result["layers"]:
-        if row["model"] == "8b":
-            ffn = {name: row[name]["ffn"]["both"] for name in ("bf16", "fp8", "chosen")}
-            what = f"8B FFN, {row['tokens']} tokens: sparse over"
-            yield Row(f"{what} dense FP8", ffn["fp8"] / ffn["chosen"], 1.1 if new else 1.03)
-            yield Row(f"{what} bf16", ffn["bf16"] / ffn["chosen"], 1.6)
-    for row in result["steps"]:
-        if row["model"] == "8b":
-            slow, fast = (row[name].get("tokens_per_second") for name in ("bf16", "fp8"))
-            why = next((row[name]["error"] for name in ("bf16", "fp8") if "error" in row[name]), "")
-            yield Row(FP8_STEP, fast / slow if slow and fast else None, 1.25, why=why)
-
-
-def _moe_step(result: dict) -> Iterator[Row]:
-    yield Row("mixture's tokens/s over dense's", result["to_dense"]["mixture"], 0.75)
-
-
-def _activation_memory(result: dict) -> Iterator[Row]:
-    for ffn in sorted({cell["ffn"] for cell in result["cells"]}):
-        mine = {
-            cell["depth"]: cell
-            for cell in result["cells"]
-            if (cell["variant"], cell["ffn"]) == ("RevFFN", ffn)
-        }
-        ends = [mine[depth]["activations"] - mine[depth]["routing_ids"] for depth in (min(mine), max(mine))]
-        yield Row(
-            f"RevFFN {ffn}: memory at depth {max(mine)} over {min(mine)}", ends[1] / ends[0], 1.02, False
-        )
-        equal = all(cell["bit_equal"] for cell in mine.values())
-        yield Row(f"RevFFN {ffn}: gradients bit-equal", float(equal), 1)
-    for row in result["times"]:
-        what = f"RevFFN {row['ffn']}, pair {row['pair']}: step over full recompute"
-        yield Row(what, row["wall_over"]["standard, full recompute"], 1.05, False)
-
-
-def _memory(result: dict) -> Iterator[Row]:
-    worst = max((row["ratio"] for row in result["rows"]), key=lambda ratio: abs(ratio - 1))
-    yield Row("memory: estimate over measured, farthest off", abs(worst - 1), 0.1, False)
-
-
-def _demo_codec(result: dict) -> Iterator[Row]:
-    rows = result["milliseconds"]
-    yield Row(
-        "DeMo: encode and decode of a 1.3B step", rows.get("kernels", rows["torch"])["share"], 0.03, False
-    )
-
-
-READERS: dict[tuple[str, ...], Callable[..., Iterator[Row]]] = {
-    ("step_1b",): _step_1b,
-    ("step_8b",): _step_8b,
-    ("step_8b", "step_8b_fp8"): _fp8_step,
-    ("sparse_kernels",): _sparse_kernels,
-    ("sparse_step",): _sparse_step,
-    ("moe_step",): _moe_step,
-    ("activation_memory",): _activation_memory,
-    ("memory",): _memory,
-    ("demo_codec",): _demo_codec,
-}
-
-
-def run(task: Task, quick: bool, output: Path) -> dict:
-    """What the task's script printed as JSON, or `{"error": why}`."""
+def run(task: Task, quick: bool, share: Share, report: Report, environment: dict[str, str]) -> dict:
+    """What the task's script printed last as JSON; `ended`: why it went no further."""
     arguments, limit = (task.quick, task.limit) if quick else (task.full, None)
+    seconds = share.of(limit)
+    if seconds == 0:
+        return {"ended": "no time left"}
+    said = f"{task.name}: {task.script} {' '.join(arguments)}"
+    print(f"{said}, {seconds:.0f} s at most" if seconds is not None else said, flush=True)
+    report.message(f"=== {said}")
     command = [sys.executable, str(HERE / task.script), *arguments, "--json"]
-    share = f", {limit:g} s at most" if quick else ""
-    print(f"{task.script} {' '.join(arguments)}{share}", flush=True)
-    begun, why = time.perf_counter(), ""
-    with (output / f"{task.name}.json").open("w") as out, (output / f"{task.name}.log").open("w") as log:
-        child = subprocess.Popen(command, stdout=out, stderr=log, start_new_session=True)
-        try:
-            code = child.wait(limit)
-        except BaseException as error:
-            os.killpg(child.pid, signal.SIGKILL)  # with its own children
-            code, why = child.wait(), f"ended after {limit:g} s"
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-    messages = (output / f"{task.name}.log").read_text().strip().splitlines()
-    found = {} if why else _last_object((output / f"{task.name}.json").read_text())
-    if not found:
-        found = {"error": why or (messages[-1] if messages else f"exit code {code} without a word")[:200]}
-    failed = f", {found['error']}" if "error" in found else ""
-    print(f"{task.name}: {time.perf_counter() - begun:.0f} s{failed}", flush=True)
+    done = call(command, err=report.message, seconds=seconds, environment=environment, apart=True)
+    found = last_object(done.stdout)
+    if done.late:
+        found["ended"] = f"ended after {seconds:.0f} s"
+    elif done.code or not found:
+        found["ended"] = reason(done.stderr) or f"exit code {done.code} without a word"
+    failed = f", {found['ended']}" if "ended" in found else ""
+    print(f"{task.name}: {done.seconds:.0f} s{failed}", flush=True)
     return found
 
 
-def _last_object(text: str) -> dict:
-    """The last line that is a JSON object; libraries may print around it."""
-    for line in reversed(text.splitlines()):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            return found
-    return {}
+def test_files(folder: Path, quick: bool) -> list[Path]:
+    """In the order in which they start; the last takes minutes."""
+    names = sorted(path.stem for path in folder.glob("test_*.py"))
+    others = [name for name in names if name not in FIRST and name != LAST]
+    wanted = [*FIRST, *others, *([] if quick else [LAST])]
+    return [folder / f"{name}.py" for name in wanted if name in names]
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    lines = ["| target | measured | wanted | |", "|---|---|---|---|"]
-    for row in rows:
-        value = "" if row.measured is None else f"{row.measured:.4g}"
-        wanted = "" if row.target != row.target else f"{'>=' if row.least else '<='} {row.target:g}"
-        lines.append(f"| {row.what} | {value} | {wanted} | {row.met} |")
-    return "\n".join(lines)
+def run_file(file: Path, limit: float | None, share: Share, report: Report, environment: dict) -> dict:
+    """A file of tests in a process of its own, as one illegal access makes all that follows in a process fail."""
+    seconds = share.of(limit)
+    if seconds == 0:
+        return {"ended": "no time left"}
+
+    def say(text: str) -> None:
+        report.message(f"{file.stem}: {text}")
+
+    command = [sys.executable, *PYTEST, str(file)]
+    done = call(command, say, say, seconds, environment, apart=True)
+    outcomes = [OUTCOME.search(text) for text in done.stdout.splitlines()]
+    by = {match["name"]: match["outcome"] for match in outcomes if match}
+    found = {"seconds": round(done.seconds, 1), "passed": sum(text == "PASSED" for text in by.values())}
+    found["failed"] = [name for name, text in by.items() if text in ("FAILED", "ERROR")]
+    found["skipped"] = [name for name, text in by.items() if text == "SKIPPED"]
+    if done.late:
+        found["ended"] = f"ended after {seconds:.0f} s"
+    elif done.code and not found["failed"]:
+        found["ended"] = reason(done.stderr) or reason(done.stdout) or f"exit code {done.code}"
+    return found
+
+
+def described(name: str, found: dict) -> str:
+    """A line about a file of tests."""
+    counts = [f"{found['passed']} passed"] if "passed" in found else []
+    counts += [f"{len(found[key])} {key}" for key in ("failed", "skipped") if found.get(key)]
+    said = f"{name}: {', '.join([*counts, *([found['ended']] if 'ended' in found else [])])}"
+    return "\n".join([said, *(f"    FAILED {failed}" for failed in found.get("failed", []))])
+
+
+def run_tests(folder: Path, quick: bool, share: Share, report: Report, environment: dict) -> bool:
+    """Some files side by side, as compilers take most of their time; whether all tests passed."""
+    environment = environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # for a test of equal bits
+    mine = Share(share.of(TESTS_SECONDS if quick else None), share.clock)
+    limit, found = TEST_FILE_SECONDS if quick else None, {}
+    report.message("=== tests")
+    pool = ThreadPoolExecutor(SIDE_BY_SIDE)
+    try:
+        files = test_files(folder, quick)
+        waiting = {file: pool.submit(run_file, file, limit, mine, report, environment) for file in files}
+        for file, future in waiting.items():
+            found[file.stem] = future.result()
+            print(described(file.stem, found[file.stem]), flush=True)
+            report.add("tests", found)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_all()
+        raise
+    pool.shutdown()
+    return not any(of_file.get("failed") or "ended" in of_file for of_file in found.values())
+
+
+def linked(site: Path) -> Path:
+    """A folder for PYTHONPATH with links to the pieces of stepline, and with what an installation knows of it."""
+    (site / "stepline").mkdir(parents=True, exist_ok=True)
+    for piece in PIECES:
+        link = site / "stepline" / piece
+        link.unlink(missing_ok=True)
+        link.symlink_to(ROOT / piece, target_is_directory=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [f"Requires-Dist: {needed}" for needed in project["dependencies"]]
+    lines = ["Metadata-Version: 2.1", "Name: stepline", f"Version: {project['version']}", *lines]
+    lines += [f"Requires-Python: {project['requires-python']}", ""]
+    information = site / f"stepline-{project['version']}.dist-info"
+    information.mkdir(exist_ok=True)
+    (information / "METADATA").write_text("\n".join(lines))
+    return site
+
+
+def environment_of(output: Path) -> dict[str, str]:
+    """That of the children: their output comes at once, fragments of memory are joined, and stepline is found."""
+    found = dict(os.environ)
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+    allocator = next((found[name] for name in names if name in found), "expandable_segments:True")
+    found = dict.fromkeys(names, allocator) | {"PYTHONUNBUFFERED": "1"} | found
+    if importlib.util.find_spec("stepline") is None:
+        site, before = linked(output.resolve() / "site"), found.get("PYTHONPATH")
+        found["PYTHONPATH"] = f"{site}{os.pathsep}{before}" if before else str(site)
+    return found
 
 
 def main() -> int:
@@ -252,28 +252,33 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=["tests", *(task.name for task in TASKS)])
+    parser.add_argument("--only", nargs="+", choices=["tests", *(task.name for task in tasks(0))])
+    parser.add_argument("--seconds", type=float, help="the share of all together")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_check"))
     args = parser.parse_args()
-    import torch
-
-    if not torch.cuda.is_available():
+    share = Share(args.seconds)
+    args.output.mkdir(parents=True, exist_ok=True)
+    environment = environment_of(args.output)
+    looked = call(
+        [sys.executable, "-c", LOOK], environment=environment
+    )  # this process leaves the device alone
+    device = last_object(looked.stdout)
+    if not device:
         print("error: make gpu-check needs a CUDA device", file=sys.stderr)
         return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    code = 0
+    print(", ".join(f"{key} {value}" for key, value in device.items()), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended
+    report, passed = Report(args.output, device, args.quick), True
     if not args.only or "tests" in args.only:
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests" / "gpu")]
-        code = subprocess.run(tests, check=False).returncode
-    asked = [task for task in TASKS if not args.only or task.name in args.only]
-    found = {
-        task.name: run(task, args.quick, args.output)
-        for task in asked
-        if (task.quick if args.quick else task.full) is not None
-    }
-    print(table(targets(found)), flush=True)
-    return code
+        passed = run_tests(ROOT / "tests" / "gpu", args.quick, share, report, environment)
+    for task in tasks(device["gib"]):
+        asked = (task.quick if args.quick else task.full) is not None
+        if asked and (not args.only or task.name in args.only):
+            small = device["gib"] < task.least_gib
+            why = {"ended": f"needs {task.least_gib} GiB"}
+            report.add(task.name, why if small else run(task, args.quick, share, report, environment))
+    print(table(targets(report.tasks)), flush=True)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

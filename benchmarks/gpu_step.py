@@ -11,16 +11,18 @@ the model's FLOPs with causal attention (models/flops.py) over the device's know
 
     python benchmarks/gpu_step.py [--shape 1b] [--micro-batch 4 8] [--recompute none full] [--no-compile] [--json]
                                   [--set precision.fp8=true sparse.mode=s-ste]
+
+--json: one object of all rows so far after each timed step, so that the last line holds when a limit ends it.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from children import call, emit, last_object, reason
 
 from stepline.comm.mesh import World, build_mesh, start_process_group
 from stepline.models.config import ModelConfig
@@ -28,6 +30,7 @@ from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import find_config, load_config, parse_overrides
 from stepline.trainer.data.loader import Batch
+from stepline.trainer.plan.memory import Layout, estimate
 from stepline.trainer.run.products import choose_products
 from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
@@ -55,59 +58,59 @@ def shape_config(shape: str, overrides: list[str]) -> Config:
     return load_config(str(find_config(f"dense-{shape}")), overrides)[0]
 
 
-def measure(
-    shape: str, micro_batch: int, recompute: str, compiled: bool, device: torch.device, steps: int,
-    overrides: list[str],
-) -> dict:  # fmt: skip
-    """One row: median step of `steps` after three that warm up."""
+def measure(args: argparse.Namespace, device: torch.device, told: Callable[[dict], None]) -> None:
+    """Tells the row of the first shape, micro-batch and recompute mode after each timed step: the median so far."""
+    begun = time.perf_counter()
+    shape, micro_batch, recompute = args.shape[0], args.micro_batch[0], args.recompute[0]
     seq_len, _, _, step_tokens = SHAPES[shape]
-    config = shape_config(shape, overrides)
-    config.precision.compute = "bf16" if device.type == "cuda" else "fp32"
-    config.run.compile, config.run.recompute = compiled, recompute
-    config.optimizer.weight_decay, config.parallel.micro_batch, config.data.seq_len = (
-        0.1,
-        micro_batch,
-        seq_len,
-    )
-    config.budget.steps = steps + 3
+    cuda = device.type == "cuda"
+    config = shape_config(shape, args.set)
+    config.precision.compute, config.run.device = "bf16" if cuda else "fp32", device.type
+    config.run.compile, config.run.recompute = not args.no_compile, recompute
+    config.optimizer.weight_decay, config.budget.steps = 0.1, args.warm_up + args.steps
+    config.parallel.micro_batch, config.data.seq_len = micro_batch, seq_len
     accumulation = max(1, step_tokens // (micro_batch * seq_len))
-    mesh = build_mesh(device, 1, 1)
-    state = Trainee.build(config, device, mesh)
+    state = Trainee.build(config, device, build_mesh(device, 1, 1))
     products, _ = choose_products(config, state.model, device, torch.distributed.group.WORLD)
-    draw = torch.Generator().manual_seed(0)
-    shape_of_batch = (accumulation, micro_batch, seq_len + 1)
-    seconds = []
-    for step in range(steps + 3):
-        tokens = torch.randint(0, config.model.vocab_size, shape_of_batch, generator=draw)
+    if cuda:
+        torch.cuda.synchronize(device)
+    set_up = time.perf_counter() - begun
+    flops, peak = flops_per_token(config.model, seq_len), None
+    if cuda:
+        peak = peak_flops(torch.cuda.get_device_name(device))
+    tokens_per_step = accumulation * micro_batch * seq_len
+    row = {
+        "shape": shape, "params": parameter_counts(config.model).total, "layers": config.model.num_layers,
+        "seq_len": seq_len, "micro_batch": micro_batch, "recompute": recompute, "compile": config.run.compile,
+        "tokens_per_step": tokens_per_step, "overrides": args.set, "products": products,
+        "cudnn": torch.backends.cudnn.version(), "set_up_s": round(set_up, 1),
+        "estimate_gb": estimate(config, Layout(1, 1, micro_batch, accumulation)).total / 1e9,
+    }  # fmt: skip
+    draw, seconds = torch.Generator().manual_seed(0), []
+    for step in range(args.warm_up + args.steps):
+        tokens = torch.randint(
+            0, config.model.vocab_size, (accumulation, micro_batch, seq_len + 1), generator=draw
+        )
         batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
         start = time.perf_counter()
         state.sparsity.begin(step, watched=False)
         loss = train_step(state, batch, 1e-4).loss.item()  # reading the loss waits for the device
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize(device)
-        if step >= 3:
-            seconds.append(time.perf_counter() - start)
-    tokens_per_step = accumulation * micro_batch * seq_len
-    rate = tokens_per_step / statistics.median(seconds)
-    flops = flops_per_token(config.model, seq_len)
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return {
-        "shape": shape,
-        "params": parameter_counts(config.model).total,
-        "seq_len": seq_len,
-        "micro_batch": micro_batch,
-        "recompute": recompute,
-        "compile": compiled,
-        "tokens_per_step": tokens_per_step,
-        "tokens_per_second": round(rate),
-        "tflops": round(rate * flops.total / 1e12, 3),
-        "mfu": mfu(rate, flops.total, peak),
-        "mfu_full": mfu(rate, flops.total_full, peak),
-        "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-        "loss": loss,
-        "overrides": overrides,
-        "products": products,
-    }
+        spent = time.perf_counter() - start
+        print(f"set up in {set_up:.1f} s, step {step}: {spent:.2f} s", file=sys.stderr, flush=True)
+        if step == 0:
+            row["first_step_s"] = round(spent, 2)  # with what is compiled
+        if step < args.warm_up:
+            continue
+        seconds.append(spent)
+        rate = tokens_per_step / statistics.median(seconds)
+        told(row | {
+            "steps": len(seconds), "tokens_per_second": round(rate), "tflops": round(rate * flops.total / 1e12, 3),
+            "mfu": mfu(rate, flops.total, peak), "mfu_full": mfu(rate, flops.total_full, peak),
+            "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None,
+            "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"] if cuda else None, "loss": loss,
+        })  # fmt: skip
 
 
 def main() -> None:
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before those that are timed")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of the config")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -130,39 +134,37 @@ def main() -> None:
     if args.child:
         device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
         start_process_group(World(0, 1, 0, 1), device, 600)
-        print(json.dumps(measure(
-            args.shape[0], args.micro_batch[0], args.recompute[0], not args.no_compile, device, args.steps, args.set
-        )))  # fmt: skip
+        measure(args, device, emit)
         torch.distributed.destroy_process_group()
         return
-    rows = []
+    rows: list[dict] = []
+
+    def tell(row: dict | None = None) -> None:
+        if args.json:
+            more = [] if row is None else [row]
+            emit({"torch": torch.__version__, "device": args.device, "rows": rows + more})
+
+    def tell_line(line: str) -> None:
+        if row := last_object(line):
+            tell(row)
+
+    common = ["--device", args.device, "--steps", str(args.steps), "--warm-up", str(args.warm_up)]
+    common += ["--no-compile"] if args.no_compile else []
+    common += ["--set", *args.set] if args.set else []
     for shape in args.shape:
         for recompute in args.recompute or SHAPES[shape][2]:
             for micro_batch in args.micro_batch or SHAPES[shape][1]:
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--child",
-                    "--shape",
-                    shape,
-                    "--micro-batch",
-                    str(micro_batch),
-                ]
-                command += ["--recompute", recompute, "--device", args.device, "--steps", str(args.steps)]
-                command += ["--no-compile"] if args.no_compile else []
-                command += ["--set", *args.set] if args.set else []
-                child = subprocess.run(command, capture_output=True, text=True, check=False)
-                if child.returncode == 0:
-                    rows.append(json.loads(child.stdout.splitlines()[-1]))
-                else:
-                    reason = (child.stderr.strip().splitlines() or ["no output"])[-1]
-                    rows.append(
-                        {"shape": shape, "micro_batch": micro_batch, "recompute": recompute, "error": reason}
-                    )
+                command = [sys.executable, __file__, "--child", "--shape", shape, "--recompute", recompute]
+                command += ["--micro-batch", str(micro_batch), *common]
+                child = call(command, tell_line)
+                row = {"shape": shape, "micro_batch": micro_batch, "recompute": recompute}
+                row = last_object(child.stdout) or row | {"overrides": args.set}
+                if child.code:
+                    row["error"] = reason(child.stderr) or f"exit code {child.code} without a word"
+                rows.append(row)
+                tell()
                 if not args.json:
-                    print(describe(rows[-1]), flush=True)
-    if args.json:
-        print(json.dumps({"torch": torch.__version__, "device": args.device, "rows": rows}))
+                    print(describe(row), flush=True)
 
 
 def describe(row: dict) -> str:

@@ -1,19 +1,20 @@
 """The memory that `stepline train --dry-run` says a step needs, against the measured peak of the trainer's own step.
 
 On CPUs the measure is the profiler's record of every allocation (trainer/watch/allocations.py), on CUDA
-torch.cuda.max_memory_allocated. Each case runs three steps (forward, backward, update) and takes the median of
-their peaks: they agree, but for buffers that gloo's threads have freed unseen, which make a measured peak too large.
-Of two ranks the one that is farther off counts. A case passes within 10 %.
+torch.cuda.max_memory_allocated, less what was allocated before the case. Each case runs three steps (forward, backward,
+update) and takes the median of their peaks: they agree, but for buffers that gloo's threads have freed unseen, which
+make a measured peak too large. Of two ranks the one that is farther off counts. A case passes within 10 %.
 
 NOT YET RUN ON A GPU: with CUDA the same cases run there in bf16, those of two ranks where there are two GPUs.
 
     python benchmarks/memory.py [--case NAME …] [--json]
 
-Exits with 1 when a case is outside.
+Exits with 1 when a case is outside. --json: one object of all cases so far after each.
 """
 
 import argparse
 import functools
+import gc
 import json
 import os
 import statistics
@@ -155,6 +156,7 @@ def measure(case: Case, device: torch.device) -> dict:
     """Estimated and measured peak in bytes, of this rank. The process group of `case.world` ranks is there."""
     config, layout = case.config(device.type), case.layout()
     mesh = build_mesh(device, layout.world, layout.shard)
+    others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     record = Allocations() if device.type == "cpu" else None
     if record is not None:
         record.start()
@@ -173,7 +175,7 @@ def measure(case: Case, device: torch.device) -> dict:
         torch.cuda.reset_peak_memory_stats(device)
         train_step(state, batch, 1e-4)
         torch.cuda.synchronize(device)
-        peaks.append(torch.cuda.max_memory_allocated(device))
+        peaks.append(torch.cuda.max_memory_allocated(device) - others)
     if record is not None:
         record.stop()
         peaks = [record.peak(f"step {step}") for step in range(STEPS)]
@@ -190,7 +192,15 @@ def measure(case: Case, device: torch.device) -> dict:
     }
 
 
-def _rank(rank: int, world: int, folder: str, cases: list[Case], device_type: str) -> None:
+def summary(rows: list[dict], device_type: str) -> dict:
+    """What --json prints."""
+    outside = [row["case"] for row in rows if abs(row["ratio"] - 1) > TOLERANCE]
+    return {"torch": torch.__version__, "device": device_type, "outside": outside, "rows": rows}
+
+
+def _rank(
+    rank: int, world: int, folder: str, cases: list[Case], device_type: str, before: list[dict], tell: bool
+) -> None:
     torch.set_num_threads(1)
     device = torch.device(device_type, *([rank] if device_type == "cuda" else []))
     backend = "gloo"
@@ -198,44 +208,50 @@ def _rank(rank: int, world: int, folder: str, cases: list[Case], device_type: st
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    rows = []
+    rows = list(before)
     for case in cases:
         row = measure(case, device)
         of_ranks: list = [None] * world
         dist.all_gather_object(of_ranks, row)
+        if device_type == "cuda":  # what lies in cycles goes before the next case
+            gc.collect()
+            torch.cuda.empty_cache()
         rows.append(max(of_ranks, key=lambda row: abs(row["ratio"] - 1)))
         if rank == 0:
             print(f"{case.name}: {rows[-1]['ratio']:.3f}", file=sys.stderr, flush=True)
+        if rank == 0 and tell:
+            print(json.dumps(summary(rows, device_type)), flush=True)
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
-def run(cases: list[Case], device_type: str) -> list[dict]:
-    """The rows of all cases, each number of ranks in processes of its own."""
+def run(cases: list[Case], device_type: str, tell: bool = False) -> list[dict]:
+    """The rows of all cases, each number of ranks in processes of its own. tell: prints JSON after each."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    rows = []
+    rows: list[dict] = []
     for world in sorted({case.world for case in cases}):
         mine = [case for case in cases if case.world == world]
         if device_type == "cuda" and world > torch.cuda.device_count():
             print(f"{len(mine)} cases need {world} GPUs: left out", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_rank, (world, folder, mine, device_type), nprocs=world)
-            rows += json.loads(Path(folder, "rows.json").read_text())
+            arguments = (world, folder, mine, device_type, rows, tell)
+            torch.multiprocessing.spawn(_rank, arguments, nprocs=world)
+            rows = json.loads(Path(folder, "rows.json").read_text())
     return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--case", choices=[case.name for case in CASES], action="append", help="default: all")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--json", action="store_true", help="JSON objects on standard output")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = run([case for case in CASES if not args.case or case.name in args.case], device)
-    outside = [row["case"] for row in rows if abs(row["ratio"] - 1) > TOLERANCE]
+    rows = run([case for case in CASES if not args.case or case.name in args.case], device, args.json)
+    outside = summary(rows, device)["outside"]
     if args.json:
-        print(json.dumps({"torch": torch.__version__, "device": device, "outside": outside, "rows": rows}))
+        print(json.dumps(summary(rows, device)))
     else:
         print(f"torch {torch.__version__}, {device}")
         print(

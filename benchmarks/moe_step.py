@@ -6,18 +6,21 @@ compared. On CUDA bf16 with FSDP2 over one rank, on CPUs fp32.
 
 NOT YET RUN ON A GPU (target there: at least 0.75 of the dense model's tokens per second).
 
-    python benchmarks/moe_step.py [--rounds 8] [--steps 3] [--json]
+    python benchmarks/moe_step.py [--rounds 8] [--steps 3] [--layers N] [--no-other] [--json]
+
+--json: one object after each round, with the medians so far.
 """
 
 import argparse
 import contextlib
-import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from children import emit
 
 from stepline.comm.mesh import World, build_mesh, start_process_group
 from stepline.kernels.grouped import grouped_mm_linear, loop_linear
@@ -49,6 +52,8 @@ SHAPES = {
     ),
 }  # fmt: skip
 """On CUDA OLMoE's layers, half as many."""
+SMALL_GIB, SMALL_LAYERS = 100, 6
+"""On a smaller device both models have so many layers: both are held at once, and with 8 they take 74 GiB."""
 
 
 def dense_of(shape: dict) -> dict:
@@ -72,21 +77,38 @@ def trainee(shape: dict, device: torch.device) -> Trainee:
     return Trainee.build(config, device, build_mesh(device, 1, 1))
 
 
-def measure(device: torch.device, rounds: int, steps: int) -> dict:
-    """Medians of each variant's step."""
+def shape_for(device: torch.device, layers: int | None) -> tuple[dict, int, int]:
+    """Model, sequence and windows for a device; layers: instead of as many as its memory takes."""
     shape, seq_len, windows = SHAPES[device.type]
+    if device.type == "cuda" and layers is None:
+        small = torch.cuda.get_device_properties(device).total_memory < SMALL_GIB * 2**30
+        layers = SMALL_LAYERS if small else None
+    return shape | ({"num_layers": layers} if layers else {}), seq_len, windows
+
+
+def measure(device: torch.device, args: argparse.Namespace) -> Iterator[dict]:
+    """Medians of each variant's step so far, after each round but the first, which warms up."""
+    shape, seq_len, windows = shape_for(device, args.layers)
     dense, mixture = trainee(dense_of(shape), device), trainee(shape, device)
     other = loop_linear if device.type == "cuda" else grouped_mm_linear
-    variants = {
-        "dense": (dense, contextlib.nullcontext),
-        "mixture": (mixture, contextlib.nullcontext),
-        f"mixture by {other.__name__}": (mixture, lambda: product(other)),
+    variants = {"dense": (dense, contextlib.nullcontext), "mixture": (mixture, contextlib.nullcontext)}
+    if not args.no_other:
+        variants[f"mixture by {other.__name__}"] = (mixture, lambda: product(other))
+    counts = {
+        name: parameter_counts(ModelConfig(**s))
+        for name, s in {"dense": dense_of(shape), "mixture": shape}.items()
     }
+    of = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    told = {
+        "device": of, "torch": torch.__version__, "layers": shape["num_layers"],
+        "params": {name: c.linear for name, c in counts.items()},
+        "active": {name: c.active for name, c in counts.items()},
+    }  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(-1, rounds):
+    for turn in range(-1, args.rounds):
         for name, (state, context) in variants.items():
-            for _ in range(steps):
+            for _ in range(args.steps):
                 tokens = torch.randint(0, shape["vocab_size"], (1, windows, seq_len + 1), generator=draw)
                 batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
                 start = time.perf_counter()
@@ -94,39 +116,39 @@ def measure(device: torch.device, rounds: int, steps: int) -> dict:
                     train_step(state, batch, 1e-4).loss.item()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
+                spent = time.perf_counter() - start
+                print(f"round {turn}, {name}: {spent:.2f} s", file=sys.stderr, flush=True)
                 if turn >= 0:
-                    seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    counts = {
-        name: parameter_counts(ModelConfig(**s))
-        for name, s in {"dense": dense_of(shape), "mixture": shape}.items()
-    }
-    return {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "params": {name: c.linear for name, c in counts.items()},
-        "active": {name: c.active for name, c in counts.items()},
-        "tokens_per_second": {name: round(windows * seq_len / value) for name, value in median.items()},
-        "to_dense": {name: round(median["dense"] / value, 3) for name, value in median.items()},
-    }
+                    seconds[name].append(spent)
+        if turn >= 0:
+            median = {name: statistics.median(values) for name, values in seconds.items()}
+            yield told | {
+                "rounds": turn + 1,
+                "tokens_per_second": {
+                    name: round(windows * seq_len / value) for name, value in median.items()
+                },
+                "to_dense": {name: round(median["dense"] / value, 3) for name, value in median.items()},
+            }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="steps of each variant in a round")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--layers", type=int, help="of both models; default: by the device's memory")
+    parser.add_argument("--no-other", action="store_true", help="the mixture by its usual products alone")
+    parser.add_argument("--json", action="store_true", help="JSON objects on standard output")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     start_process_group(World(0, 1, 0, 1), device, 60)
-    result = measure(device, args.rounds, args.steps)
+    for found in measure(device, args):
+        result = found
+        if args.json:
+            emit(result)
     torch.distributed.destroy_process_group()
     if args.json:
-        print(json.dumps(result))
         return
-    print(f"{result['device']}, torch {result['torch']}")
+    print(f"{result['device']}, torch {result['torch']}, {result['layers']} layers")
     for name, tokens in result["tokens_per_second"].items():
         print(f"{name:32}{tokens:10,} tokens/s  {result['to_dense'][name]:.2f} of dense")
     print(", ".join(f"{n}: N {result['params'][n]:,}, active {a:,}" for n, a in result["active"].items()))

@@ -8,16 +8,20 @@ FFN and block: weights of one layer, gathered beforehand, as FSDP2 leaves them; 
 the whole step alone, which goes through the trainer's own (`gpu_step.py`). "chosen" makes each product by what is
 faster here, "sparse" makes all forward products sparse.
 
-    python benchmarks/sparse_step.py [--models 1b 8b] [--tokens 8192 16384] [--no-step] [--json]
+    python benchmarks/sparse_step.py [--models 1b 8b] [--tokens 8192 16384] [--numbers bf16 fp8 …] [--no-block]
+                                     [--no-step] [--layers-8b N] [--json]
+
+--json: one object of all that is measured so far after each model's, tokens' and numbers' times.
 """
 
 import argparse
-import json
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from children import call, emit, last_object, reason
+from sparse_kernels import versions
 from torch import nn
 
 from stepline.comm.mesh import World, start_process_group
@@ -58,92 +62,97 @@ def one_block(model: str, tokens: int, options: list[str]) -> tuple[Config, Tran
 
 
 def passes_ms(module: nn.Module, *inputs: torch.Tensor) -> dict[str, float]:
-    """Milliseconds of a forward, and of a forward and a backward."""
+    """Milliseconds of a forward, and of a forward and a backward, which adds nothing to earlier gradients."""
     x = inputs[0].requires_grad_()
     compiled = torch.compile(module)
     grad = torch.randn_like(compiled(x, *inputs[1:]))
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
     return {
         "forward": time_ms(lambda: compiled(x, *inputs[1:])),
-        "both": time_ms(lambda: torch.autograd.backward(compiled(x, *inputs[1:]), grad)),
+        "both": time_ms(
+            lambda: torch.autograd.grad(compiled(x, *inputs[1:]), wanted, grad, allow_unused=True)
+        ),
     }
 
 
-def layers(model: str, tokens: int) -> dict[str, dict]:
+def layers(model: str, tokens: int, numbers: list[str], block: bool) -> Iterator[tuple[str, dict]]:
     """By numbers: times of the FFN and of the block."""
-    found = {}
-    for name, options in NUMBERS.items():
+    for name in numbers:
         torch._dynamo.reset()
-        config, made = one_block(model, tokens, options)
+        config, made = one_block(model, tokens, NUMBERS[name])
         seq = config.data.seq_len
         x = torch.randn(tokens // seq, seq, config.model.hidden_size, device="cuda", dtype=torch.bfloat16)
-        captured: list[tuple] = []
-        handle = made.layers[0].register_forward_pre_hook(
-            lambda _, inputs, kept=captured: kept.append(inputs)
-        )
-        with torch.no_grad():
-            made(torch.zeros(tokens // seq, seq, device="cuda", dtype=torch.int64))
-        handle.remove()
-        others = captured[0][1:]  # rotary tables, masks
-        found[name] = {
-            "ffn": passes_ms(made.layers[0].ffn, x.clone()),
-            "block": passes_ms(made.layers[0], x.clone(), *others),
-        }
+        found = {"ffn": passes_ms(made.layers[0].ffn, x.clone())}
+        if block:
+            found["block"] = passes_ms(made.layers[0], x.clone(), *others(made, tokens // seq, seq))
         del made
         torch.cuda.empty_cache()
-    return found
+        yield name, found
 
 
-def steps(model: str) -> dict[str, dict]:
-    """By numbers: a row of gpu_step.py, in a process of its own."""
-    found = {}
-    for name, options in NUMBERS.items():
+def others(made: Transformer, windows: int, seq: int) -> tuple:
+    """What a block takes beside the stream: rotary tables, masks."""
+    captured: list[tuple] = []
+    handle = made.layers[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs))
+    with torch.no_grad():
+        made(torch.zeros(windows, seq, device="cuda", dtype=torch.int64))
+    handle.remove()
+    return captured[0][1:]
+
+
+def steps(model: str, numbers: list[str], layers_8b: int | None) -> Iterator[tuple[str, dict]]:
+    """By numbers: the best row of gpu_step.py, in a process of its own."""
+    cut = [f"model.num_layers={layers_8b}"] if model == "8b" and layers_8b else []
+    for name in numbers:
         command = [sys.executable, str(Path(__file__).with_name("gpu_step.py")), "--shape", model, "--json"]
+        options = [*NUMBERS[name], *cut]
         command += ["--set", *options] if options else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows = json.loads(done.stdout)["rows"] if done.returncode == 0 else []
+        done = call(command)
+        rows = last_object(done.stdout).get("rows", [])
         rates = [row["tokens_per_second"] for row in rows if "error" not in row]
-        found[name] = (
-            {"tokens_per_second": max(rates)} if rates else {"error": done.stderr[-300:] or str(rows)}
-        )
-    return found
+        errors = [row["error"] for row in rows if "error" in row]
+        why = reason(done.stderr) if done.code or not errors else errors[0]
+        yield name, {"tokens_per_second": max(rates)} if rates else {"error": why}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=["1b", "8b"], default=["1b", "8b"])
     parser.add_argument("--tokens", nargs="*", type=int, default=[8192, 16384])
+    parser.add_argument("--numbers", nargs="+", choices=NUMBERS, default=list(NUMBERS))
+    parser.add_argument("--no-block", action="store_true", help="the FFN alone")
     parser.add_argument("--no-step", action="store_true")
+    parser.add_argument("--layers-8b", type=int, help="of the 8B model's whole step")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if (reason := sparse_mm.missing(device)) is not None:
-        sys.exit(f"error: 2:4 sparse FP8 products need a GPU of Hopper's kind, and {reason}")
+    if (missing := sparse_mm.missing(device)) is not None:
+        sys.exit(f"error: 2:4 sparse FP8 products need a GPU of Hopper's kind, and {missing}")
     start_process_group(World(0, 1, 0, 1), device, 600)
-    result = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "cusparselt": torch.backends.cusparselt.version(), "layers": [], "steps": [],
-    }  # fmt: skip
-    say = (lambda *_: None) if args.json else print
+    result = versions() | {"layers": [], "steps": []}
+    say, tell = ((lambda *_: None), emit) if args.json else (print, lambda _: None)
     say(f"{result['device']}, torch {result['torch']}, cuSPARSELt {result['cusparselt']}")
-    say("| model | tokens | part | " + " | ".join(f"{name}, ms" for name in NUMBERS) + " | chosen / fp8 |")
-    say("|---|---|---|" + "---|" * (len(NUMBERS) + 1))
+    say("| model | tokens | part | " + " | ".join(f"{name}, ms" for name in args.numbers) + " |")
+    say("|---|---|---|" + "---|" * len(args.numbers))
     for model in args.models:
         for tokens in args.tokens:
-            found = layers(model, tokens)
-            result["layers"].append({"model": model, "tokens": tokens} | found)
-            for part in ("ffn", "block"):
+            found: dict = {"model": model, "tokens": tokens}
+            result["layers"].append(found)
+            for name, times in layers(model, tokens, args.numbers, not args.no_block):
+                found[name] = times
+                tell(result)
+            for part in ("ffn",) if args.no_block else ("ffn", "block"):
                 for what in ("forward", "both"):
-                    times = {name: found[name][part][what] for name in NUMBERS}
-                    said = " | ".join(f"{ms:.3f}" for ms in times.values())
-                    gain = times["fp8"] / times["chosen"]
-                    say(f"| {model} | {tokens} | {part}, {what} | {said} | {gain:.2f} |")
+                    said = " | ".join(f"{found[name][part][what]:.3f}" for name in args.numbers)
+                    say(f"| {model} | {tokens} | {part}, {what} | {said} |")
     torch.distributed.destroy_process_group()
     for model in [] if args.no_step else args.models:
-        found = steps(model)
-        result["steps"].append({"model": model} | found)
-        say(f"{model}, whole step: " + ", ".join(f"{name} {row}" for name, row in found.items()))
-    if args.json:
-        print(json.dumps(result))
+        found = {"model": model}
+        result["steps"].append(found)
+        for name, row in steps(model, args.numbers, args.layers_8b):
+            found[name] = row
+            tell(result)
+            say(f"{model}, whole step, {name}: {row}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def shard_model(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:  # one rank would divide by it, in a buffer of its own
+                module.set_gradient_divide_factor(1.0)
 
 
 def _stacks(ranks: int, keep_matrices: bool) -> Callable[[nn.Parameter], Shard | None]:

@@ -72,7 +72,8 @@ def start_process_group(world: World, device: torch.device, timeout_s: float) ->
     options = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        options["device_id"] = device
+        if world.size > 1:  # one rank has nobody to connect to at once
+            options["device_id"] = device
     if world.size == 1 and not all(name in os.environ for name in RENDEZVOUS):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -42,7 +42,8 @@ class Scaled:
 
 def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale, fp32 of amax's shape, that takes `amax` to the largest number of `dtype`; 1 where amax is 0."""
-    scale = amax.float() / torch.finfo(dtype).max
+    # CUDA divides by a number through its reciprocal, CPUs do not: this way both give the same bits
+    scale = amax.float() * (1 / torch.finfo(dtype).max)
     return torch.where(
         scale > 0, scale.clamp_min(torch.finfo(torch.float32).tiny), 1.0
     )  # of which 1 / scale is finite
@@ -72,11 +73,12 @@ def quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(wide) * (1 / scale.to(wide))).clamp(-bound, bound).to(dtype)
 
 
-def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False) -> Tensor:
     """a b, `[m, k] x [k, n]`, summed in fp32 and rounded to `dtype` once.
 
-    Scales are one number each, or `[m, 1]` and `[1, n]`: what is summed over, k, shares a scale. Raises ValueError for
-    what CUDA refuses.
+    Scales are one number each, or `[m, 1]` and `[1, n]`: what is summed over, k, shares a scale. fast: on a GPU the
+    tensor cores' own sums, of fewer bits than fp32, are not moved to fp32 on the way. Raises ValueError for what CUDA
+    refuses.
     """
     check_product(a, b, dtype)
     if has_fp8(a.data.device):
@@ -84,7 +86,7 @@ def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
         left, right = a.scale, b.scale
         if left.ndim:  # strides of 1 along their last dimension, also where its size is 1
             left, right = left.flatten()[:, None], right.flatten()[None]
-        return torch._scaled_mm(a.data.contiguous(), data, left, right, out_dtype=dtype)
+        return torch._scaled_mm(a.data.contiguous(), data, left, right, out_dtype=dtype, use_fast_accum=fast)
     wide = torch.promote_types(dtype, torch.float32)
     return as_type((a.data.to(wide) @ b.data.to(wide)) * (a.scale * b.scale).to(wide), dtype)
 

@@ -173,7 +173,7 @@ def _estimate_kernel(
     # sparse24.keep_probabilities
     p, q, r, s = tl.abs(a), tl.abs(b), tl.abs(c), tl.abs(d)
     total, most = (p + q) + (r + s), tl.maximum(tl.maximum(p, q), tl.maximum(r, s))
-    half = total / 2
+    half = total * 0.5  # a division would be an approximate one on the GPU
     dominated = most > half
     other_p, other_q = tl.where(p == most, 0.0, p), tl.where(q == most, 0.0, q)
     other_r, other_s = tl.where(r == most, 0.0, r), tl.where(s == most, 0.0, s)

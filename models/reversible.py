@@ -125,8 +125,10 @@ class Half:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_random_numbers(own.device, self.rng))
             for kind, dtype, enabled in self.autocast:
+                # where none is or was, entering one would only have the compiled branch compiled again;
                 # a cache would keep the cast copy of every weight until an autocast around backward ends
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             if self.routed is not None:
                 stack.enter_context(self.routed.replay(self.routing))
             return self.branch(own, other)

@@ -1,5 +1,7 @@
 """The trainer's step on CUDA against the same step on the CPU."""
 
+import os
+
 import pytest
 import torch
 
@@ -16,6 +18,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # torch looks for it once, at a process's first product
 
 
 @pytest.mark.parametrize("z_weight", [0.0, 1e-3])
@@ -67,8 +72,7 @@ def test_bf16_training_follows_fp32(compiled, canon):
     assert torch.tensor(cuda) == pytest.approx(torch.tensor(cpu), rel=0.05)
 
 
-def test_deterministic_training_repeats_its_bits(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_deterministic_training_repeats_its_bits():
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (losses(torch.device("cuda", 0), "bf16") for _ in range(2))

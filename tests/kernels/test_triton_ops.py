@@ -151,6 +151,7 @@ def test_every_kernel_compiles_for_hopper_without_a_gpu(hopper):
         # as for the lengths that are met: multiples of 16, at such addresses
         ptx = hopper(kernel, known, constants, {*known}, {"enable_fp_fusion": False})
         assert "fma." not in ptx
+        assert "div.full" not in ptx  # which may be off by two units in the last place
         assert "ld.global.v4.b32" in ptx  # 16 bytes a thread
         if "amax" not in kernel.__name__:
             kind = "e5m2x2" if "estimate" in kernel.__name__ else "e4m3x2"

@@ -29,7 +29,7 @@ def layer(recipe: Recipe, n_in=32, n_out=48, dtype=torch.float64) -> SparseLinea
 def rounded(x, dtype, dim=None):
     """To 8 bits and back, with the scale of the largest magnitude, or of those along `dim`."""
     most = x.abs().max() if dim is None else x.abs().max(dim, keepdim=True).values
-    scale = most.float() / torch.finfo(dtype).max
+    scale = most.float() * (1 / torch.finfo(dtype).max)
     return (x / scale.to(x.dtype)).to(dtype).to(x.dtype) * scale.to(x.dtype)
 
 
@@ -167,7 +167,7 @@ def test_the_operands_of_fp8_products_are_laid_out_as_cuda_takes_them(recipe, mo
     made = layer(recipe, dtype=torch.float32)
     x, grad, types = torch.randn(32, 32, requires_grad=True), torch.randn(32, 48), []
 
-    def strict(a, b, scale_a, scale_b, out_dtype):
+    def strict(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
         (m, k), n = a.shape, b.shape[1]
         assert a.stride() == (k, 1)  # row-major
         assert b.stride() == (1, k)  # column-major
@@ -179,6 +179,8 @@ def test_the_operands_of_fp8_products_are_laid_out_as_cuda_takes_them(recipe, mo
             assert (b.dtype, out_dtype) == (E4M3, torch.bfloat16)
         else:
             assert scale_a.numel() == scale_b.numel() == 1
+        # backward sums in fp32
+        assert use_fast_accum == (not types and not recipe.row_scales)
         types.append((a.dtype, b.dtype, (m, k, n)))
         return ((a.double() @ b.double()) * scale_a * scale_b).to(out_dtype)
 

@@ -18,8 +18,8 @@ CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
 """Of kernels/cross_entropy.py, which imports torch."""
 ONE_GROUP_BYTES = 2**24
 """Of comm/fsdp.py."""
-CUBLAS_WORKSPACE = 2**25
-"""What torch gives cuBLAS on Hopper; 8 MiB on older devices."""
+CUBLAS_WORKSPACE = 2 * 2**25
+"""What torch gives cuBLAS on Hopper in forward's thread and in backward's; a quarter on older devices."""
 
 
 class Tally:
@@ -64,8 +64,8 @@ class Replay:
         self.compute, self.master = self.sizes.compute, self.sizes.master
         self.replicas = world // shard
         # run/build.py: one rank that computes in its master dtype needs no FSDP
-        spread = world if config.parallel.sync == "all_reduce" else shard
-        self.fsdp = spread > 1 or self.compute != self.master
+        self.spread = world if config.parallel.sync == "all_reduce" else shard
+        self.fsdp = self.spread > 1 or self.compute != self.master
         self.gloo = shard > 1 and not self.sizes.cuda  # it works on a copy of what it sends
         self.reshards = config.parallel.reshard_after_forward
         self.root, self.block, self.layers = (
@@ -110,7 +110,7 @@ class Replay:
         self.tally.brief("optimizer", self.sync.temporaries())
 
     def fixed(self) -> int:
-        """The batch (inputs, targets; document numbers) and the guard's history; cuBLAS's workspace."""
+        """The batch (inputs, targets; document numbers) and the guard's history; cuBLAS's workspaces."""
         numbers = 20 if self.config.data.confine_attention else 16
         batch = self.accumulation * self.sizes.tokens * numbers
         guard = 3 * 8 * self.config.optimizer.guard.window
@@ -153,7 +153,9 @@ class Replay:
         self.tally.add("all-gather", whole)
         self.tally.drop("gradients", group.numel * self.compute)
         self.tally.add("gradients", whole // self.shard)
-        if self.gloo or self.shard == 1:  # one rank divides by 1, out of place
+        if self.gloo or (
+            self.shard == 1 and self.spread > 1
+        ):  # replicas of one rank divide by 1, out of place
             self.tally.brief("all-gather", whole)
         if not first:
             self.tally.drop("gradients", whole // self.shard)  # added to the one that is there

@@ -48,7 +48,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         # torch refuses cuBLAS products without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("high" if config.precision.compute == "bf16" else "highest")
+    # in a bf16 run too: what is in fp32 there, a router's logits say, is so for a reason
+    torch.set_float32_matmul_precision("highest")
 
     mesh = build_mesh(device, world.size, config.parallel.shard)
     group = dist.new_group(backend="gloo")  # of the host's own bookkeeping

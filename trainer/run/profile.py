@@ -8,6 +8,9 @@ import torch
 
 from stepline.trainer.config import Config
 
+MEMORY_EVENTS = 200_000
+"""Of the snapshot, the newest; each holds a stack of some kB on the host."""
+
 
 class _Idle:
     """Stands in for the profiler when nothing is profiled."""
@@ -25,17 +28,26 @@ def profiler(config: Config, folder: Path, rank: int, device: torch.device) -> I
         return
     target = folder / "profile"
     target.mkdir(parents=True, exist_ok=True)
+    cuda = device.type == "cuda"
+
+    def write(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(target / f"rank-{rank}.json"))
+        if cuda:
+            torch.cuda.memory._dump_snapshot(str(target / f"rank-{rank}-memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
+    if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.memory._record_memory_history()
-    with torch.profiler.profile(
-        activities=activities,
-        schedule=torch.profiler.schedule(wait=3, warmup=1, active=4, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(str(target / f"rank-{rank}.json")),
-        profile_memory=True,
-    ) as profile:
-        yield profile
-    if device.type == "cuda":
-        torch.cuda.memory._dump_snapshot(str(target / f"rank-{rank}-memory.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
+        torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+    try:
+        with torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=3, warmup=1, active=4, repeat=1),
+            on_trace_ready=write,
+            profile_memory=True,
+        ) as profile:
+            yield profile
+    finally:
+        if cuda:  # a run that ends before
+            torch.cuda.memory._record_memory_history(enabled=None)

@@ -33,6 +33,8 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
 
 def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """A batch part on the device, copied beside the computation."""
+    if tensor is not None and device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory waits for all that the device has to do
     return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
