@@ -14,6 +14,11 @@ def is_rank() -> bool:
     return own and "RANK" not in os.environ and "WORLD_SIZE" not in os.environ and int(os.environ[TASKS]) > 1
 
 
+def sees_own_gpus_alone() -> bool:
+    """Whether SLURM gave each task of the step GPUs that it alone sees (`--gpus-per-task`)."""
+    return {TASKS, "SLURM_GPUS_PER_TASK"} <= os.environ.keys() and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def torchrun_variables() -> dict[str, str]:
     """What torchrun would have set. Raises ValueError where SLURM does not tell where the ranks meet."""
     of_nodes = tasks_of_nodes(os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ[TASKS]))

@@ -107,7 +107,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     Without a mask it is causal; a single query, the last token, sees all keys.
     """
     groups = q.shape[1] // k.shape[1]
-    # Of CUDA's kernels only flash takes grouped heads as they are: it needs half precision and no mask.
+    # Grouped heads as they are take flash and cuDNN's kernel: in half precision, flash without a mask.
     native = not q.is_cuda or (mask is None and q.dtype in (torch.float16, torch.bfloat16))
     if groups > 1 and not native:
         k, v = (t.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))

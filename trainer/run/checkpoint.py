@@ -142,7 +142,9 @@ class Checkpointer:
     ) -> None:
         self.run, self.keep, self.on_failure = run, keep, on_failure
         self.group = dist.new_group(backend="gloo")
-        pinned = device.type == "cuda"
+        self.device = device
+        # torch 2.11 and 2.12 would pin all of it anew for each save
+        pinned = device.type == "cuda" and torch.__version__ >= (2, 13)
         self.staging = StagingOptions(pinned, False, False, pinned)
         self.stager = DefaultStager(self.staging)
         self.last: Path | None = None
@@ -207,10 +209,13 @@ class Checkpointer:
     def _write(self, pending: _Pending, staged: dict[str, torch.Tensor]) -> None:
         """The thread's work, on all ranks; only the last lines make the checkpoint count."""
         path, rank = pending.path, dist.get_rank()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a new thread's is the first one
         try:
             try:
                 self._on_rank_0(lambda: self._make_room(pending))
-                writer = dcp.FileSystemWriter(path, sync_files=True)
+                # all is on the host: with a copy ahead torch would wait for the training's stream
+                writer = dcp.FileSystemWriter(path, sync_files=True, per_thread_copy_ahead=0)
                 dcp.save(staged, storage_writer=writer, process_group=self.group)
                 mine = {p.name: file_entry(p) for p in path.glob(f"__{rank}_*.distcp")}
                 parts: list = [None] * dist.get_world_size()

@@ -39,7 +39,7 @@ def profiler(config: Config, folder: Path, rank: int, device: torch.device) -> I
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS)
     try:
         with torch.profiler.profile(
             activities=activities,

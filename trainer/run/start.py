@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stepline.comm import slurm
 from stepline.comm.mesh import World, check_rendezvous
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
@@ -68,6 +69,8 @@ class Job:
 def pick_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
     """The device of this rank, and what was done instead of what one would expect."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked != "cpu" and gpus and world.local_size > 1 and slurm.sees_own_gpus_alone():
+        return torch.device("cuda", 0), []
     if asked == "cuda" and gpus == 0:
         raise UserError("run.device is cuda but this machine has no usable GPU; use run.device=cpu or auto")
     if asked == "cuda" and gpus < world.local_size:

@@ -33,7 +33,9 @@ class Speedometer:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time inside is not training time."""
+        """Time inside is not training time; what the GPU still has to train is."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         yield
         self.idle += time.perf_counter() - start

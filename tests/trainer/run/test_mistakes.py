@@ -230,6 +230,12 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
     with pytest.raises(UserError, match="has 2 GPUs for 4 ranks; start 2 ranks"):
         pick_device("cuda", four)
     assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device("cuda", 1)
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_GPUS_PER_TASK"):  # each task sees its own alone
+        monkeypatch.setenv(name, "1")
+    assert pick_device("auto", four) == (torch.device("cuda", 0), [])
+    assert pick_device("cpu", four) == (torch.device("cpu"), [])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
+    assert pick_device("auto", four)[0].type == "cpu"
 
 
 def test_a_folder_that_holds_a_run(tiny_config, tmp_path, capsys):
