@@ -163,9 +163,8 @@ def bit_equal(model: torch.nn.Module, step: functools.partial, batch: Batch) -> 
     On CUDA by kernels that add in a fixed order, where there are some: attention's usual backward does not.
     """
     gradients = []
-    torch.use_deterministic_algorithms(
-        next(model.parameters()).is_cuda
-    )  # to warn only leaves attention as it is
+    # told to warn only, attention would stay as it is
+    torch.use_deterministic_algorithms(next(model.parameters()).is_cuda)
     try:
         for stored in (False, True):
             model.zero_grad()
