@@ -117,6 +117,10 @@ def test_targets(check):
     assert {row.met for row in check.targets(nothing)} == {"not measured: no time left"}
 
 
+LIMITS = (3, 6, 12, 24, 48)
+"""Of something that never ends: the first in which it has begun, on however busy cores."""
+
+
 SCRIPTS = {
     "sound.py": "import json, sys; print('[1]'); print(json.dumps({'arguments': sys.argv[1:]})); print('noise')",
     "outside.py": "print('{\"rows\": []}'); raise SystemExit(1)",
@@ -143,12 +147,13 @@ def test_scripts(check, report, tmp_path, monkeypatch, capsys):
     assert run("a", "sound.py", ("--rows", "2")) == {"arguments": ["--rows", "2", "--json"]}
     assert run("b", "outside.py", quick=False) == {"rows": [], "ended": "exit code 1 without a word"}
     assert run("c", "fails.py") == {"ended": "RuntimeError: no such device"}
-    assert run("d", "slow.py", limit=3) == {"rows": [1], "ended": "ended after 3 s"}
+    limit, found = next((n, d) for n in LIMITS if "rows" in (d := run("d", "slow.py", limit=n)))
+    assert found == {"rows": [1], "ended": f"ended after {limit} s"}
     assert run("e", "slow.py", seconds=14) == {"ended": "no time left"}
     assert "time.sleep(613.25)" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
     said = capsys.readouterr().out
-    assert "slow.py , 3 s at most" in said
-    assert "d: 3 s, ended after 3 s" in said
+    assert f"slow.py , {limit} s at most" in said
+    assert f"s, ended after {limit} s\n" in said
     log = (tmp_path / "messages.log").read_text()
     assert "=== d: slow.py \nit takes long\n" in log
     assert "RuntimeError: no such device" in log
@@ -177,13 +182,13 @@ def test_results_are_kept_after_each_task(check, report, tmp_path, capsys):
 
 TESTS = {
     "test_demo": "def test_sound(): pass\ndef test_unsound(): raise RuntimeError('odd')",
-    "test_others": "import time\ndef test_soon(): pass\ndef test_late(): time.sleep(100)",
+    "test_others": "import time\ndef test_soon(): pass\ndef test_late(): time.sleep(1000)",
     "test_sparse": "import no_such_module",
     "test_zero": "def test_minutes(): pass",
 }
 
 
-def test_files_of_tests(check, report, tmp_path, monkeypatch, capsys):
+def test_files_of_tests(check, report, tmp_path, capsys):
     """Each in a process of its own, which a limit ends; what passed by then counts."""
     for name, text in TESTS.items():
         marked = f"import pytest\npytestmark = pytest.mark.gpu\n{text}\n"
@@ -191,16 +196,22 @@ def test_files_of_tests(check, report, tmp_path, monkeypatch, capsys):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
     names = [file.stem for file in check.test_files(tmp_path, False)]
     assert names == ["test_sparse", "test_demo", "test_others", "test_zero"]
-    monkeypatch.setattr(check, "TEST_FILE_SECONDS", 8)
+    others = tmp_path / "test_others.py"
+    limit, late = next(
+        (n, d)
+        for n in LIMITS
+        if (d := check.run_file(others, n, check.Share(None), report, dict(os.environ)))["passed"]
+    )
+    assert (late["passed"], late["ended"]) == (1, f"ended after {limit} s")
+    assert check.described("test_others", late) == f"test_others: 1 passed, ended after {limit} s"
+    others.unlink()
     assert not check.run_tests(tmp_path, True, check.Share(None), report, dict(os.environ))
     found = report.tasks["tests"]
-    assert list(found) == ["test_sparse", "test_demo", "test_others"]
+    assert list(found) == ["test_sparse", "test_demo"]
     assert found["test_sparse"]["ended"] == "ModuleNotFoundError: No module named 'no_such_module'"
     assert (found["test_demo"]["passed"], found["test_demo"]["failed"]) == (1, ["test_unsound"])
-    assert (found["test_others"]["passed"], found["test_others"]["ended"]) == (1, "ended after 8 s")
     said = capsys.readouterr().out
     assert "test_demo: 1 passed, 1 failed\n    FAILED test_unsound" in said
-    assert "test_others: 1 passed, ended after 8 s" in said
     assert "test_demo: " in (tmp_path / "messages.log").read_text()
 
 
