@@ -19,7 +19,7 @@ buffer of reductions are then in the peak, at every depth alike.
 NOT YET RUN ON A GPU.
 
     python benchmarks/activation_memory.py [--depth N …] [--ffn dense|moe …] [--pair width|layers] [--compile]
-        [--no-time] [--json]
+        [--no-early-stop] [--no-time] [--json]
 
 Writes runs/activation_memory/result.json, prints tables, and draws benchmarks/plots/activation_memory.png where all
 depths of pair width are there. --json prints one object of all cells and times so far after each, and no tables.
@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 from activation_tables import DRAWN, TIMED, VARIANTS, Variant, plot, show
 from children import call, emit, last_object, reason
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from stepline.comm.mesh import build_mesh
 from stepline.models import transformer
@@ -214,7 +215,9 @@ def child(args: argparse.Namespace) -> None:
         name, ffn, depth = json.loads(args.cell)
         if name != "time":  # for equal bits, read before the first product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        print(json.dumps(time_steps(args, ffn, depth) if name == "time" else measure(args, name, ffn, depth)))
+        with set_checkpoint_early_stop(not args.no_early_stop):
+            found = time_steps(args, ffn, depth) if name == "time" else measure(args, name, ffn, depth)
+        print(json.dumps(found))
         dist.destroy_process_group()
 
 
@@ -245,6 +248,9 @@ def main() -> None:
     parser.add_argument("--compute", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="blocks by torch.compile, as on CUDA")
+    parser.add_argument(
+        "--no-early-stop", action="store_true", help="recompute makes a block's last product too"
+    )
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--time-width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)

@@ -14,8 +14,8 @@ def is_rank() -> bool:
     return own and "RANK" not in os.environ and "WORLD_SIZE" not in os.environ and int(os.environ[TASKS]) > 1
 
 
-def sees_own_gpus_alone() -> bool:
-    """Whether SLURM gave each task of the step GPUs that it alone sees (`--gpus-per-task`)."""
+def gave_gpus_to_tasks() -> bool:
+    """Whether each task of the step, and no torchrun within it, has GPUs of its own (`--gpus-per-task`)."""
     return {TASKS, "SLURM_GPUS_PER_TASK"} <= os.environ.keys() and "TORCHELASTIC_RUN_ID" not in os.environ
 
 

@@ -5,11 +5,8 @@ NOT YET RUN ON A GPU.
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -28,31 +25,17 @@ SHAPE = [
 """12 steps, saved after 6 and 12."""
 
 
-def stepline(*arguments: object) -> str:
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, "-m", "stepline.trainer", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+STEPLINE = [sys.executable, "-m", "stepline.trainer"]
 
 
 def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "small"
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = [library / name for name in ("json", "email", "asyncio", "logging", "http", "xml")]
-    stepline("prepare", *texts, "--output", folder, "--vocab-size", 512, "--val-share", 0.1)
-    return folder
-
-
-def test_a_run_learns_is_profiled_and_goes_on_with_the_same_bits(data, tmp_path):
+def test_a_run_learns_is_profiled_and_goes_on_with_the_same_bits(sh, data, tmp_path):
     run, again = tmp_path / "run", tmp_path / "again"
-    options = ["train", "quickstart", f"data.path={data}", *SHAPE, "run.deterministic=true"]
-    stepline(*options, f"run.folder={run}", "run.profile=true")
+    options = [*STEPLINE, "train", "quickstart", f"data.path={data}", *SHAPE, "run.deterministic=true"]
+    sh(*options, f"run.folder={run}", "run.profile=true")
     losses = {row["step"]: row["loss"] for row in rows(run) if "loss" in row}
     assert sorted(losses) == list(range(1, 13))
     assert losses[1] == pytest.approx(math.log(2048), rel=0.05)
@@ -65,16 +48,18 @@ def test_a_run_learns_is_profiled_and_goes_on_with_the_same_bits(data, tmp_path)
     (again / "outcome.json").unlink()
     for late in (again / "checkpoints").glob("*12"):
         shutil.rmtree(late)
-    stepline(*options, f"run.folder={again}")
+    sh(*options, f"run.folder={again}")
     assert "step-000006 at step 6" in (again / "logs" / "attempt-2" / "rank-0.log").read_text()
     assert {row["step"]: row["loss"] for row in rows(again) if "loss" in row} == losses
     assert rows(again)[-1]["val_loss"] == rows(run)[-1]["val_loss"]
 
 
-def test_a_compiled_run_is_evaluated_and_writes(data, tmp_path):
+def test_a_compiled_run_is_evaluated_and_writes(sh, data, tmp_path):
     run = tmp_path / "run"
-    stepline("train", "quickstart", f"data.path={data}", *SHAPE, f"run.folder={run}", "run.compile=true")
-    values = json.loads(stepline("eval", run, "--data", data, "--json"))
+    sh(*STEPLINE, "train", "quickstart", f"data.path={data}", *SHAPE, f"run.folder={run}", "run.compile=true")
+    values = json.loads(sh(*STEPLINE, "eval", run, "--data", data, "--json").stdout)
     assert values["val_loss"] == pytest.approx(rows(run)[-1]["val_loss"], rel=1e-2)
-    text = stepline("generate", run, "--prompt", "def ", "--max-tokens", 8, "--temperature", 0)
+    text = sh(
+        *STEPLINE, "generate", run, "--prompt", "def ", "--max-tokens", "8", "--temperature", "0"
+    ).stdout
     assert text.startswith("def ")

@@ -1,9 +1,10 @@
 """Casts to 8 bits and their products against float64."""
 
+import numpy as np
 import pytest
 import torch
 
-from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, has_fp8, scaled_mm
+from stepline.kernels.fp8 import E4M3, E5M2, Scaled, cast, has_fp8, scale_for, scaled_mm
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(E4M3, 2**-4), (E5M2, 2**-3)])
@@ -16,6 +17,15 @@ def test_a_cast_rounds_to_the_nearest(dtype, relative):
     assert torch.equal(
         cast(done.float(), dtype, x.abs().max()).data.float(), done.data.float()
     )  # nothing moves again
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(E4M3, 448), (E5M2, 57344)])
+def test_scales_are_the_products_that_every_device_makes(dtype, most):
+    """CUDA would divide by a number through its reciprocal, which is another number in half of the cases."""
+    amax = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 100
+    expected = amax.numpy() * np.float32(1 / most)
+    assert np.array_equal(scale_for(amax, dtype).numpy(), expected)
+    assert not np.array_equal(amax.numpy() / np.float32(most), expected)
 
 
 def test_what_lies_beyond_amax_is_clipped():

@@ -357,6 +357,23 @@ def test_second_backward_is_refused():
         loss.backward()
 
 
+def test_a_compiled_half_runs_again_by_its_first_graphs():
+    """Backward's recompute finds in every block the graphs that the forward's halves were compiled to."""
+    model, compiled = build(shape()), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in model.layers:
+        for module in (layer.attn, layer.ffn):
+            module.forward = torch.compile(module.forward, backend=backend)
+    found, expected = gradients(model, tokens()), gradients(build(shape()), tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # norms are other kernels there
+    assert len(compiled) == 2  # attention's and the feed-forward layer's
+
+
 @pytest.mark.parametrize("coupling", ["exact", "revffn"])
 @pytest.mark.parametrize("backward_too", [False, True], ids=["forward alone", "backward too"])
 def test_autocast(backward_too, coupling, assert_equal, relative_error):

@@ -153,9 +153,8 @@ class Replay:
         self.tally.add("all-gather", whole)
         self.tally.drop("gradients", group.numel * self.compute)
         self.tally.add("gradients", whole // self.shard)
-        if self.gloo or (
-            self.shard == 1 and self.spread > 1
-        ):  # replicas of one rank divide by 1, out of place
+        divided = self.shard == 1 and self.spread > 1  # replicas of one rank divide by 1, out of place
+        if self.gloo or divided:
             self.tally.brief("all-gather", whole)
         if not first:
             self.tally.drop("gradients", whole // self.shard)  # added to the one that is there

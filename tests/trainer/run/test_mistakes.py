@@ -232,8 +232,11 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
     assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device("cuda", 1)
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_GPUS_PER_TASK"):  # each task sees its own alone
         monkeypatch.setenv(name, "1")
-    assert pick_device("auto", four) == (torch.device("cuda", 0), [])
+    assert pick_device("auto", four) == pick_device("cuda", four) == (torch.device("cuda", 0), [])
     assert pick_device("cpu", four) == (torch.device("cpu"), [])
+    assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device(
+        "cuda", 1
+    )  # by --gpu-bind=none, all of them
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
     assert pick_device("auto", four)[0].type == "cpu"
 
