@@ -42,22 +42,15 @@ DECAY = 2e-4
 
 def child(kind: str) -> None:
     """`stepline` with another threshold in the place of S-STE's, and beta 1."""
+    replace_threshold()
     import torch
 
     from stepline.comm.fsdp import local
-    from stepline.kernels.sparse24 import groups
+    from stepline.kernels.sparse24 import soft_threshold as hard
     from stepline.models import sparse_linear
     from stepline.trainer.__main__ import main as stepline
-    from stepline.trainer.run import sparsity, state
+    from stepline.trainer.run import state
 
-    def hard(x: torch.Tensor) -> torch.Tensor:
-        """The two largest of four, as they are."""
-        grouped = groups(x)
-        kept = grouped.abs().topk(2, dim=-1).indices
-        return torch.zeros_like(grouped).scatter(-1, kept, grouped.gather(-1, kept)).flatten(-2)
-
-    sparse_linear.soft_threshold = sparsity.soft_threshold = hard
-    sparsity.scale_of = lambda sums: torch.ones_like(sums[..., 0])
     if kind == "sr-ste":
         build = state.Trainee.build.__func__
 
@@ -80,6 +73,25 @@ def child(kind: str) -> None:
 
         state.Trainee.build = classmethod(build_with_decay)
     stepline()
+
+
+def replace_threshold() -> None:
+    """The two largest of four, as they are, and beta 1, in the place of S(W) and its beta: before anything else of
+    stepline is imported, because who imports them binds them."""
+    bound = [name for name in sys.modules if name.startswith("stepline.")]
+    if bound:
+        raise RuntimeError(f"{bound[0]} is imported: the threshold cannot be replaced any more")
+    import torch
+
+    from stepline.kernels import sparse24
+
+    def hard(x: torch.Tensor) -> torch.Tensor:
+        grouped = sparse24.groups(x)
+        kept = grouped.abs().topk(2, dim=-1).indices
+        return torch.zeros_like(grouped).scatter(-1, kept, grouped.gather(-1, kept)).flatten(-2)
+
+    sparse24.soft_threshold = hard
+    sparse24.scale_of = lambda sums: torch.ones_like(sums[..., 0])
 
 
 def main() -> None:

@@ -39,8 +39,38 @@ def grouped_mm_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """`[rows, in]` to `[rows, out]` by whichever of the two is the faster here."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return (grouped_mm_linear if x.is_cuda and half else loop_linear)(x, weight, counts)
+    return (grouped_mm_linear if _as_one_product(x) else loop_linear)(x, weight, counts)
+
+
+def loop_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx `[rows, in]`, dweight `[groups, out, in]`) of `loop_linear` by `grad` `[rows, out]`, None where not `wanted`:
+    as autograd makes them, for who does not let it keep `weight`."""
+    rows = counts.tolist()
+    parts = list(zip(grad.split(rows), x.split(rows), weight.unbind(0), strict=True))
+    dx = torch.cat([g @ w for g, _, w in parts]) if wanted[0] else None
+    return dx, torch.stack([g.mT @ part for g, part, _ in parts]) if wanted[1] else None
+
+
+def grouped_mm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same of `grouped_mm_linear`."""
+    ends, grad = counts.cumsum(0).to(torch.int32), grad.contiguous()
+    dx = F.grouped_mm(grad, weight, offs=ends) if wanted[0] else None
+    return dx, F.grouped_mm(grad.mT, x, offs=ends) if wanted[1] else None
+
+
+def grouped_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, counts: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same of `grouped_linear`."""
+    return (grouped_mm_gradients if _as_one_product(x) else loop_gradients)(grad, x, weight, counts, wanted)
+
+
+def _as_one_product(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class _Dispatch(torch.autograd.Function):

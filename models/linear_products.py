@@ -6,29 +6,32 @@ from torch import Tensor, nn
 
 from stepline.kernels import ops
 from stepline.kernels.fp8 import E4M3, E5M2, ROW_RESULT, Scaled, as_type, cast, scale_for, scaled_mm
-from stepline.kernels.sparse24 import GROUP, soft_threshold
+from stepline.kernels.sparse24 import GROUP, sparse_weight
 from stepline.kernels.sparse_mm import Algorithm, sparse_mm
 
 
 class Products(torch.autograd.Function):
     """Y = X W~^T and its gradients. `x` `[tokens, in]`, `weight` `[out, in]`; without beta weights are dense, without
-    seed dW is made of the whole gradient."""
+    seed dW is made of the whole gradient.
+
+    W~ is made again in backward: between the two only W is held, which FSDP2 frees.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, beta: Tensor | None, seed: Tensor | None) -> Tensor:
-        ctx.weight_dtype = weight.dtype
-        w = weight if beta is None else soft_threshold(weight) * beta.to(weight.dtype)
-        ctx.save_for_backward(x, w, seed)
-        return x @ w.mT
+        ctx.save_for_backward(x, weight, beta, seed)
+        return x @ (weight if beta is None else sparse_weight(weight, beta)).mT
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, w, seed = ctx.saved_tensors
-        dx = grad @ w if ctx.needs_input_grad[0] else None
+        x, weight, beta, seed = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ (weight if beta is None else sparse_weight(weight, beta))
         dw = None
         if ctx.needs_input_grad[1]:
             gt = grad.mT if seed is None else _estimate(grad, seed)
-            dw = (gt @ x).to(ctx.weight_dtype)
+            dw = (gt @ x).to(weight.dtype)
         return dx, dw, None, None
 
 

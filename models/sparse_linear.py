@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from stepline.kernels import ops
 from stepline.kernels.fp8 import E4M3, E5M2, as_type, cast, scale_for
-from stepline.kernels.grouped import grouped_linear
-from stepline.kernels.sparse24 import GROUP, soft_threshold
+from stepline.kernels.grouped import grouped_gradients, grouped_linear
+from stepline.kernels.sparse24 import GROUP, sparse_weight
 from stepline.kernels.sparse_mm import Algorithm
 from stepline.models.attention import Attention
 from stepline.models.ffn import SwiGLU
@@ -111,11 +111,7 @@ class SparseLinear(nn.Linear):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """W~, or W in a dense phase: what a forward multiplies by."""
-        return (
-            self.weight * 1
-            if not self.sparse
-            else soft_threshold(self.weight) * self.beta.to(self.weight.dtype)
-        )
+        return sparse_weight(self.weight, self.beta) if self.sparse else self.weight * 1
 
     def _apply(self, fn, recurse=True):
         """A cast of the module leaves beta in at least fp32: bf16 would move every weight by up to .4 %."""
@@ -142,31 +138,51 @@ class SparseExperts(Experts):
 
     def product(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], counts: Tensor) -> Tensor:
         """As that of `Experts`, with W~ in the place of W."""
-        dim = -1 if self.recipe.row_scales else None
-        made = []
-        for name, weight in zip(WEIGHTS, weights, strict=True):
-            sparse = self.recipe.sparse and self.mode.sparse
-            w = _Straight.apply(weight, getattr(self, f"{name}_beta")) if sparse else weight
-            made.append(_Rounded.apply(w, E4M3, None, dim) if self.recipe.fp8 else w)
-        if not self.recipe.fp8:
-            return grouped_swiglu(x, *made, counts)
-        w1, w3, w2 = made
-        x = _Rounded.apply(x, E4M3, None, dim)
-        gate, up = (_Rounded.apply(grouped_linear(x, w, counts), None, E5M2, dim) for w in (w1, w3))
-        inner = _Rounded.apply(nn.functional.silu(gate) * up, E4M3, None, dim)
-        return _Rounded.apply(grouped_linear(inner, w2, counts), None, E5M2, dim)
+        fp8, dim = self.recipe.fp8, -1 if self.recipe.row_scales else None
+        sparse = self.recipe.sparse and self.mode.sparse
+        if not (sparse or fp8):
+            return grouped_swiglu(x, *weights, counts)
+
+        def linear(x: Tensor, name: str, weight: Tensor) -> Tensor:
+            beta = getattr(self, f"{name}_beta") if sparse else None
+            y = _Grouped.apply(x, weight, counts, beta, E4M3 if fp8 else None, dim)
+            return _Rounded.apply(y, None, E5M2, dim) if fp8 else y
+
+        w1, w3, w2 = weights
+        x = _Rounded.apply(x, E4M3, None, dim) if fp8 else x
+        inner = nn.functional.silu(linear(x, "w1", w1)) * linear(x, "w3", w3)
+        return linear(_Rounded.apply(inner, E4M3, None, dim) if fp8 else inner, "w2", w2)
 
 
-class _Straight(torch.autograd.Function):
-    """beta S(W), whose gradient is taken for W's."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, beta: Tensor) -> Tensor:
-        return soft_threshold(weight) * beta.to(weight.dtype)
+class _Grouped(torch.autograd.Function):
+    """`grouped_linear` by W~ = beta S(W) (W without beta), rounded to `dtype` and back where there is one; its gradient
+    is taken for W's. As in `Products`, only W is held for backward. dim: of `cast`."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        counts: Tensor,
+        beta: Tensor | None,
+        dtype: torch.dtype | None,
+        dim: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, counts, beta)
+        ctx.dtype, ctx.dim = dtype, dim
+        return grouped_linear(x, _made(weight, beta, dtype, dim), counts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, counts, beta = ctx.saved_tensors
+        w = _made(weight, beta, ctx.dtype, ctx.dim)
+        dx, dw = grouped_gradients(grad, x, w, counts, ctx.needs_input_grad[:2])
+        return dx, dw, None, None, None, None
+
+
+def _made(weight: Tensor, beta: Tensor | None, dtype: torch.dtype | None, dim: int | None) -> Tensor:
+    w = weight if beta is None else sparse_weight(weight, beta)
+    return w if dtype is None else _rounded(w, dtype, dim)
 
 
 class _Rounded(torch.autograd.Function):

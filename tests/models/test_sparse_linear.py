@@ -205,6 +205,18 @@ def test_operators_say_what_they_give():
     torch.library.opcheck(ops.estimate_cast, (g, seed, scale, E5M2))
 
 
+def test_weights_in_bf16_are_scaled_by_beta_itself():
+    """Rounded to bf16 first it would be 1.5, and all weights larger by .3 %."""
+    torch.manual_seed(0)
+    made = SparseLinear(256, 64, SPARSE, Mode()).bfloat16()
+    made.beta.fill_(1.4961)
+    w = made(torch.eye(256).bfloat16()).mT
+    assert torch.equal(w, made.effective_weight())
+    exact = soft_threshold(made.weight.detach()).double()
+    assert torch.equal(w, (exact * made.beta.double()).bfloat16())
+    assert ((w.double() * exact).sum() / exact.square().sum()).item() == pytest.approx(1.4961, rel=2e-4)
+
+
 def test_beta_survives_casts():
     made = layer(SPARSE, dtype=torch.float32)
     beta = made.beta.clone()

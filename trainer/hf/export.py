@@ -121,7 +121,7 @@ def betas(checkpoint: Path, config: Config, step: int) -> dict[str, Tensor]:
         model = Transformer(config.model)
         convert(model, *recipes(config))
     sparsity = Sparsity(config, model)
-    sparsity.begin(step - 1, watched=False)
+    sparsity.enter_phase(step - 1)
     if not sparsity.weights or not sparsity.mode.sparse:
         return {}
     scales = {name: torch.zeros(()) for name, _, _ in sparsity.weights}

@@ -139,6 +139,7 @@ def _keep_products(
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         torch.ops.aten.bmm.default,
+        torch.ops.aten._grouped_mm.default,
         torch.ops.aten._scaled_mm.default,
         torch.ops.stepline.sparse_mm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepline.kernels.sparse24 import soft_threshold
+from stepline.kernels.sparse24 import sparse_weight
 from stepline.models.cache import KVCache
 from stepline.models.sparse_linear import mode_of, sparse_weights
 from stepline.models.transformer import Transformer
@@ -77,7 +77,7 @@ def settle(model: Transformer) -> None:
     """Puts 2:4 sparse weights, as the forward makes them, in the place of their dense masters."""
     mode = mode_of(model)
     for _, weight, beta in sparse_weights(model) if mode.sparse else ():
-        weight.copy_(soft_threshold(weight) * beta.to(weight.dtype))
+        weight.copy_(sparse_weight(weight, beta))
     mode.sparse = False
 
 

@@ -134,11 +134,22 @@ class Sparsity:
             self.dense_from = round((1 - config.sparse.dense_fraction) * config.total_steps())
         self._before: list[Tensor] = []
         self._flushed: Tensor | None = None
+        self._begun = False
+
+    def enter_phase(self, step: int) -> None:
+        """Whether forwards are sparse in the step with index `step`."""
+        self.mode.sparse = step < self.dense_from
 
     @torch.no_grad()
     def begin(self, step: int, watched: bool) -> None:
-        """Before the step with index `step`; watched: `row` will be asked for after it."""
-        self.mode.sparse = step < self.dense_from
+        """Before the step with index `step`; watched: `row` will be asked for after it. Raises RuntimeError where a
+        scale has not been set, with which the layer would give zeros."""
+        if not self._begun:
+            unset = [name for name, _, beta in self.weights if not beta.item() > 0]
+            if unset:
+                raise RuntimeError(f"the scale of {unset[0]} has not been set: no forward can be made")
+            self._begun = True
+        self.enter_phase(step)
         if self.seeds:  # a function of the run's seed, rank, step and layer: a resumed run repeats them
             keys = [hash((*self.key, step, layer)) & (2**62 - 1) for layer in range(len(self.seeds))]
             torch._foreach_copy_(self.seeds, list(torch.tensor(keys, device=self.seeds[0].device).unbind()))

@@ -11,7 +11,9 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.eval_command import evaluate_run
 from stepline.trainer.run.infer import load_run
+from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.start import start_job
+from stepline.trainer.run.state import Trainee
 
 SPARSE = ["sparse.mode=s-ste", "model.hidden_size=48", "model.ffn_size=64"]
 FP8 = [*SPARSE, "precision.fp8=true", "model.head_dim=16"]
@@ -108,6 +110,18 @@ def betas(config: str, shard: int) -> dict[str, tuple[float, float]]:
     mesh = build_mesh(job.device, job.world.size, shard)
     model = build_model(job.config, job.device, mesh)
     return {name: (beta.item(), local(weight.data).numel()) for name, weight, beta in sparse_weights(model)}
+
+
+@pytest.mark.parametrize("model", [[], MOE])
+def test_no_forward_with_a_scale_that_was_never_set(tiny_config, model):
+    """As after `to_empty` without an initialisation: the layer would give zeros."""
+    job = start_job(str(tiny_config), [*SPARSE, *model], "never", World(0, 1, 0, 1))
+    trainee = Trainee.build(job.config, job.device, None)
+    trainee.sparsity.begin(0, watched=False)
+    (name, _, beta), *_ = sparse_weights(trainee.model)
+    beta.zero_()
+    with pytest.raises(RuntimeError, match=f"the scale of {name} has not been set"):
+        Sparsity(job.config, trainee.model).begin(0, watched=False)
 
 
 def test_betas_of_shards_are_those_of_whole_weights(pool, tiny_config):
