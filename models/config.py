@@ -3,10 +3,23 @@
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 CANON_TAPS = 4
 """Tokens that a Canon layer reads, the current one included."""
+GROUPED = 8
+"""Grouped products take multiples of it in width: rows begin at multiples of 16 bytes."""
+
+
+def nearest_multiple(number: int, unit: int) -> int:
+    """The multiple of `unit` that is nearest to `number`, at least `unit`."""
+    return max(1, round(number / unit)) * unit
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`, the smaller of two."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return min(small + [number // d for d in small], key=lambda d: (abs(d - wanted), d))
 
 
 class Section(BaseModel):
@@ -131,38 +144,63 @@ class ModelConfig(Section):
     arXiv 1910.05895); the projections that write to the residual stream are divided by sqrt(2 * num_layers)."""
 
     @model_validator(mode="after")
-    def _shapes(self) -> "ModelConfig":
-        self._check_widths()
-        if self.dim_per_head % 2:
-            raise ValueError(f"head_dim {self.dim_per_head} is odd; RoPE rotates pairs and needs an even one")
+    def _shapes(self, info: ValidationInfo) -> "ModelConfig":
+        units = self.units(*(info.context or {}).get("multiples", ()))
+        self._check_widths(units)
         if self.blocks == "revffn" and self.coupling == "revffn" and "A" in self.canon:
             raise ValueError(
                 f"canon {self.canon} has a layer before attention, which with coupling revffn reads two streams; "
                 "canon C and coupling exact work"
             )
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}; the nearest "
+                f"num_kv_heads: {nearest_divisor(self.num_heads, self.kv_heads)}"
+            )
         return self
 
-    def _check_widths(self) -> None:
-        """A head's width, or two streams', must divide the hidden width."""
-        reversible = self.blocks == "revffn"
-        heads = 1 if self.head_dim is not None else self.num_heads
-        unit = heads if not reversible else math.lcm(2, heads) if self.revffn.adapters else 2 * heads
-        if self.hidden_size % unit:
-            near = max(1, round(self.hidden_size / unit)) * unit
-            what = "num_heads" if not reversible else "the streams' heads, 2 x num_heads"
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by {what} {self.num_heads}; "
-                f"the nearest width that is: {near}"
-            )
-        if self.ffn == "moe":
-            for name, width in (("hidden_size", self.inner_size), ("ffn_size", self.ffn_size)):
-                if width % 8:  # rows of grouped products begin at multiples of 16 bytes
-                    raise ValueError(
-                        f"{name} gives experts a width of {width}, and grouped products take multiples of 8; the "
-                        f"nearest: {max(8, round(width / 8) * 8)}"
-                    )
+    def _check_widths(self, units: dict[str, int]) -> None:
+        """Streams and heads divide the hidden width, heads are even, and grouped products take multiples."""
+        width, halves = self.hidden_size, self.blocks == "revffn"
+        near = nearest_multiple(width, units["hidden_size"])
+        parts = [(2, "2 streams")] if halves else []
+        if self.head_dim is None and halves and not self.revffn.adapters:
+            parts.append((2 * self.num_heads, f"the streams' heads, 2 x num_heads {self.num_heads}"))
+        elif self.head_dim is None:
+            parts.append((self.num_heads, f"num_heads {self.num_heads}"))
+        for unit, what in parts:
+            if width % unit:
+                also = "" if near == nearest_multiple(width, unit) else ", and suits all layers"
+                raise ValueError(
+                    f"hidden_size {width} is not divisible by {what}; the nearest width that is{also}: {near}"
+                )
+        if self.dim_per_head % 2:
+            what = f"hidden_size {width} gives heads an odd width of {self.dim_per_head}"
+            if self.head_dim is not None:
+                what = f"head_dim {self.head_dim} is odd"
+                near = nearest_multiple(self.head_dim, units["head_dim"])
+            raise ValueError(f"{what}, and RoPE rotates pairs; the nearest possible: {near}")
+        for name, read in (("hidden_size", self.inner_size), ("ffn_size", self.ffn_size)):
+            if self.ffn == "moe" and read % GROUPED:
+                near = nearest_multiple(getattr(self, name), units[name])
+                key = "" if getattr(self, name) == read else f" {name}"
+                raise ValueError(
+                    f"{name} gives experts a width of {read}, and grouped products take multiples of {GROUPED}; the "
+                    f"nearest{key}: {near}"
+                )
+
+    def units(self, layers: int = 1, keys: int = 1) -> dict[str, int]:
+        """Of what `hidden_size`, `ffn_size` and `head_dim` must be multiples.
+
+        layers, keys: of what a run's products take multiples (2:4 sparse, FP8): in the widths that layers read, and in
+        that of attention's keys, of all heads together.
+        """
+        layers = math.lcm(layers, GROUPED if self.ffn == "moe" else 1)
+        head = math.lcm(2, keys // math.gcd(keys, nearest_divisor(self.num_heads, self.kv_heads)))
+        inner = math.lcm(layers, self.num_heads * head if self.head_dim is None else 1)
+        halves = self.blocks == "revffn"
+        hidden = 2 * inner if halves and not self.revffn.adapters else math.lcm(inner, 2 if halves else 1)
+        return {"hidden_size": hidden, "ffn_size": layers, "head_dim": head}
 
     @property
     def inner_size(self) -> int:

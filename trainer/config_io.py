@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from stepline.trainer.config import MAY_CHANGE_ON_RESUME, Config
+from stepline.trainer.config_multiples import multiples_of
 from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.files import write_whole
 
@@ -151,7 +152,7 @@ def check(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Config
     where: the file; given: keys from the command line, which a problem of theirs names instead.
     """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"multiples": multiples_of(tree)})
     except ValidationError as error:
         problem = error.errors()[0]
         key = "".join(f"{part}." for part in _key(problem))

@@ -184,6 +184,9 @@ PARAMETERS = {
     "dense-350m": 355_124_224,
     "dense-1b": 1_317_373_952,
     "dense-8b": 8_030_261_248,
+    "revffn-1b": 1_323_665_408,
+    "revffn-1b-wide": 1_420_398_592,
+    "revffn-1b-paper": 1_518_675_968,
 }
 
 
@@ -200,6 +203,14 @@ def test_shipped_configs_have_their_exact_size_on_the_meta_device(path):
     assert total == parameter_counts(config.model).total
     if path.stem in PARAMETERS:
         assert total == PARAMETERS[path.stem]
+
+
+def test_linear_weights_of_the_reversible_variants_of_dense_1b():
+    names = ("dense-1b", "revffn-1b", "revffn-1b-wide", "revffn-1b-paper")
+    dense, deep, wide, paper = (parameter_counts(load_config(name)[0].model).linear for name in names)
+    assert dense == wide == 1_214_251_008
+    assert deep == 1_220_542_464  # .5 % more
+    assert paper == dense + 24 * 4 * 1024 * 2048  # an adapter up and one down for each half of 24 blocks
 
 
 def test_every_key_has_help():

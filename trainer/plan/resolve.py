@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
+from stepline.models.config import nearest_divisor, nearest_multiple
 from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins
+from stepline.trainer.config_multiples import product_multiples
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
@@ -209,19 +211,25 @@ def check_products(config: Config) -> None:
     if config.precision.fp8_scales == "row":
         check_row_scales(fp8, sparse)
     forced = check_forward(config)
-    multiple = 32 if forced else 16 if fp8 else 4 if sparse else 1
+    multiple, of_keys = product_multiples(config.precision, config.sparse)
     kind = "2:4 sparse FP8 products" if forced else "FP8 products" if fp8 else "2:4 sparse layers"
-    widths = {"hidden_size": model.inner_size, "ffn_size": model.ffn_size}
+    # what is refused: key, its value, and the width that it gives
+    widths = [
+        ("hidden_size", model.hidden_size, "layers", model.inner_size),
+        ("ffn_size", model.ffn_size, "layers", model.ffn_size),
+    ]
     if model.ffn == "moe" and model.moe.shared_size:
-        widths["moe.shared_size"] = model.moe.shared_size
+        widths.append(("moe.shared_size", model.moe.shared_size, "layers", model.moe.shared_size))
     if fp8:
-        widths |= {"head_dim": model.dim_per_head * math.gcd(model.num_heads, model.kv_heads)}
-    for name, width in widths.items():
+        name = "hidden_size" if model.head_dim is None else "head_dim"
+        widths.append((name, getattr(model, name), "attention's keys", model.dim_per_head * model.kv_heads))
+    units = {"moe.shared_size": multiple} | model.units(multiple, of_keys)
+    for name, value, what, width in widths:
         if width % multiple:
-            near = max(1, round(width / multiple)) * multiple
+            key = "width" if value == width else name
             raise UserError(
-                f"model.{name} gives layers a width of {width}, and {kind} take multiples of {multiple}; the nearest "
-                f"width: {near}"
+                f"model.{name} gives {what} a width of {width}, and {kind} take multiples of {multiple}; the nearest "
+                f"{key}: {nearest_multiple(value, units[name])}"
             )
 
 
@@ -255,11 +263,6 @@ def whole_matrices(config: Config) -> bool:
     """Whether an update orthogonalises matrices, so that those of stacks may not be cut."""
     parallel = config.parallel
     return config.optimizer.name == "muon" or (parallel.sync == "demo" and parallel.demo.phi == "muon")
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` that is nearest to `wanted`, the smaller of two."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
 def auto_micro_batch(config: Config, batch_tokens: float, machine: Machine) -> int:
