@@ -47,6 +47,8 @@ BLOCKS = {
 }
 """Activations of the blocks are most of it."""
 MIXTURE = {"ffn": "moe", "ffn_size": 256, "moe": MoEConfig(experts=12, top_k=3, shared_size=128)}
+TWO = BLOCKS | {"num_layers": 2}
+"""Parameters and what an update holds are most of it."""
 REVERSIBLE = BLOCKS | {"blocks": "revffn"}
 PUBLISHED = REVERSIBLE | {"coupling": "revffn", "revffn": RevFFNConfig(adapters=True)}
 LOGITS = {"vocab_size": 16384, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
@@ -90,9 +92,11 @@ class Case:
 MUON = {"optimizer.name": "muon"}
 FULL, SELECTIVE = {"run.recompute": "full"}, {"run.recompute": "selective"}
 MIXED = {"precision.compute": "bf16"}
+S_STE, FP8 = {"sparse.mode": "s-ste"}, {"precision.fp8": True}
 DEMO = {"parallel.sync": "demo"}
 GRADIENTS = {"parallel.demo.accumulate": "gradients"}
 DILOCO = {"parallel.sync": "diloco", "parallel.diloco.every": 1}
+DEALT = {"parallel.experts": 2}
 GATHERED = {"parallel.reshard_after_forward": False}
 CASES = [
     Case("blocks", BLOCKS),
@@ -118,6 +122,25 @@ CASES = [
     Case("reversible, mixed precision", REVERSIBLE, settings=MIXED),
     Case("experts", BLOCKS | MIXTURE),
     Case("experts, recompute full, two ranks", BLOCKS | MIXTURE, world=2, settings=FULL),
+    *(
+        Case(f"experts dealt{name}", TWO | MIXTURE, world=2, seq_len=128, settings=DEALT | settings)
+        for name, settings in {"": {}, ", recompute full": FULL, ", kept gathered": GATHERED}.items()
+    ),
+    Case("2:4", BLOCKS, settings=S_STE),
+    Case("2:4, recompute full, weights", BLOCKS, micro_batch=1, settings=S_STE | FULL),
+    Case("2:4, estimator", BLOCKS, settings=S_STE | {"sparse.grad_weight": "mvue"}),
+    Case("2:4, fp8, estimator", TWO, seq_len=128, settings=S_STE | FP8 | {"sparse.grad_weight": "mvue"}),
+    Case("2:4, experts, weights", BLOCKS | MIXTURE, micro_batch=1, settings=S_STE),
+    Case("fp8", BLOCKS, settings=FP8),
+    Case("fp8, recompute selective", TWO, seq_len=128, settings=FP8 | SELECTIVE),
+    Case("fp8, scales of rows", BLOCKS, settings=FP8 | {"precision.fp8_scales": "row"}),
+    Case("fp8, experts", BLOCKS | MIXTURE, settings=FP8),
+    Case("2:4, fp8, mixed precision", BLOCKS | {"num_layers": 3}, settings=S_STE | FP8 | MIXED),
+    Case("fsdp, 2:4, parameters", BLOCKS, world=2, micro_batch=1, settings=S_STE),
+    Case("fsdp, 2:4, fp8", BLOCKS, world=2, settings=S_STE | FP8),
+    Case("fsdp, 2:4, fp8, parameters", BLOCKS, world=2, micro_batch=1, settings=S_STE | FP8),
+    Case("fsdp, 2:4, fp8, experts", BLOCKS | MIXTURE, world=2, settings=S_STE | FP8),
+    Case("fsdp, 2:4, reversible", REVERSIBLE, world=2, settings=S_STE),
     Case("logits", LOGITS, micro_batch=8),
     Case("logits, tied, recompute full", LOGITS | {"tied_embeddings": True}, micro_batch=8, settings=FULL),
     Case("mixed precision", BLOCKS | {"num_layers": 3}, micro_batch=2, settings=MIXED),
@@ -148,6 +171,16 @@ CASES = [
             "random-k": {"parallel.sync": "random_k"},
         }.items()
     ),
+    *(
+        Case(name, model, world=2, shard=1, micro_batch=1, settings=settings)
+        for name, model, settings in (
+            ("demo, logits", LOGITS, DEMO),
+            ("demo, half of each chunk", TWO, DEMO | {"parallel.demo.kept": 512}),
+            ("demo, half as fp32", TWO, DEMO | {"parallel.demo.density": 0.5, "parallel.demo.codec": "fp32"}),
+            ("demo, faithful", TWO, DEMO | {"parallel.demo.faithful": True}),
+            ("random-k, half", TWO, {"parallel.sync": "random_k", "parallel.random_k.density": 0.5}),
+        )
+    ),
     Case("demo, one replica of two shards", BLOCKS, world=2, micro_batch=1, settings=DEMO),
 ]
 
@@ -170,9 +203,11 @@ def measure(case: Case, device: torch.device) -> dict:
         batch = Batch(tokens, targets, documents, {})
         if record is not None:
             with record.region(f"step {step}"):
+                state.sparsity.begin(step, watched=False)
                 train_step(state, batch, 1e-4)
             continue
         torch.cuda.reset_peak_memory_stats(device)
+        state.sparsity.begin(step, watched=False)
         train_step(state, batch, 1e-4)
         torch.cuda.synchronize(device)
         peaks.append(torch.cuda.max_memory_allocated(device) - others)

@@ -21,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slow_link_show import show
+
 TIMED = {"hidden_size": 192, "num_layers": 6, "num_heads": 6, "ffn_size": 512}
 """3.4M parameters with embeddings."""
 TRAINED = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "ffn_size": 384}
@@ -235,58 +237,6 @@ def train_all(data: Path, output: Path) -> None:
             curve(method, lr, seed, "val")
 
 
-def show(output: Path) -> None:
-    """Tables on standard output, and slow_link.png."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    times = json.loads((output / "times.json").read_text())
-    losses = json.loads((output / "losses.json").read_text())
-    rates = [str(rate) for rate in times["rates_mbit"]]
-    free = times["methods"]["no network"]["seconds"]["unshaped"]
-    print(f"Seconds of a step; without network {free:.3f}\n")
-    print(f"| method | bytes sent | counter / ledger | unshaped | {' | '.join(rates)} Mbit/s |")
-    print("|---" * (4 + len(rates)) + "|")
-    for method, entry in times["methods"].items():
-        ledger = entry["sent_by_ledger"]
-        ratio = f"{entry['sent_by_counter'] / ledger:.3f}" if ledger else "-"
-        seconds = " | ".join(f"{entry['seconds'][k]:.3f}" for k in ("unshaped", *rates))
-        print(f"| {method} | {ledger:,.0f} | {ratio} | {seconds} |")
-    print(
-        "\n| method | best lr | bytes | loss on val by seed | mean | against all-reduce |\n|---|---|---|---|---|---|"
-    )
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    reference = None
-    for method in LOSS_METHODS:
-        final = [run for run in losses if run["method"] == method and run["split"] == "val"]
-        if not final:
-            continue
-        values = [run["val"] for run in final]
-        mean = statistics.mean(values)
-        reference = reference or dict(zip(SEEDS, values, strict=True))
-        same = statistics.mean(reference[run["seed"]] for run in final)
-        said = ", ".join(f"{v:.4f}" for v in values)
-        lr, sent = final[0]["lr"], final[0]["bytes"]
-        print(f"| {method} | {lr:g} | {sent:,.0f} | {said} | {mean:.4f} | {mean / same - 1:+.2%} |")
-        steps, curve = zip(*final[0]["curve"], strict=True)
-        left.plot(steps, curve, label=method)
-        right.plot([step * times["methods"][method]["seconds"]["100"] for step in steps], curve, label=method)
-    left.set(xlabel="step", ylabel="validation loss", title="1.4M parameters, two replicas")
-    right.set(xlabel="seconds of the 3.4M model's steps at 100 Mbit/s")
-    left.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(output / "slow_link_loss.png", dpi=110)
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
-    for method, entry in times["methods"].items():
-        axes.plot([int(r) for r in rates], [entry["seconds"][r] / free for r in rates], "o-", label=method)
-    axes.set(xscale="log", yscale="log", xlabel="Mbit/s", ylabel="a step / the step without network")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(output / "slow_link_time.png", dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -297,7 +247,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.part == "show":
-        show(options.output)
+        show(options.output, LOSS_METHODS)
     elif options.data is None:
         parser.error("give a folder written by `stepline prepare`")
     else:

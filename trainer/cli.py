@@ -14,7 +14,8 @@ from stepline.trainer.cli_hf import export, import_folder
 from stepline.trainer.cli_laws import laws_app, sweep
 from stepline.trainer.cli_options import Json
 from stepline.trainer.cli_report import report
-from stepline.trainer.errors import UserError
+from stepline.trainer.cli_usage import UsageError, usage_sentence
+from stepline.trainer.errors import USER_ERROR, UserError
 
 app = typer.Typer(
     name="stepline",
@@ -231,7 +232,14 @@ app.add_typer(laws_app, name="laws")
 def main() -> None:
     """Entry point of `stepline`: a user's mistake is one sentence on standard error and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except UsageError as error:
+        # Without arguments a group of commands has already shown its help. Of a node's ranks one speaks.
+        if type(error).__name__ != "NoArgsIsHelpError" and os.environ.get("LOCAL_RANK", "0") == "0":
+            sentence = usage_sentence(error, typer.main.get_command(app), sys.argv[1:])
+            print(f"error: {sentence}", file=sys.stderr)
+    except typer.Abort:  # Ctrl-C, in older versions of typer
+        sys.exit(130)
+    sys.exit(USER_ERROR)

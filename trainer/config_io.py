@@ -255,11 +255,14 @@ def write_config(config: Config, origins: Origins, path: Path) -> None:
 
 
 def read_run_config(run: Path) -> Config:
-    """The resolved config of an existing run; raises UserError where there is none."""
+    """The resolved config of an existing run, whose `run.folder` is where it lies now; raises UserError where there is
+    none."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is no run: it has no config.yaml")
-    return check(read_yaml(path), str(path))
+    config = check(read_yaml(path), str(path))
+    config.run.folder = run
+    return config
 
 
 def may_change(key: str) -> bool:

@@ -97,15 +97,19 @@ def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]])
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("fragments", [1, 2])
-def test_diloco_averages_how_far_replicas_came(pool, codec, fragments):
+@pytest.mark.parametrize("world", [2, 4])
+def test_diloco_averages_how_far_replicas_came(pool, codec, fragments, world):
     settings = {"every": 4, "fragments": fragments, "codec": codec, "total_steps": STEPS}
-    ranks = pool.run(2, run, "diloco", settings)
+    ranks = pool.run(world, run, "diloco", settings)
     parts = [list(SHAPES)] if fragments == 1 else [["first"], ["second", "vector"]]
-    for step, expected in enumerate(naive_diloco(2, codec, 4, parts)):
+    # Sums of four bf16 numbers in bf16 are rounded in their order: three times by 2^-9 of at most 2, a quarter of which
+    # the outer step takes 1.33 times, twice in this run.
+    tolerance = 1e-2 if codec == "bf16" and world > 2 else 1e-12
+    for step, expected in enumerate(naive_diloco(world, codec, 4, parts)):
         for rank, p in zip(ranks, expected, strict=True):
             for name in SHAPES:
-                torch.testing.assert_close(rank[step][name], p[name], rtol=0, atol=1e-12)
-    assert all(torch.equal(ranks[0][-1][name], ranks[1][-1][name]) for name in SHAPES)
+                torch.testing.assert_close(rank[step][name], p[name], rtol=0, atol=tolerance)
+    assert all(torch.equal(ranks[0][-1][name], other[-1][name]) for other in ranks for name in SHAPES)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import itertools
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -14,31 +16,45 @@ from stepline.comm import fsdp
 from stepline.models import transformer
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_parameter
+from stepline.models.reversible import Half
 from stepline.models.revffn import run_reversible
 from stepline.models.transformer import Transformer
 
-VOCAB, BATCHES = 61, 3
+VOCAB = 61
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOES = {
+    "bias": {"balance": "bias"},
+    "switch": {"balance": "switch", "balance_loss": 0.5, "z_loss": 0.1, "score": "sigmoid", "shared_size": 8},
+}
 
 
 class Model(Transformer):
     """With `stored`, backward reads stored activations: the reference, of the same arithmetic."""
 
-    def forward(self, tokens, stored=False, doc_ids=None):
+    def forward(self, tokens, stored=False):
         run = functools.partial(run_reversible, stored=stored)
         with mock.patch.object(transformer, "run_reversible", run):
-            return super().forward(tokens, doc_ids=doc_ids)
+            if self.config.ffn == "dense":
+                logits = super().forward(tokens).float()
+                return logits.logsumexp(-1).sum() - logits[..., 7].sum()
+            targets = tokens.roll(-1, 1)
+            targets[0, -3:] = -100  # which the routers do not count
+            return super().forward(tokens, targets, loss_scale=torch.tensor(0.5)).nll * 0.5
 
 
 @torch.no_grad()
 def build(options):
+    moe = {"ffn": "moe", "moe": {"experts": 5, "top_k": 2} | MOES[options["moe"]]} if "moe" in options else {}
     config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=4, num_heads=2, ffn_size=24, init_std=0.2, blocks="revffn",
-        coupling=options.get("coupling", "exact"), revffn=options.get("revffn", {}),
+        vocab_size=VOCAB, hidden_size=32, num_layers=options.get("layers", 4), num_heads=2, ffn_size=24, init_std=0.2,
+        blocks="revffn", coupling=options.get("coupling", "exact"), revffn=options.get("revffn", {}), **moe,
     )  # fmt: skip
     model = Model(config)
     for name, p in model.named_parameters():
         p.copy_(init_parameter(name, p.shape, config, seed=0))
+    if options.get("moe") == "bias":
+        for i, layer in enumerate(model.layers):
+            layer.ffn.router.balance_bias.copy_(torch.linspace(-0.05, 0.05, 5).roll(i))
     model.embed.weight.requires_grad_(not options.get("frozen", False))
     return model
 
@@ -47,23 +63,35 @@ def tokens(rank, batch):
     return torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(10 * rank + batch))
 
 
-def loss_of(logits):
-    return logits.float().logsumexp(-1).sum() - logits.float()[..., 7].sum()
+def batches(options):
+    return 3 if options.get("layers", 4) < 48 else 2
+
+
+def buffers(model):
+    """Loads, sums and biases of the mixtures."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def expected(world, options):
-    """One process: for each batch the sum over ranks, then over batches, in fp32."""
-    model, sums = build(options).to(DTYPES[options["compute"]]), {}
-    for batch in range(BATCHES):
+    """One process: gradients, for each batch the sum over ranks, then over batches, in fp32; each rank's streams that
+    a block reads, by batch and block; each rank's buffers."""
+    models, streams = [build(options) for _ in range(world)], [[] for _ in range(world)]
+    for model, seen in zip(models, streams, strict=True):
+        for p in model.parameters():  # buffers stay as they are, as under FSDP
+            p.data = p.data.to(DTYPES[options["compute"]])
+        for layer in model.layers:
+            layer.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[:2]))
+    sums = {}
+    for batch in range(batches(options)):
         of_ranks = []
-        for rank in range(world):
+        for rank, model in enumerate(models):
             model.zero_grad()
-            loss_of(model(tokens(rank, batch), stored=True)).backward()
+            model(tokens(rank, batch), stored=True).backward()
             of_ranks.append({n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None})
         for name in of_ranks[0]:
             total = sum(g[name] for g in of_ranks)
             sums[name] = total if batch == 0 else sums[name] + total
-    return sums
+    return sums, streams, [buffers(model) for model in models]
 
 
 def gathered(module):
@@ -78,9 +106,8 @@ def gathered(module):
 
 
 def train(options):
-    """Gradients of some micro-batches, and what is gathered after forwards and after backwards."""
-    import torch.distributed as dist
-
+    """Gradients of some micro-batches, the streams that each block's inversion ended with, buffers, and what is
+    gathered after forwards and after backwards."""
     model = build(options)
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     blocks_of_their_own = mock.patch.object(fsdp, "ONE_GROUP_BYTES", 0)
@@ -94,38 +121,64 @@ def train(options):
             reshard_after_forward=options["reshard"],
         )
     groups = [m for m in model.layers if isinstance(m, FSDPModule)]
-    assert len(groups) == (0 if options.get("one_group") else 4)
+    assert len(groups) == (0 if options.get("one_group") else len(model.layers))
+    inverted, invert = [], Half.invert
+
+    def spy(half, y, other):
+        own = invert(half, y, other)
+        inverted.append((own, other))
+        return own
+
     after_forward, after_backward = [], []
-    for batch in range(BATCHES):
-        loss = loss_of(model(tokens(dist.get_rank(), batch)))
-        after_forward.append(sum(map(gathered, groups)))
-        loss.backward()
-        after_backward.append(sum(map(gathered, [*groups, model])))
+    with mock.patch.object(Half, "invert", spy):
+        for batch in range(batches(options)):
+            loss = model(tokens(dist.get_rank(), batch))
+            after_forward.append(sum(map(gathered, groups)))
+            loss.backward()
+            after_backward.append(sum(map(gathered, [*groups, model])))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-    return found, after_forward, after_backward
+    return found, inverted[1::2], buffers(model), after_forward, after_backward
 
 
+LAYOUTS = [
+    {"compute": compute, "reshard": reshard} for compute, reshard in itertools.product(DTYPES, (True, False))
+]
 CASES = [
-    {"compute": compute, "reshard": reshard, **more}
-    for compute in DTYPES
-    for reshard, more in ((True, {}), (False, {}), (False, {"one_group": True}))
-] + [
+    *LAYOUTS,
+    *({"compute": compute, "reshard": False, "one_group": True} for compute in DTYPES),
     {"compute": "fp32", "reshard": True, "frozen": True},
     {"compute": "bf16", "reshard": True, "frozen": True, "revffn": {"anchor_every": 3, "adapters": True}},
+    *({**layout, "moe": moe} for moe in MOES for layout in LAYOUTS),
 ]
+DEEP = [{**layout, **moe, "layers": 48} for moe in ({}, *({"moe": m} for m in MOES)) for layout in LAYOUTS]
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("options", CASES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
+@pytest.mark.parametrize(
+    "options",
+    [*CASES, *(pytest.param(deep, marks=pytest.mark.e2e) for deep in DEEP)],
+    ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()),
+)
 def test_gradients_equal_stored_ones_of_one_process(pool, world, options):
-    reference = expected(world, options)
-    for found, after_forward, after_backward in pool.run(world, train, options):
-        assert found.keys() == reference.keys()
-        assert [n for n in found if not torch.equal(found[n], reference[n])] == []
-        assert after_backward == [0] * BATCHES
+    gradients, streams, counts = expected(world, options)
+    none, layers = [0] * batches(options), options.get("layers", 4)
+    ranks = pool.run(world, train, options)
+    for (found, inverted, counted, after_forward, after_backward), seen, own in zip(
+        ranks, streams, counts, strict=True
+    ):
+        assert found.keys() == gradients.keys()
+        assert [n for n in found if not torch.equal(found[n], gradients[n])] == []
+        assert [n for n in own if not torch.equal(counted[n], own[n])] == []
+        assert all(n.endswith("bias") or t.any() for n, t in own.items())  # loads and sums were counted
+        assert len(seen) == layers * batches(options)
+        for batch in range(batches(options)):  # of each, the last block is inverted first
+            of_batch = slice(batch * layers, (batch + 1) * layers)
+            for mine, theirs in zip(inverted[of_batch], reversed(seen[of_batch]), strict=True):
+                assert all(map(torch.equal, mine, theirs))
+        assert after_backward == none
         if options["reshard"]:
-            assert after_forward == [0] * BATCHES
+            assert after_forward == none
         elif not options.get("one_group"):
             assert all(after_forward)
 
@@ -133,8 +186,8 @@ def test_gradients_equal_stored_ones_of_one_process(pool, world, options):
 def test_fixed_point_under_fsdp(pool):
     options = {"compute": "fp32", "reshard": True, "coupling": "revffn"}
     options["revffn"] = {"streams": "fp32", "iterations": 64}
-    reference = expected(2, options)
-    for found, after_forward, after_backward in pool.run(2, train, options):
+    reference, _, _ = expected(2, options)
+    for found, _, _, after_forward, after_backward in pool.run(2, train, options):
         assert not any(after_forward + after_backward)
         for name, gradient in reference.items():
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-4)  # of up to 70

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from stepline.kernels.grouped import combine, dispatch, grouped_mm_linear, loop_linear
+from stepline.models.config import ModelConfig
+from stepline.models.moe import MoE, Routing
 
 COUNTS = torch.tensor([5, 0, 7, 0, 1])
 
@@ -27,6 +29,62 @@ def test_products_and_gradients(product):
     for mine, reference in zip(torch.autograd.grad(out, (x, weight), grad), expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
     assert (expected[1][1] == 0).all()
+
+
+def in_bf16(product, leaves, grad):
+    x, weight = (t.detach().requires_grad_() for t in leaves)
+    out = product(x, weight, COUNTS)
+    assert out.dtype == torch.bfloat16
+    return [out.detach(), *torch.autograd.grad(out, (x, weight), grad)]
+
+
+def test_products_and_gradients_in_bf16():
+    """Each way against float64 of the same inputs: a sum in fp32, rounded once."""
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(s).bfloat16() for s in ((13, 32), (5, 16, 32), (13, 16)))
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    out = naive(*exact, COUNTS)
+    expected = [out.detach(), *torch.autograd.grad(out, exact, grad.double())]
+    found = [in_bf16(product, (x, weight), grad) for product in (loop_linear, grouped_mm_linear)]
+    for mine, other, reference in zip(*found, expected, strict=True):
+        step = 2.0**-8 * reference.abs() + 1e-5  # half of bf16's, and the errors of fp32
+        assert ((mine.double() - reference).abs() <= step).all()
+        assert ((other.double() - reference).abs() <= step).all()
+    assert (found[0][2][1] == 0).all()
+    assert (found[1][2][1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "sigmoid", "balance": "switch", "shared_size": 8}, {"capacity": 0.8}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_by_either_product(dtype, options, monkeypatch):
+    """Result, gradients and counts of a whole layer by one product for each expert and by one for all."""
+    config = ModelConfig(
+        vocab_size=2, hidden_size=16, num_layers=1, num_heads=2, ffn_size=24, ffn="moe",
+        moe={"experts": 5, "top_k": 2, **options},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    layer = MoE(config)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+        p.data = p.data.to(dtype)
+    x = torch.randn(2, 7, 16).to(dtype).requires_grad_()
+    grad = torch.randn(2, 7, 16).to(dtype)
+    routing = Routing(torch.ones(2, 7, dtype=torch.bool), torch.tensor(0.1))
+    layer.counting, found = True, []
+    for product in (loop_linear, grouped_mm_linear):
+        monkeypatch.setattr("stepline.models.moe.grouped_linear", product)
+        layer.load.zero_()
+        out = layer(x, routing)
+        gradients = torch.autograd.grad(out, (x, *layer.parameters()), grad)
+        found.append([out.detach(), *gradients, layer.load.clone()])
+    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-6  # of a sum's terms, each rounded
+    for mine, other in zip(*found, strict=True):
+        largest = mine.abs().max()
+        assert largest > 0
+        assert (mine - other).abs().max() <= tolerance * largest
+    assert torch.equal(found[0][-1], found[1][-1])
 
 
 def test_what_cuda_would_refuse_is_refused_everywhere():

@@ -14,8 +14,6 @@ from stepline.models.sparse_linear import convert
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
-from stepline.trainer.data.dataset import load_meta
-from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import new_folder, write_whole
 from stepline.trainer.hf.adapters import holders
@@ -26,6 +24,7 @@ from stepline.trainer.hf.shards import INDEX, Unit, deal, open_shard
 from stepline.trainer.hf.tokenizer import write_tokenizer
 from stepline.trainer.run.build import recipes
 from stepline.trainer.run.checkpoint import load_tensors
+from stepline.trainer.run.infer import run_tokenizer
 from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
 from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.state import model_tensors
@@ -168,11 +167,8 @@ def _fill(place: Tensor, stored: StoredTensors, unit: Unit, beta: Tensor | None)
 
 def _write_tokenizer(config: Config, folder: Path) -> tuple[int | None, list[str]]:
     """Id that ends documents, and what was not written."""
-    sources = config.data.folders()
-    if not sources:
-        return None, ["the run has no data, so that there is no tokenizer"]
     try:
-        tokenizer = load_tokenizer(load_meta(sources[0].path).tokenizer_path)
+        tokenizer = run_tokenizer(config)
     except UserError as error:
         return None, [f"the tokenizer is left out: {error}"]
     note = write_tokenizer(tokenizer, folder)

@@ -17,6 +17,8 @@ from stepline.trainer.plan.resolve import Machine, auto_micro_batch, check_layou
 from stepline.trainer.plan.screen import screen
 from stepline.trainer.plan.sync_choice import Choice, Link, asked_layout
 
+CPU_PEAK = 1e13
+"""FLOP/s that no CPU reaches, and every GPU with a known peak exceeds."""
 BACKWARD_SHARE = 2 / 3
 """Of the FLOPs of a step (models/flops.py)."""
 
@@ -91,7 +93,8 @@ def step_link(
     compute_s = plan.batch_tokens * flops_per_token / (machine.peak * machine.mfu * gpus)
     how = "given" if machine.measured else "assumed"
     said = f"on {gpus:,} x {machine.device} at MFU {machine.mfu:.0%} ({how})"
-    return Link(mbit, replicas, shard, compute_s, compute_s * BACKWARD_SHARE / plan.grad_accumulation, said)
+    backward_s = compute_s * BACKWARD_SHARE / plan.grad_accumulation
+    return Link(mbit, replicas, shard, compute_s, backward_s, said, cpu=machine.peak < CPU_PEAK)
 
 
 def step_memory(config: Config, plan: Plan) -> Memory | None:

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepline.trainer.plan.laws import EPOCH
+from stepline.trainer.plan.kind import differences
+from stepline.trainer.plan.laws import EPOCH, LossLaw, StepLaw
 from stepline.trainer.plan.planner import Plan
+
+BEFORE_CANON = "canon=none"
+"""Kind of the models of laws and runs that do not tell it: they are older than Canon layers, or of published data."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +24,25 @@ class Expected:
     """Whose number it is."""
 
 
-def expected_final_loss(
-    plan: Plan, folder: Path, fingerprints: Sequence[str], split: str, canon: str = "none"
-) -> Expected | None:
+def own_loss_law(law: StepLaw, kind: str) -> LossLaw | None:
+    """The law's own loss law; None where it has none, or where its models were of another kind than `kind`."""
+    return None if differences(law.kind or BEFORE_CANON, kind) else law.loss_law
+
+
+def expected_final_loss(plan: Plan, folder: Path, fingerprints: Sequence[str], split: str) -> Expected | None:
     """By a loss law fitted on the same text, else from an earlier run of the same data; None without either.
 
     A published loss law has the intercept of another corpus and tokenizer: it ranks plans, it predicts nothing here.
 
     folder: the run's own; its neighbours are the earlier runs. fingerprints: of the data, in order. split: the one
-    that the run validates on; losses of different splits differ by more than a plan gains. canon: of the model; laws do
-    not know whether theirs had Canon layers, which lower the loss, and are taken to have had none.
+    that the run validates on; losses of different splits differ by more than a plan gains.
     """
     n, d, law = plan.inputs.params, plan.inputs.tokens, plan.law
-    if canon == "none" and law.loss_law is not None and law.held_out == held_out_text(fingerprints, split):
-        return Expected(law.loss_law.loss(n, d), f"the loss law of {law.source.name}")
-    return _from_earlier_run(plan, folder, list(fingerprints), split, canon)
+    kind = plan.inputs.known_kind
+    loss_law = own_loss_law(law, kind)
+    if loss_law is not None and law.held_out == held_out_text(fingerprints, split):
+        return Expected(loss_law.loss(n, d), f"the loss law of {law.source.name}")
+    return _from_earlier_run(plan, folder, list(fingerprints), split, kind)
 
 
 def held_out_text(fingerprints: Sequence[str], split: str) -> str:
@@ -43,7 +51,7 @@ def held_out_text(fingerprints: Sequence[str], split: str) -> str:
 
 
 def _from_earlier_run(
-    plan: Plan, folder: Path, fingerprints: list[str], split: str, canon: str
+    plan: Plan, folder: Path, fingerprints: list[str], split: str, kind: str
 ) -> Expected | None:
     """L = L_earlier + Epoch(N, D) - Epoch(N_earlier, D_earlier): that run gives the intercept, Epoch's
     Chinchilla fit (arXiv 2404.10102) the difference, from the nearest run and inside of its range only."""
@@ -58,7 +66,8 @@ def _from_earlier_run(
         planned, loss = earlier
         same = (planned.get("data"), planned.get("eval_split")) == (fingerprints, split)
         same = same and planned["inputs"]["seq_len"] == plan.inputs.seq_len
-        same = same and planned.get("canon", "none") == canon
+        its_kind = planned["inputs"].get("kind") or f"canon={planned.get('canon', 'none')}"
+        same = same and not differences(its_kind, kind)
         n0, d0 = planned["params"], planned["tokens"]
         if same and not EPOCH.source.outside(n0, d0):
             distance = abs(math.log(n / n0)) + abs(math.log(d / d0))

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from stepline.trainer.plan.cost import Cost, Hardware, Tradeoff
-from stepline.trainer.plan.laws import DEEPSEEK, EPOCH, PORIAN, POWER_LINES, STEP_LAW
-from stepline.trainer.plan.planner import Plan, penalty_percent
+from stepline.trainer.plan.expect import own_loss_law
+from stepline.trainer.plan.laws import DEEPSEEK, EPOCH, PORIAN, POWER_LINES, STEP_LAW, LossLaw
+from stepline.trainer.plan.planner import WEIGHT_DECAY_RANGE, Plan, penalty_percent
 from stepline.trainer.plan.screen import short
+from stepline.trainer.plan.units import duration
 
 SCHEDULES = {
     "linear": "10 % warm-up, then linear to zero",
@@ -68,10 +70,6 @@ def lines(plan: Plan) -> list[Line]:
         lr += f"; * ({plan.ratio:.4g})^0.7 = {plan.lr:.4g}"
     elif plan.inputs.lr is not None:
         lr += "; set by you"
-    decay = (
-        f"B / (lr * tau * D) = {plan.batch_tokens:,.0f} / ({plan.lr:.4g} * {plan.tau:.4g} * {d:.4g})"
-        f", tau = 1.084 * {d / n:.4g}^-0.527"
-    )
     batch = f"{law.batch_law.scale:.4g} * {d:.4g}^{e:.4g} = {plan.ideal_batch_tokens:,.0f}"
     if plan.inputs.batch_tokens is not None:
         batch += "; set by you"
@@ -103,7 +101,7 @@ def lines(plan: Plan) -> list[Line]:
             plan.weight_decay,
             plan.ideal_weight_decay,
             None,
-            decay,
+            weight_decay_text(plan),
             not POWER_LINES.source.outside(n, d),
             {},
         ),
@@ -128,11 +126,27 @@ def lines(plan: Plan) -> list[Line]:
     ]
 
 
+def weight_decay_text(plan: Plan) -> str:
+    """The timescale's weight decay at the batch and the learning rate that will be used, and why it is not taken."""
+    i, used = plan.inputs, plan.weight_decay
+    n, d = i.params, i.tokens
+    law = POWER_LINES.weight_decay(n, d, plan.lr, plan.batch_tokens)
+    numbers = f"{plan.batch_tokens:,.0f} / ({plan.lr:.4g} * {plan.tau:.4g} * {d:.4g})"
+    text = f"B / (lr * tau * D) = {numbers} = {law:.4g}, tau = 1.084 * {d / n:.4g}^-0.527"
+    if i.weight_decay is not None:
+        return f"{text}; {used:.4g} set by you"
+    if i.mixture:
+        return f"{text}; {used:.4g}, fixed for a mixture"
+    low, high = WEIGHT_DECAY_RANGE
+    return text if used == law else f"{text}; {used:.4g}, clamped to {low}-{high}"
+
+
 def plan_json(
     plan: Plan, machine: Hardware | None = None, cost: Cost | None = None, trade: Sequence[Tradeoff] = ()
 ) -> dict[str, Any]:
     """The object that `stepline plan --json` prints and a run keeps as plan.json."""
     n, d, law = plan.inputs.params, plan.inputs.tokens, plan.law
+    loss_law = usable_loss_law(plan)
     return {
         "params": n,
         "tokens": d,
@@ -150,15 +164,16 @@ def plan_json(
         "batch_critical_tokens": plan.batch_critical_tokens,
         "second_opinion": second_opinion(plan),
         "interval95": {"lr": law.lr_law.interval(n, d), "batch_tokens": law.batch_law.interval(d)},
-        "expected_loss": (law.loss_law or EPOCH).loss(n, d),
+        "expected_loss": None if loss_law is None else loss_law.loss(n, d),
         "expected_loss_of": expected_loss_of(plan),
-        "expected_loss_own": law.loss_law is not None,
+        "expected_loss_own": loss_law not in (None, EPOCH),
         "penalty_percent": plan.penalty_percent,
         "law": {
             "name": law.source.name,
             "paper": law.source.paper,
             "optimizer": law.optimizer,
             "sync": law.sync,
+            "kind": law.kind,
         },
         "schedule": schedule_text(plan),
         "inputs": asdict(plan.inputs),
@@ -170,10 +185,17 @@ def plan_json(
     }
 
 
+def usable_loss_law(plan: Plan) -> LossLaw | None:
+    """The law's own where it is of such models; Epoch's where it has none at all."""
+    return EPOCH if plan.law.loss_law is None else own_loss_law(plan.law, plan.inputs.known_kind)
+
+
 def expected_loss_of(plan: Plan) -> str:
-    """Whose loss law it is and what it may be used for."""
-    law = plan.law.loss_law
+    """Whose loss law it is and what it may be used for, or why there is none."""
+    law = usable_loss_law(plan)
     if law is None:
+        return f"{plan.law.source.name} was fitted on models of another kind"
+    if law is EPOCH:
         return f"{EPOCH.source.name} ({EPOCH.source.paper}); its intercept is that of its own corpus"
     return f"{law.source.name} ({law.source.paper}): {law.equation}"
 
@@ -225,11 +247,12 @@ def show(
             others = ", ".join(f"{name} {number(value)}" for name, value in line.second_opinions.items())
             console.print(f"  others say: {others}", soft_wrap=True, highlight=False)
     console.print(f"schedule: {schedule_text(plan)}", soft_wrap=True)
-    own = plan.law.loss_law
-    expected = (
-        f"expected loss {(own or EPOCH).loss(i.params, i.tokens):.4f} by {(own or EPOCH).source.name}: "
-    )
-    expected += "for ranking, not a prediction for your data" if own is None else own.equation
+    law = usable_loss_law(plan)
+    if law is None:
+        expected = f"no expected loss: {expected_loss_of(plan)}"
+    else:
+        told = "for ranking, not a prediction for your data" if law is EPOCH else law.equation
+        expected = f"expected loss {law.loss(i.params, i.tokens):.4f} by {law.source.name}: {told}"
     console.print(expected, soft_wrap=True, highlight=False)
     if cost is not None and machine is not None:
         how = "given" if machine.measured else "assumed"
@@ -262,18 +285,10 @@ def show_tradeoffs(plan: Plan, trade: list[Tradeoff], console: Console) -> None:
         "GPU-hours": ["" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}" for row in trade],
         "time, GPUs x batch": ["" if row.hours is None else duration(row.hours) for row in trade],
     }
-    columns = {
-        name: cells for name, cells in columns.items() if any(cells)
-    }  # without a device nothing of time
+    # without a device nothing of time
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
     for name in columns:
         table.add_column(name, justify="right", overflow="fold")
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     console.print(table)
-
-
-def duration(hours: float) -> str:
-    """`3.2 days`, `5.1 hours` or `12 minutes`."""
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

@@ -72,6 +72,7 @@ def fit_law(table: RunTable, name: str, draws: int = DRAWS, seed: int = 0) -> La
         sync=table.sync,
         assumes=table.assumes,
         held_out=table.held_out,
+        kind=table.kind,
         **power_laws(problem, fitted, unsure),
         params=(cells[0].params, cells[-1].params),
         tokens=(min(c.tokens for c in cells), max(c.tokens for c in cells)),

@@ -106,6 +106,8 @@ class LawFile(Section):
     """Schedule and fixed hyperparameters of the runs."""
     held_out: str = ""
     """What the losses were measured on: split and data (`expect.held_out_text`)."""
+    kind: str = ""
+    """Of the models (`kind.kind_of`): `ffn=dense blocks=standard canon=none ...`; empty where that is not known."""
     lr: FittedPowerLaw
     """Peak learning rate from (N, D)."""
     batch_tokens: FittedPowerLaw
@@ -149,6 +151,7 @@ class LawFile(Section):
             self.assumes or "own runs",
             None if self.loss is None else self.loss.law(source),
             self.held_out,
+            self.kind,
         )
 
 

@@ -14,6 +14,7 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.check import CellCheck, check_law
 from stepline.trainer.plan.edges import cell_notes
 from stepline.trainer.plan.fit import fit_law
+from stepline.trainer.plan.kind import differences
 from stepline.trainer.plan.law_file import LawFile, named_law, problem_of, read_law, write_law
 from stepline.trainer.plan.laws import StepLaw
 from stepline.trainer.plan.runs import read_runs
@@ -67,7 +68,8 @@ def fit_lines(law: LawFile) -> list[str]:
     low, high = fitted.lr_law.interval(n, d)
     least, most = fitted.batch_law.interval(d)
     return [
-        f"{law.runs} runs in {law.cells} cells, {law.diverged} diverged; {law.optimizer}, {law.sync}",
+        f"{law.runs} runs in {law.cells} cells, {law.diverged} diverged; {law.optimizer}, {law.sync}"
+        + (f"; {law.kind}" if law.kind else ""),
         f"lr    = {law.lr.scale:.4g} * N^{n_exponent:.4g} * D^{d_exponent:.4g}",
         f"        at N = {n:.4g}, D = {d:.4g}: {fitted.lr(n, d):.4g}, 95 % interval {low:.4g} - {high:.4g}",
         f"batch = {law.batch_tokens.scale:.4g} * D^{law.batch_tokens.exponents[0]:.4g} tokens",
@@ -94,6 +96,8 @@ def run_check(law: str, runs: str, as_json: bool) -> None:
     ):
         if mine != theirs:
             notes.append(f"{which.source.name} was fitted with {what} {mine}, these runs with {theirs}")
+    if told := differences(which.kind, table.kind):
+        notes.append(f"{which.source.name} was fitted on models with {' and '.join(told)} as in these runs")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.kind import differences
 from stepline.trainer.plan.laws import POWER_LINES, STEP_LAW, StepLaw
 
 WEIGHT_DECAY_RANGE = (0.02, 0.3)
@@ -42,6 +43,8 @@ class Inputs:
     optimizer: str = "adamw"
     sync: str = "all_reduce"
     schedule: str = "linear"
+    kind: str = ""
+    """Of the model (`kind.kind_of`); empty where only numbers are known."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -64,6 +67,11 @@ class Inputs:
     def mixture(self) -> bool:
         """Whether a token uses fewer weights than there are."""
         return self.active_params is not None and self.active_params < self.params
+
+    @property
+    def known_kind(self) -> str:
+        """`kind`, or what the numbers tell of it."""
+        return self.kind or ("ffn=moe" if self.mixture else "")
 
 
 def check_range(name: str, value: float | None, called: str | None = None) -> None:
@@ -104,7 +112,7 @@ class Plan:
 def round_batch(ideal_tokens: float, quantum: int) -> int:
     """The multiple of `quantum` tokens (ranks x micro-batch x sequence) nearest to the ideal in the logarithm."""
     k = max(1, math.floor(ideal_tokens / quantum))
-    if math.log(ideal_tokens / (k * quantum)) > math.log((k + 1) * quantum / ideal_tokens):
+    if ideal_tokens / (k * quantum) > (k + 1) * quantum / ideal_tokens:
         k += 1
     return k * quantum
 
@@ -200,7 +208,7 @@ def make_plan(inputs: Inputs, law: StepLaw = STEP_LAW) -> Plan:
 
 
 def law_warnings(inputs: Inputs, law: StepLaw) -> list[str]:
-    """What of the law does not fit this run: range, optimizer, synchroniser, a second opinion far away."""
+    """What of the law does not fit this run: range, optimizer, synchroniser, models, a second opinion far away."""
     n, d = inputs.params, inputs.tokens
     warnings = []
     if outside := law.source.outside(n, d):
@@ -213,6 +221,12 @@ def law_warnings(inputs: Inputs, law: StepLaw) -> list[str]:
     if inputs.sync != law.sync:
         warnings.append(
             f"{law.source.name} was fitted with {law.sync}, not {inputs.sync}: check the learning rate"
+        )
+    if told := differences(law.kind, inputs.known_kind):
+        no_loss = "" if law.loss_law is None else ", and no loss is expected by it"
+        warnings.append(
+            f"{law.source.name} was fitted on models with {' and '.join(told)}: its learning rate and batch are a "
+            f"guess here{no_loss}"
         )
     if law is STEP_LAW:
         ideal, other = law.batch_tokens(d), POWER_LINES.batch_tokens(d)

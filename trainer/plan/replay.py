@@ -8,11 +8,11 @@ Reversible blocks (models/revffn.py) keep the last two streams and those at anch
 by half, where its recompute makes what the half would have kept.
 """
 
-from collections import Counter
-
 from stepline.trainer.config import Config
+from stepline.trainer.plan.activations import Sizes
+from stepline.trainer.plan.collectives import Collectives, Tally
 from stepline.trainer.plan.sync_memory import SyncMemory
-from stepline.trainer.plan.tensors import Group, Sizes, block_group, cast_group, ffn_shapes, root_group
+from stepline.trainer.plan.tensors import Group, block_group, cast_group, ffn_shapes, root_group
 
 CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
 """Of kernels/cross_entropy.py, which imports torch."""
@@ -22,33 +22,7 @@ CUBLAS_WORKSPACE = 2 * 2**25
 """What torch gives cuBLAS on Hopper in forward's thread and in backward's; a quarter on older devices."""
 
 
-class Tally:
-    """Bytes that live now, by part; the moment when their sum was largest, and each part's own largest."""
-
-    def __init__(self) -> None:
-        self.live: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self.largest: Counter[str] = Counter()
-        self.moment, self.peak_moment = "", ""
-
-    def add(self, part: str, size: int) -> None:
-        """`size` bytes are allocated."""
-        self.live[part] += size
-        self.largest[part] = max(self.largest[part], self.live[part])
-        if self.live.total() > self.peak.total():
-            self.peak, self.peak_moment = self.live.copy(), self.moment
-
-    def drop(self, part: str, size: int) -> None:
-        """`size` bytes are freed."""
-        self.live[part] -= size
-
-    def brief(self, part: str, size: int) -> None:
-        """Allocated and freed at once."""
-        self.add(part, size)
-        self.drop(part, size)
-
-
-class Replay:
+class Replay(Collectives):
     """One rank's optimizer step: call `run` once and read `tally`."""
 
     def __init__(
@@ -59,27 +33,38 @@ class Replay:
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        self.tally, self.sizes = Tally(), Sizes(config, micro_batch)
-        self.config, self.model, self.shard, self.accumulation = config, config.model, shard, accumulation
-        self.compute, self.master = self.sizes.compute, self.sizes.master
+        self.sizes = sizes = Sizes(config, micro_batch)
+        self.config, self.model, self.accumulation = config, config.model, accumulation
+        spread = world if config.parallel.sync == "all_reduce" else shard
+        super().__init__(Tally(), shard, config.parallel.experts, spread, sizes.compute, sizes.master)
         self.replicas = world // shard
-        # run/build.py: one rank that computes in its master dtype needs no FSDP
-        self.spread = world if config.parallel.sync == "all_reduce" else shard
-        self.fsdp = self.spread > 1 or self.compute != self.master
-        self.gloo = shard > 1 and not self.sizes.cuda  # it works on a copy of what it sends
+        self.gloo = not sizes.cuda
         self.reshards = config.parallel.reshard_after_forward
-        self.root, self.block, self.layers = (
-            root_group(self.model),
-            block_group(self.model),
-            self.model.num_layers,
-        )
-        whole = Group(self.root.shapes + self.block.shapes * self.layers)
+        self.layers = self.model.num_layers
+        sizes.holds_casts = not self.fsdp
+        self.root, self.block, self.experts = self.groups()
+        whole = Group(root_group(self.model).shapes + block_group(self.model).shapes * self.layers)
         if self.fsdp and not self.reshards and whole.numel * self.master <= ONE_GROUP_BYTES:
-            self.root, self.block = whole, Group(())  # comm/fsdp.py: a small model is one group
+            # comm/fsdp.py: a small model is one group, but for experts that are dealt
+            block, self.block = self.block, Group(())
+            self.root = Group(self.root.shapes + block.shapes * self.layers, block.narrow * self.layers)
         standard = self.sizes.hidden + self.sizes.wide_norm(self.model.hidden_size)
         self.last = 2 * self.sizes.stream if self.sizes.reversible else standard
         """The last block's output, or the two streams joined, as the final norm keeps it."""
-        self.reduced = 0  # bytes of the reductions' buffer, which FSDP2 keeps until it needs the next one
+
+    def groups(self) -> tuple[Group, Group, Group]:
+        """What is gathered and reduced together: the root's, a block's, and those of its experts that are dealt."""
+        block, narrow = block_group(self.model).shapes, ()
+        if self.config.precision.fp8 and self.fsdp:
+            narrow = cast_group(self.model).shapes
+        if self.parts == 1:
+            return root_group(self.model), Group(block, narrow), Group(())
+        dealt = tuple((s[0] // self.parts, *s[1:]) for s in block if len(s) == 3)
+        return (
+            root_group(self.model),
+            Group(tuple(s for s in block if len(s) < 3), narrow),
+            Group(dealt, dealt=True),
+        )
 
     def run(self) -> None:
         """Every moment from the first gather to the update."""
@@ -92,16 +77,14 @@ class Replay:
 
     def hold(self) -> None:
         """What is there from the start: parameters, optimizer's state, batch."""
-        whole = Group(self.root.shapes + self.block.shapes * self.layers)
         shard = self.shard if self.fsdp else 1
         blocks = Group(block_group(self.model).shapes * self.layers)
+        whole = Group(root_group(self.model).shapes + blocks.shapes)
         self.tally.add("parameters", whole.shard(shard) * self.master)
-        if (
-            self.config.precision.fp8 and self.fsdp
-        ):  # the cast shards; what is gathered is counted as if it were whole
+        if self.config.precision.fp8 and self.fsdp:  # the shards as they are gathered
             self.tally.add("parameters", cast_group(self.model).shard(shard) * self.layers)
         self.sync = SyncMemory(self.config, root_group(self.model), blocks, shard, self.replicas, self.master)
-        self.tally.add("optimizer", self.sync.state())
+        self.tally.add("optimizer", self.sync.state() + self.sync.flying())
         self.tally.add("fixed", self.fixed())
 
     def update(self) -> None:
@@ -116,56 +99,6 @@ class Replay:
         guard = 3 * 8 * self.config.optimizer.guard.window
         return batch + guard + (CUBLAS_WORKSPACE if self.sizes.cuda else 0)
 
-    # FSDP2, as in torch.distributed.fsdp._fully_shard
-
-    def start_gather(self, group: Group) -> None:
-        """All-gather into one flat buffer."""
-        if not self.fsdp or self.shard == 1:
-            return
-        flat = group.shard(self.shard) * self.shard * self.compute
-        if self.compute != self.master:
-            self.tally.brief("all-gather", flat + flat // self.shard)  # the shard in the compute dtype
-        self.tally.add("all-gather", flat)
-        if self.gloo:
-            self.tally.brief("all-gather", flat)
-
-    def finish_gather(self, group: Group) -> None:
-        """The parameters are copied out of the flat buffer."""
-        if self.fsdp:
-            self.tally.add("all-gather", group.numel * self.compute)
-
-    def free_flat(self, group: Group) -> None:
-        """The flat buffer of `group` goes."""
-        if self.fsdp and self.shard > 1:
-            self.tally.drop("all-gather", group.shard(self.shard) * self.shard * self.compute)
-
-    def reshard(self, group: Group) -> None:
-        """The gathered parameters go."""
-        if self.fsdp:
-            self.tally.drop("all-gather", group.numel * self.compute)
-
-    def reduce(self, group: Group, first: bool) -> None:
-        """Whole gradients become this rank's shard of their sum; the flat input stays until the next group's."""
-        if not self.fsdp or not group.shapes:
-            return
-        whole = group.shard(self.shard) * self.shard * self.master
-        self.tally.drop("all-gather", self.reduced)
-        self.tally.add("all-gather", whole)
-        self.tally.drop("gradients", group.numel * self.compute)
-        self.tally.add("gradients", whole // self.shard)
-        divided = self.shard == 1 and self.spread > 1  # replicas of one rank divide by 1, out of place
-        if self.gloo or divided:
-            self.tally.brief("all-gather", whole)
-        if not first:
-            self.tally.drop("gradients", whole // self.shard)  # added to the one that is there
-        self.reduced = whole
-
-    def gradient(self, elements: int, first: bool) -> None:
-        """Whole gradient of a weight; without FSDP it is added at once to that of the micro-batch before."""
-        self.tally.add("gradients", elements * self.compute)
-        if not self.fsdp and not first:
-            self.tally.drop("gradients", elements * self.compute)
-
     # the step
 
     def forward(self) -> None:
@@ -177,14 +110,16 @@ class Replay:
         tally.add("activations", self.sizes.tables())
         before = self.root
         for layer in range(self.layers):
-            if self.block.shapes:
-                self.start_gather(self.block)
-                self.finish_gather(self.block)
-                self.free_flat(before)
-                before = self.block
+            for group in (self.block, self.experts):
+                if group.shapes:
+                    self.start_gather(group)
+                    self.finish_gather(group)
+                    self.free_flat(before)
+                    before = group
             tally.add("activations", self.sizes.kept() + self.sizes.anchors(layer))
             if self.reshards:
                 self.reshard(self.block)
+                self.reshard(self.experts)
         tally.add("activations", self.last)
         self.last_gathered = before
 
@@ -217,11 +152,10 @@ class Replay:
         tally.drop("activations", hidden + self.last)
         for layer in reversed(range(self.layers)):
             tally.moment = f"backward of block {layer + 1} of {self.layers}"
-            if self.reshards:
-                self.finish_gather(self.block)
-                self.free_flat(self.block)
-                if layer:
-                    self.start_gather(self.block)
+            ahead = (self.block,) if layer else ()
+            self.arrive(self.block, *((self.experts,) if self.experts.shapes else ahead))
+            if self.experts.shapes:
+                self.arrive(self.experts, *ahead)
             if sizes.reversible:
                 self.reversible_backward(layer, first)
             else:
@@ -241,6 +175,14 @@ class Replay:
         tally.drop("all-gather", self.reduced)
         self.reduced = 0
 
+    def arrive(self, group: Group, *ahead: Group) -> None:
+        """`group` is gathered for its backward, and the gather of the one that comes next starts."""
+        if self.reshards:
+            self.finish_gather(group)
+            self.free_flat(group)
+            for following in ahead:
+                self.start_gather(following)
+
     def block_backward(self, first: bool) -> None:
         """Recompute, then the feed-forward half, then attention."""
         tally, sizes = self.tally, self.sizes
@@ -249,22 +191,30 @@ class Replay:
         tally.add("activations", sizes.saved() + unused - sizes.kept())
         self.ffn_backward(first)
         tally.drop("activations", sum(sizes.ffn_saved().values()))
+        self.reshard(self.experts)
+        self.reduce(self.experts, first)
         self.attention_backward(first)
         tally.drop("activations", sum(sizes.attention_saved().values()) + unused)
 
     def ffn_backward(self, first: bool) -> None:
-        """Gradients of the feed-forward half; its product goes, the rest of what it saved is still there."""
-        tally, sizes = self.tally, self.sizes
-        weights, mixture = Group(ffn_shapes(self.model)).numel, self.model.ffn == "moe"
+        """Gradients of the feed-forward half; what it saved is still there."""
+        tally, sizes, model = self.tally, self.sizes, self.model
+        weights, mixture = Group(ffn_shapes(model, self.parts)).numel, sizes.mixture
         if mixture:  # gradients of the rows that the experts made: scored, in the scores' type, and not
-            tally.brief("activations", sizes.copies * (sizes.inner + sizes.statistics(self.model.inner_size)))
+            tally.brief("activations", sizes.copies * (sizes.inner + sizes.statistics(model.inner_size)))
+        tally.brief("activations", sizes.ffn_product(model.ffn_size, model.inner_size))
         self.gradient(weights // 3, first)  # w2
-        tally.add("activations", sizes.ffn)  # of the product
-        tally.drop("activations", sizes.ffn)  # the product
+        tally.add("activations", sizes.ffn - sizes.product())  # the gradient of the product, which goes
+        tally.brief("activations", (1 if sizes.compiled and not mixture else 2) * sizes.ffn)
+        tally.drop("activations", sizes.ffn)  # when those of silu and of w3 x are there, in the place of both
+        backward = sizes.ffn_product(model.inner_size, model.ffn_size)
+        tally.brief("activations", backward)  # of w3
+        self.gradient(weights // 3, first)
         tally.brief(
-            "activations", (1 if sizes.compiled and not mixture else 2) * sizes.ffn
-        )  # of silu and of w3 x
-        self.gradient(weights - weights // 3, first)  # w1, w3
+            "activations", backward + sizes.copies * sizes.inner - 2 * sizes.ffn
+        )  # of w1, beside w3's result
+        tally.add("activations", sizes.product())
+        self.gradient(weights - 2 * (weights // 3), first)
 
     def attention_backward(self, first: bool) -> None:
         """Gradients of the attention half and of the block's norms."""
@@ -273,7 +223,8 @@ class Replay:
         # of attention's result, of q, k and v; flash attention on CUDA sums q's in fp32
         beside = 2 * sizes.width(sizes.query) + 2 * sizes.width(sizes.key)
         beside += sizes.statistics(sizes.query) if sizes.cuda else 0
-        self.tally.brief("activations", beside)
+        product = sizes.attention_products.backward(sizes.tokens, sizes.query, model.inner_size)
+        self.tally.brief("activations", max(beside, product))
 
     def reversible_backward(self, layer: int, first: bool) -> None:
         """Each half again, from the stream that it read, and the other stream by subtraction."""
@@ -290,8 +241,11 @@ class Replay:
             half(first)
             tally.brief("activations", 2 * sizes.stream)  # gradient of the stream that was read, and its sum
             tally.drop("activations", made)
-            if layer == self.layers - 1 and half == self.ffn_backward:
-                # the gradient of the joined streams is one tensor, until each stream's is another
-                tally.add("activations", sizes.stream)
+            if half == self.ffn_backward:
+                self.reshard(self.experts)
+                self.reduce(self.experts, first)
+                if layer == self.layers - 1:
+                    # the gradient of the joined streams is one tensor, until each stream's is another
+                    tally.add("activations", sizes.stream)
         if layer == self.layers - 1:
             tally.drop("activations", sizes.stream)

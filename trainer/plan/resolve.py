@@ -9,6 +9,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins
 from stepline.trainer.config_multiples import product_multiples
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.kind import kind_of
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
 from stepline.trainer.plan.planner import Inputs, Plan, law_values, make_plan
@@ -67,6 +68,7 @@ def config_inputs(config: Config, world_size: int | None, corpus_tokens: int | N
         optimizer=config.optimizer.name,
         sync=config.parallel.sync,
         schedule=config.schedule.name,
+        kind=kind_of(config),
         **given,
     )
 

@@ -1,10 +1,10 @@
 """The runs of a sweep as CSV: `stepline sweep` writes them, `stepline laws` reads them. Imports nothing heavy.
 
 Two headers are understood. Our own, `COLUMNS`: params is N (non-embedding linear weights), tokens is D, batch_tokens
-the global batch in tokens, loss in nats per token (empty when the run diverged), diverged 0 or 1. And that of the
-public Step Law data (arXiv 2503.04715): N, D, lr, bs (sequences of 2048), "smooth loss"; Na, the weights that one
-token uses, where there are experts. That data has no mark for divergence: a loss above `DIVERGED` times the
-cell's best counts as diverged.
+the global batch in tokens, kind what the model is beside its size (kind.py), loss in nats per token (empty when the
+run diverged), diverged 0 or 1. And that of the public Step Law data (arXiv 2503.04715): N, D, lr, bs (sequences of
+2048), "smooth loss"; Na, the weights that one token uses, where there are experts. That data has no mark for
+divergence: a loss above `DIVERGED` times the cell's best counts as diverged.
 """
 
 import csv
@@ -16,7 +16,7 @@ from pathlib import Path
 from stepline.trainer.errors import UserError, nearest
 
 COLUMNS = (
-    "name", "params", "tokens", "lr", "batch_tokens", "weight_decay", "optimizer", "sync", "schedule", "seed",
+    "name", "params", "tokens", "lr", "batch_tokens", "weight_decay", "optimizer", "sync", "schedule", "kind", "seed",
     "loss", "diverged", "held_out", "seconds",
 )  # fmt: skip
 REQUIRED = ("params", "tokens", "lr", "batch_tokens", "loss")
@@ -96,6 +96,8 @@ class RunTable:
     """Schedule and fixed hyperparameters of the runs, in words."""
     held_out: str = ""
     """What the losses were measured on (`expect.held_out_text`), where the file says."""
+    kind: str = ""
+    """Of all models (`kind.kind_of`), where the file says."""
 
     @property
     def runs(self) -> int:
@@ -143,8 +145,8 @@ def read_runs(path: str | Path) -> RunTable:
     )
     if decays:
         assumes.append(f"weight decay {decays[0]}" + ("" if len(decays) == 1 else f" to {decays[-1]}"))
-    held_out = constant(path, rows, "held_out", "")
-    return RunTable(str(path), cells, optimizer, sync, ", ".join(assumes), held_out)
+    held_out, kind = (constant(path, rows, column, "") for column in ("held_out", "kind"))
+    return RunTable(str(path), cells, optimizer, sync, ", ".join(assumes), held_out, kind)
 
 
 def column_names(path: Path, header: list[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.grid import Grid, log2_grid
+from stepline.trainer.plan.kind import kind_of
 from stepline.trainer.plan.laws import StepLaw
 from stepline.trainer.plan.planner import Inputs, law_values, make_plan, round_batch
 from stepline.trainer.plan.shapes import scaled_shape, widened_shape
@@ -46,6 +47,8 @@ class SweepRun:
     """Of training."""
     eval_flops: float
     """Of the validation at the end: forward only."""
+    kind: str = ""
+    """Of the model (`kind.kind_of`); empty in the layout of a sweep that is older than it."""
 
     def overrides(self) -> list[str]:
         """What this run sets in the sweep's config."""
@@ -228,6 +231,7 @@ def _run(
         shape={key: getattr(shape, key) for key in SHAPE_KEYS},
         flops=flops * steps * batch,
         eval_flops=flops / 3 * eval_tokens,
+        kind=kind_of(config),
     )
 
 

@@ -1,7 +1,7 @@
 """Which `parallel.sync` a link between replicas asks for, in words, as a table and as JSON. Imports no torch."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -15,12 +15,15 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.resolve import check_experts, check_layout
 from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.sync_cost import HARMLESS, Exchange, SyncBytes, link_bytes, model_parameters
+from stepline.trainer.plan.sync_measured import MEASURED
+from stepline.trainer.plan.units import bytes_text, rate_text, seconds_text
 
 MBIT_RANGE = (1e-3, 1e7)
 MOST_REPLICAS = 1_000_000
 TYPICAL = "dense-1b"
 """The config whose model stands for others where none is asked for."""
-QUALITY = "what each costs in loss is in benchmarks/RESULTS.md"
+EQUAL = 0.05
+"""Difference of two times that is none: no estimate here is closer."""
 
 
 @dataclass(frozen=True)
@@ -38,58 +41,83 @@ class Link:
     """Of these, the backward of the last micro-batch, beside which HSDP's all-reduce runs on GPUs."""
     computed_on: str = ""
     """What `compute_s` stands on, in words."""
+    cpu: bool = False
+    """Whether the ranks compute on CPUs, the only devices on which encoding and decoding were timed."""
 
 
 class Choice:
-    """The methods on one link: their bytes, their times and the best of them."""
+    """The methods on one link: their bytes, their times, and the best of those whose loss was measured."""
 
     def __init__(self, config: Config, link: Link) -> None:
         self.config, self.link = config, link
         self.ranks = SyncBytes(config, link.shard, link.replicas).every()
         self.whole = link_bytes(config, link.shard, link.replicas)
+        self.cpu = link.cpu or config.run.device == "cpu"
+        self.codec_s = self.whole[2].codec_s
+        if not self.cpu:
+            self.whole = [replace(exchange, codec_s=0.0) for exchange in self.whole]
         self.reference = self.whole[0]
 
     def seconds(self, exchange: Exchange) -> float:
         """Of a step where its compute is known, of the exchange otherwise."""
         if self.link.compute_s is None:
-            return exchange.seconds(self.link.mbit)
+            return exchange.codec_s + exchange.seconds(self.link.mbit)
         return exchange.step_seconds(self.link.mbit, self.link.compute_s)
 
     @property
     def fastest(self) -> Exchange:
-        """The one whose step takes least."""
-        return min(self.whole, key=self.seconds)
+        """Of those whose loss was measured, the one whose step takes least."""
+        return min((e for e in self.whole if e.loss_percent is not None), key=self.seconds)
 
     @property
     def best(self) -> Exchange:
         """The fastest, unless an all-reduce, which loses nothing, takes hardly longer."""
-        if self.link.compute_s is None:
-            return self.fastest
-        limit = (1 + HARMLESS) * self.seconds(self.fastest)
-        exact = [
-            e for e in self.whole if "parallel.sync=all_reduce" in e.options and self.seconds(e) <= limit
-        ]
+        hardly = EQUAL if self.link.compute_s is None else HARMLESS
+        limit = (1 + hardly) * self.seconds(self.fastest)
+        exact = [e for e in self.whole if e.loss_percent == 0 and self.seconds(e) <= limit]
         return exact[0] if exact else self.fastest
 
     def sentence(self) -> str:
-        """Which wins, and by how much."""
+        """Which wins, by how much, and at what price."""
         link, best, fastest, reference = self.link, self.best, self.fastest, self.reference
         name, at = " ".join(best.options), f"at {rate_text(link.mbit)} between {link.replicas:,} replicas"
         mine, other = seconds_text(self.seconds(best)), seconds_text(self.seconds(reference))
-        less = f"{short(self.seconds(reference) / self.seconds(best))} times less than {reference.label}"
-        second = min((e for e in self.whole if e is not best), key=self.seconds)
-        then = f"next comes {second.label} with {seconds_text(self.seconds(second))}; {QUALITY}"
-        if link.compute_s is None:
-            enough = seconds_text(reference.seconds(link.mbit) / HARMLESS)
-            return (
-                f"{name} wins {at}: the exchange of a step takes {mine} instead of {other}, {less}, which adds less "
-                f"than {HARMLESS:.0%} only to a step that computes for {enough} or more; {then}"
-            )
-        if "parallel.sync=all_reduce" in best.options:
+        what = "the exchange of a step" if link.compute_s is None else "a step"
+        if fastest is not best and self.seconds(best) <= (1 + EQUAL) * self.seconds(fastest):
+            theirs = seconds_text(self.seconds(fastest))
+            verdict = f"{name} and {fastest.label} are about equal {at}: {what} takes {mine} and {theirs}"
+        elif link.compute_s is not None and best.loss_percent == 0:
             gain = seconds_text(self.seconds(best) - self.seconds(fastest))
             more = "nothing is faster" if fastest is best else f"{fastest.label} would save {gain} of it"
-            return f"{name} is enough {at}: a step takes {mine}, and {more}"
-        return f"{name} wins {at}: a step takes {mine} instead of {other}, {less}; {then}"
+            verdict = f"{name} is enough {at}: a step takes {mine}, and {more}"
+        else:
+            less = f"{short(self.seconds(reference) / self.seconds(best))} times less than {reference.label}"
+            verdict = f"{name} wins {at}: {what} takes {mine} instead of {other}, {less}"
+            if best is self.whole[2] and not self.cpu:
+                spare = min(self.seconds(e) for e in self.whole if e.loss_percent == 0) - self.seconds(best)
+                verdict += f", while encoding and decoding, not counted, take less than {seconds_text(spare)}"
+        if link.compute_s is None:
+            enough = seconds_text(reference.seconds(link.mbit) / HARMLESS)
+            verdict += (
+                f"; {reference.label} adds less than {HARMLESS:.0%} if a step computes for {enough} or more"
+            )
+        return "; ".join([verdict, *self._prices()])
+
+    def _prices(self) -> list[str]:
+        """What is known of the loss of the methods that lose something."""
+        found = []
+        if self.fastest.loss_percent:
+            worse = short(self.fastest.loss_percent)
+            found.append(f"{self.fastest.label} had a loss {worse} % above all-reduce's, {MEASURED}")
+        unknown = [e for e in self.whole if e.loss_percent is None]
+        said = [
+            f"{e.label} with {seconds_text(self.seconds(e))}"
+            for e in unknown
+            if self.seconds(e) < self.seconds(self.best)
+        ]
+        if said:
+            found.append(f"faster, but loss not measured: {', '.join(said)}")
+        return found
 
     def notes(self) -> list[str]:
         """What the numbers stand on, and what is not in them."""
@@ -109,8 +137,21 @@ class Choice:
         every, rounds = self.config.parallel.diloco.every, self.config.parallel.diloco.fragments
         burst = seconds_text(diloco.seconds(link.mbit) * every / rounds)
         found.append(f"diloco's is a mean: {rounds} x {burst} in every {every} steps")
-        found.append("not in it: latency, headers, and the time to make and to read packets")
+        codec = f"demo's encoding and decoding, {seconds_text(self.codec_s)} by one thread of a CPU"
+        if self.cpu:
+            found.append(f"in it: {codec}")
+            found.append("not in it: latency, headers, and the time in which others make and read packets")
+        else:
+            codec += " (run.device=cpu counts it), not measured on GPUs"
+            found.append(f"not in it: latency, headers, and {codec}")
         return found
+
+    def enough(self, exchange: Exchange) -> float | None:
+        """Mbit/s from which on it hardly lengthens a step; None where that is not known, or where no link is enough."""
+        if self.link.compute_s is None:
+            return None
+        mbit = exchange.harmless_mbit(self.link.compute_s)
+        return mbit if math.isfinite(mbit) else None
 
     def json(self) -> dict[str, Any]:
         """For `--json`: bytes of the busiest rank and of its replica's link, a step's means."""
@@ -129,12 +170,14 @@ class Choice:
                     "link_s": whole.seconds(link.mbit),
                     "of_all_reduce": whole.slower / self.reference.slower,
                     "overlapped_bytes": whole.overlapped + whole.onward,
+                    "codec_s": whole.codec_s if self.cpu else None,
+                    "loss_percent": whole.loss_percent,
                     "step_s": whole.step_seconds(link.mbit, link.compute_s) if known else None,
-                    "harmless_mbit": whole.harmless_mbit(link.compute_s) if known else None,
+                    "harmless_mbit": self.enough(whole),
                 }
             )
         said = {"methods": methods, "best": list(self.best.options), "says": self.sentence()}
-        return asdict(link) | said | {"notes": self.notes()}
+        return asdict(link) | said | {"cpu": self.cpu, "notes": self.notes()}
 
     def show(self, console: Console) -> None:
         """The table and the sentences that a person reads."""
@@ -154,13 +197,16 @@ class Choice:
             row.append(short(e.slower / self.reference.slower))
             if known:
                 row.append(seconds_text(e.step_seconds(link.mbit, link.compute_s)))
-                row.append(rate_text(e.harmless_mbit(link.compute_s)))
-            table.add_row(e.label, *row)
+                enough = self.enough(e)
+                row.append("-" if enough is None else rate_text(enough))
+            table.add_row(e.label + (" *" if e.loss_percent is None else ""), *row)
         console.print(table)
         legend = f"ratio: to {self.reference.label}"
         legend += (
             f"; enough: bandwidth at which a step is {HARMLESS:.0%} longer than its compute" if known else ""
         )
+        if any(e.loss_percent is None for e in self.whole):
+            legend += "; *: loss not measured"
         for sentence in [legend, self.sentence(), *self.notes()]:
             console.print(sentence, soft_wrap=True, highlight=False)
 
@@ -226,6 +272,7 @@ def rule(mbit: float, replicas: int, between: str) -> tuple[dict[str, Any], str]
         "config": TYPICAL,
         "link_s": {e.label: e.seconds(mbit) for e in choice.whole},
         "best": list(best.options),
+        "loss_percent": {e.label: e.loss_percent for e in choice.whole},
         "all_reduce_from_compute_s": compute_s,
     }
     says = (
@@ -235,28 +282,3 @@ def rule(mbit: float, replicas: int, between: str) -> tuple[dict[str, Any], str]
         f"{seconds_text(compute_s)} or more"
     )
     return value, says
-
-
-def seconds_text(seconds: float) -> str:
-    """`14 ms`, `2.6 s`, `7.5 min`, `3.2 h` or `12 days`, three digits."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{_digits(seconds / size)} {unit}"
-    return f"{_digits(seconds)} s" if seconds >= 1 else f"{_digits(seconds * 1e3)} ms"
-
-
-def bytes_text(size: float) -> str:
-    """`5.27 GB`, three digits."""
-    for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{_digits(size / unit)} {letters}"
-    return f"{size:.0f} B"
-
-
-def rate_text(mbit: float) -> str:
-    """`94 Mbit/s`, `1.2 Gbit/s`, three digits."""
-    return f"{_digits(mbit)} Mbit/s" if mbit < 1000 else f"{_digits(mbit / 1e3)} Gbit/s"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

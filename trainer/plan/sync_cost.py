@@ -1,7 +1,7 @@
 """What one rank sends to other replicas in an optimizer step, by `parallel.sync`, and how long a link takes for it.
 
-Bytes are those that the synchronisers of comm/ declare (StepResult), counted from shapes; the network's headers, its
-latency and the time to make and to read packets are extra. Imports no torch.
+Bytes are those that the synchronisers of comm/ declare (StepResult), counted from shapes; the network's headers and its
+latency are extra. Imports no torch.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from stepline.comm.traffic import ring_bytes
 from stepline.models.config import ModelConfig
 from stepline.trainer.config import Config
 from stepline.trainer.plan.resolve import whole_matrices
+from stepline.trainer.plan.sync_measured import CODEC_CPU_S, demo_loss
 from stepline.trainer.plan.sync_memory import BATCH_ELEMENTS
 from stepline.trainer.plan.tensors import Shape, block_group, root_group
 
@@ -38,6 +39,10 @@ class Exchange:
     beside the first forward of them alone."""
     onward: float = 0.0
     """And what travels beside the rest of them: what owners send on."""
+    codec_s: float = 0.0
+    """Seconds to encode and to decode on a CPU, beside which nothing else is done."""
+    loss_percent: float | None = None
+    """Loss above all-reduce's; None where that was not measured."""
 
     @property
     def slower(self) -> float:
@@ -62,18 +67,22 @@ class Exchange:
     def step_seconds(self, mbit: float, compute_s: float) -> float:
         """Of a step that computes for `compute_s`."""
         rate = mbit * 1e6 / 8
-        return self._after / rate + sum(max(share * compute_s, size / rate) for size, share in self._beside)
+        beside = sum(max(share * compute_s, size / rate) for size, share in self._beside)
+        return self.codec_s + self._after / rate + beside
 
     def harmless_mbit(self, compute_s: float) -> float:
         """Mbit/s from which on a step is at most HARMLESS longer than `compute_s`: where it is for each choice of
-        messages that take longer than the computing beside them."""
+        messages that take longer than the computing beside them. Infinite where encoding alone takes longer."""
+        if self.codec_s >= HARMLESS * compute_s:
+            return math.inf
         beside = self._beside
         choices = [c for n in range(len(beside) + 1) for c in itertools.combinations(beside, n)]
         needed = (
-            (self._after + sum(size for size, _ in late)) / (HARMLESS + sum(share for _, share in late))
+            (self._after + sum(size for size, _ in late))
+            / ((HARMLESS + sum(share for _, share in late)) * compute_s - self.codec_s)
             for late in choices
         )
-        return max(needed) * 8 / 1e6 / compute_s
+        return max(needed) * 8 / 1e6
 
 
 @dataclass(frozen=True)
@@ -138,11 +147,11 @@ class SyncBytes:
         ]
 
     def all_reduce(self, item: int) -> Exchange:
-        """Of every gradient, in `item` bytes."""
+        """Of every gradient, in `item` bytes; to lose nothing by bf16 is assumed, not measured."""
         name = {2: "bf16", 4: "fp32", 8: "fp64"}[item]
         size = ring_bytes(sum(self.sizes) * item, self.replicas)
         options = ("parallel.sync=all_reduce", *(["precision.reduce=bf16"] if item == 2 else []))
-        return Exchange(f"all-reduce {name}", options, size, size)
+        return Exchange(f"all-reduce {name}", options, size, size, loss_percent=0.0)
 
     def random_k(self) -> Exchange:
         """One value of each run of 1 / density, of the last run of a parameter on average."""
@@ -176,14 +185,16 @@ class SyncBytes:
         kept = self._kept()
         label = f"demo {packet.codec}, {share(kept / setting.side**2 if kept else setting.density)}"
         options = ("parallel.sync=demo",)
+        codec_s = CODEC_CPU_S * sum(self.sizes)
         if setting.faithful or self.replicas <= setting.owner_reduce_above:
             size = others * packet.num_bytes(0, 1)
-            return Exchange(label, options, size, size, size if setting.delay else 0)
+            beside = size if setting.delay else 0
+            return Exchange(label, options, size, size, beside, 0, codec_s, demo_loss(setting))
         own = packet.num_bytes(self.replica, self.replicas)
         gathered = others * packet.num_bytes(self.replicas - 1, self.replicas)  # padded to the largest
         sent, received = packet.total(self.replicas) - own, others * own
-        beside = (max(sent, received), gathered) if setting.delay else ()
-        return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, *beside)
+        beside = (max(sent, received), gathered) if setting.delay else (0, 0)
+        return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, *beside, codec_s)
 
     def _kept(self) -> int | None:
         setting = self.parallel.demo
@@ -212,7 +223,8 @@ class SyncBytes:
 
 
 def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
-    """What the ranks of one replica exchange together, over the link that they share."""
+    """What the ranks of one replica exchange together, over the link that they share; seconds are the first rank's,
+    which holds the most."""
     # A parameter's rows end in one rank: those before hold equal parts, those after nothing.
     edges = {0, shard}
     for shape, _ in model_parameters(config.model):

@@ -1,13 +1,14 @@
 """Bytes of the synchronisers: their state, and what their update takes for a moment. Imports no torch."""
 
-from collections import Counter
+import math
 
 from stepline.trainer.config import Config
-from stepline.trainer.plan.tensors import Group, Shape
-from stepline.trainer.plan.update import adamw_state, muon_state, muon_temporaries
+from stepline.trainer.plan import demo_memory
+from stepline.trainer.plan.demo_memory import PUBLISHED_KEPT, Batch, batches, exchanged, packet
+from stepline.trainer.plan.tensors import Group, Shape, local_shape
+from stepline.trainer.plan.update import BUCKET_ELEMENTS, adamw_state, muon_state, muon_temporaries
 
-BATCH_ELEMENTS = 2**26
-"""Of comm/packets.py, which imports torch."""
+BATCH_ELEMENTS = demo_memory.BATCH_ELEMENTS
 NONE = Group(())
 
 
@@ -22,9 +23,9 @@ class SyncMemory:
     ) -> None:
         self.config, self.root, self.blocks, self.shard, self.item = config, root, blocks, shard, item
         self.replicas, self.parallel = replicas, config.parallel
-        every = root.shapes + blocks.shapes
-        self.whole = Group(every).shard(shard) * item
-        self.vectors = Group(tuple(s for s in every if len(s) < 2))
+        self.every = root.shapes + blocks.shapes
+        self.whole = Group(self.every).shard(shard) * item
+        self.vectors = Group(tuple(s for s in self.every if len(s) < 2))
         self.matrices = Group(tuple(blocks.matrices()))
         self.ends = Group(tuple(root.matrices()))
 
@@ -49,7 +50,7 @@ class SyncMemory:
             return self.whole + (self.whole if demo.delay else 0)
         owed = 0
         if self.replicas > demo.owner_reduce_above:
-            owed = self._by_chunk().total() * self.item // self.replicas
+            owed = sum(batch.elements for batch in self.batches()) * self.item // self.replicas
         if demo.accumulate == "gradients":
             waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item) + ends
         return dense + waits + owed + (self.whole if demo.delay else 0)
@@ -68,22 +69,54 @@ class SyncMemory:
         ):  # distances, what travels, and their mean; int8: bytes, and what they are made of
             copies = 5 if self.parallel.diloco.codec == "int8" else 3
             return max(muon, copies * self.whole // self.parallel.diloco.fragments)
-        largest = (
-            max(Group((s,)).shard(self.shard) for s in self.root.shapes + self.blocks.shapes) * self.item
-        )
         if sync == "random_k":
-            return largest + int(4 * 8 * self.whole / self.item * self.parallel.random_k.density)
-        chunks = min(max(self._by_chunk().values()), BATCH_ELEMENTS) * self.item
-        read = int(self.replicas * self.whole / self.item * demo.density * (8 + self.item))
-        return read + max(3 * chunks, muon + self.whole if muon else 0)
+            return max(muon, self._random_k())
+        found, fused = self.batches(), self._fused()
+        if demo.phi == "muon":  # of all that has been decoded, whose rows CPUs take as they are
+            rows = 0 if fused else min(self.matrices.shard(self.shard), BUCKET_ELEMENTS) * self.item
+            applied = self.whole + muon - rows
+        else:
+            signs = demo.phi == "sign" and any(batch.published for batch in found)
+            largest = max(math.prod(local_shape(s, self.shard)) for s in self.every) * self.item
+            applied = 0 if fused else max(batch.applying(largest if signs else 0) for batch in found)
+        return max(muon, exchanged(found, self.codec(), self.replicas, fused, applied))
 
-    def _by_chunk(self) -> Counter[Shape]:
-        """Elements that are transformed together (comm/packets.py), by the shape of their chunks."""
-        limit, found = self.parallel.demo.side, Counter()
-        for rows, cols in self.matrices.shapes:
-            mine = -(-rows // self.shard)
-            height, width = (-(-n // -(-n // limit)) for n in (mine, cols))
-            found[height, width] += -(-mine // height) * -(-cols // width) * height * width
-        for shape in self.ends.shapes:
-            found[1, limit * limit] += Group((shape,)).shard(self.shard)
-        return found
+    def flying(self) -> int:
+        """Packets that are under way beside a forward and backward."""
+        demo = self.parallel.demo
+        if self.parallel.sync != "demo" or not demo.delay:
+            return 0
+        return self.replicas * packet(self.batches(), self.codec())
+
+    def _random_k(self) -> int:
+        """For each value: where it is, itself in a list and as it travels, what it was rounded to, and the mean before
+        and after it is divided."""
+        random_k = self.parallel.random_k
+        length = max(1, round(1 / random_k.density))
+        matrices = [math.prod(local_shape(s, self.shard)) for s in self.every if len(s) > 1]
+        values = sum(-(-numel // length) for numel in matrices)
+        rounded = 2 + 2 * self.item if random_k.codec == "bf16" else self.item
+        return values * (8 + 2 * self.item + rounded)
+
+    def codec(self) -> str:
+        """How values travel."""
+        return "fp32" if self.parallel.demo.faithful else self.parallel.demo.codec
+
+    def _fused(self) -> bool:
+        return self.config.run.device == "cuda" and self.item == 4
+
+    def batches(self) -> list[Batch]:
+        """As comm/demo.py cuts them."""
+        demo = self.parallel.demo
+        limit, size = demo.side, (demo.density, demo.kept, self.item)
+
+        def mine(shapes: tuple[Shape, ...]) -> list[Shape]:
+            return [local_shape(shape, self.shard) for shape in shapes]
+
+        if demo.faithful:
+            size = (demo.density, demo.kept or PUBLISHED_KEPT, self.item)
+            return batches(mine(self.every), limit, *size, transformed=True, published=True, divisors=True)
+        blocks = mine(tuple(s for s in self.blocks.shapes if len(s) > 1))
+        published = demo.accumulate == "gradients"
+        found = batches(blocks, limit, *size, transformed=True, published=published)
+        return found + batches(mine(self.ends.shapes), limit, *size, transformed=False, published=False)

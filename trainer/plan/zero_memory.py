@@ -19,6 +19,7 @@ class ZeroReplay(Replay):
         super().__init__(*arguments)
         zero = self.config.parallel.zero
         self.root, self.block = root_group(self.model), block_group(self.model)  # never one group
+        self.sizes.holds_casts = True  # what DeepSpeed gathers is in the compute type
         self.stage, self.fsdp = zero.stage, zero.stage == 3 and self.shard > 1
         self.away = self.sizes.cuda and zero.offload != "none"
         self.weights_away = self.sizes.cuda and zero.offload == "all"

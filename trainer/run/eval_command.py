@@ -104,17 +104,20 @@ def find_sources(config: Config, data: Sequence[Path], splits: Sequence[str]) ->
 
 def _check_tokenizer(config: Config, path: Path) -> None:
     """Raises UserError where a prepared folder's tokens are no tokens of the run's model, as far as is known."""
-    meta, own = load_meta(path), config.data.folders()
+    meta = load_meta(path)
     if meta.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer of {path} has {meta.vocab_size} tokens, the model {config.model.vocab_size}; "
             "evaluate on data prepared with the run's tokenizer"
         )
-    known = bool(own) and (own[0].path / "meta.json").is_file()
-    if known and load_meta(own[0].path).tokenizer_sha256 != meta.tokenizer_sha256:
+    try:
+        own = tokenizer_path(config)
+    except UserError:  # of which nothing is known
+        return
+    if load_tokenizer(own).sha256 != meta.tokenizer_sha256:
         raise UserError(
             f"{path} was prepared with another tokenizer than the run's data; prepare it with --tokenizer "
-            f"{own[0].path}, or give --data the text itself"
+            f"{own}, or give --data the text itself"
         )
 
 

@@ -1,6 +1,7 @@
 """A run's folder: whether it can be used, and where the run in it goes on. Imports no torch."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from stepline.trainer.run.manifest import (
 
 RUN_MARKS = ("config.yaml", "logs", "checkpoints", "metrics.jsonl", "run_id")
 """One of them makes a folder a run's."""
+TOKENIZER = "tokenizer"
+"""Folder in a run's: a copy of its data's tokenizer."""
 LAUNCHER_FILES = (".log", ".out", ".err")
 """What a shell or a scheduler may put into a run's folder before the run begins."""
 
@@ -47,6 +50,21 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder, prefix="."):  # hidden from the check_folder of another rank
             pass
+    except OSError as error:
+        raise _unusable(folder, error.strerror) from error
+
+
+def keep_tokenizer(folder: Path, tokenizer: Path) -> None:
+    """Copies the data's tokenizer, a file or a folder, into the run's folder: the run is used where its data is not."""
+    kept, partial = folder / TOKENIZER, folder / f".{TOKENIZER}"
+    if kept.exists():
+        return
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        copy = shutil.copytree if tokenizer.is_dir() else shutil.copyfile
+        copy(tokenizer, partial / tokenizer.name)
+        partial.rename(kept)
     except OSError as error:
         raise _unusable(folder, error.strerror) from error
 

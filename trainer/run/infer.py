@@ -8,10 +8,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
-from stepline.trainer.data.dataset import load_meta
+from stepline.trainer.data.dataset import Meta, load_meta
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
+from stepline.trainer.run.folder import TOKENIZER
 from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
 from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.state import load_weights
@@ -47,7 +48,9 @@ def load_run(
 
 
 def tokenizer_path(config: Config) -> Path:
-    """Where the tokenizer of a run's data is; raises UserError."""
+    """Where the tokenizer of a run is: in its folder, else with its data; raises UserError."""
+    if (kept := config.run.folder / TOKENIZER).is_dir():
+        return kept
     folders = config.data.folders()
     if not folders:
         raise UserError("the run has no data and so no tokenizer; set data.path in its config.yaml")
@@ -57,6 +60,21 @@ def tokenizer_path(config: Config) -> Path:
         raise UserError(f"the run's tokenizer lies with its data, and {error}") from None
 
 
+def other_tokenizer(config: Config, meta: Meta) -> list[str]:
+    """A note where the tokens of the data are not those of the run whose weights this one starts from."""
+    origin = read_run_config(run_of(find_checkpoint(config.run.init_from, checksums=False)))
+    try:
+        same = run_tokenizer(origin).sha256 == meta.tokenizer_sha256
+    except UserError:  # nothing is known of it
+        return []
+    if same:
+        return []
+    return [
+        f"{meta.path} was prepared with another tokenizer than that of run.init_from {config.run.init_from}, whose "
+        "embeddings mean other tokens"
+    ]
+
+
 def run_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a run's data."""
+    """The tokenizer of a run; raises UserError where there is none."""
     return load_tokenizer(tokenizer_path(config))

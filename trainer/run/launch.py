@@ -25,9 +25,10 @@ from stepline.trainer.errors import (
     UserError,
 )
 from stepline.trainer.files import locked
+from stepline.trainer.run.alike import check_ranks_alike
 from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
-from stepline.trainer.run.folder import checkpoint_to_resume, make_folder
+from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
 from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import forget_outcome, told_launchers, write_outcome
@@ -70,6 +71,8 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
                 dist.destroy_process_group()
                 return code
             number, stacks = _start_logs(job)
+            if world.rank == 0:  # a folder with nothing else is no run's, to a rank that starts later
+                keep_tokenizer(job.folder, job.metas[0].tokenizer_path)
         except UserError as error:
             if world.local_rank == 0:
                 print(f"error: {error}", file=sys.stderr)
@@ -155,7 +158,7 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
     outcome: dict = {}
     code = FAILED
     try:
-        _check_layout_alike(job)
+        check_ranks_alike(job)
         outcome |= train(job, stop, number, stacks)
         code = DONE
     except (UserError, TrainingStopped, ToBeContinued) as error:
@@ -173,29 +176,6 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         if job.world.rank == 0 or code == FAILED:  # the rank that fails first knows why
             write_outcome(job.folder, number, code, **outcome)
     return code
-
-
-def _check_layout_alike(job: Job) -> None:
-    """Raises UserError where the ranks have settled on different ways to divide the work: on unequal devices, or with
-    configs of their own."""
-    mine = {
-        key: value for key, value in job.config.parallel.model_dump().items() if not isinstance(value, dict)
-    } | {
-        f"{part}.{key}": value
-        for part in ("demo", "diloco", "random_k", "zero", "deepspeed")
-        for key, value in getattr(job.config.parallel, part).model_dump().items()
-    }
-    layouts: list = [None] * job.world.size
-    dist.all_gather_object(layouts, mine)
-    for key in mine:
-        values = sorted({str(layout.get(key)) for layout in layouts})
-        if len(values) > 1:
-            why = (
-                "devices differ in memory and lead to" if key in ("shard", "micro_batch") else "configs have"
-            )
-            raise UserError(
-                f"the ranks' {why} different values of parallel.{key} ({', '.join(values)}); set the same for all"
-            )
 
 
 def _start_logs(job: Job) -> tuple[int, TextIO]:
@@ -219,7 +199,7 @@ def _start_logs(job: Job) -> tuple[int, TextIO]:
     handlers: list[logging.Handler] = [in_file]
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if job.world.rank == 0:
-        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers.append(Terminal())
         handlers[1].setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = handlers
     log.setLevel(logging.INFO)
@@ -228,6 +208,18 @@ def _start_logs(job: Job) -> tuple[int, TextIO]:
     faulthandler.enable(in_file.stream)
     faulthandler.register(signal.SIGUSR2, in_file.stream)
     return attempt[0], in_file.stream
+
+
+class Terminal(logging.StreamHandler):
+    """Standard error as it is when a line is written: the progress bar takes its place while it is shown."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
 
 
 def _check_folder_shared(job: Job, folder: Path) -> None:
@@ -246,11 +238,19 @@ def _check_folder_shared(job: Job, folder: Path) -> None:
 
 def dry_run(config: str, overrides: list[str], resume: str) -> int:
     """`stepline train --dry-run`: prints the resolved config with the origin of each value, and the memory that a
-    step needs; allocates nothing."""
+    step needs; allocates nothing. Of several ranks the first one speaks."""
+    job = start_job(config, overrides, resume, world := launched_world(rendezvous=False), dry=True)
+    if world.rank == 0:
+        _describe_dry(job, world)
+    if job.refused is not None:
+        raise job.refused
+    return DONE
+
+
+def _describe_dry(job: Job, world: World) -> None:
     from stepline.trainer.config_io import format_config
     from stepline.trainer.plan.memory import Layout, estimate, memory_table
 
-    job = start_job(config, overrides, resume, world := launched_world(rendezvous=False), dry=True)
     print(format_config(job.config, job.origins), end="")
     layout = Layout.of(job.config, world.size)
     has = device_memory(job.device, world.local_size)
@@ -258,6 +258,3 @@ def dry_run(config: str, overrides: list[str], resume: str) -> int:
         print(f"# {line}")
     for note in job.notes:
         print(f"# note: {note}")
-    if job.refused is not None:
-        raise job.refused
-    return DONE

@@ -95,13 +95,14 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 stopping = agreed.stop
 
                 last = state.step == steps
+                permanent = last or state.step % config.checkpoint.every == 0
                 if is_logged(state.step, config):
                     row = step_row(state, result, lr) | attempt.speed.lap(state.step)
                     watch.log(row)
                     stop_after_skips(row["skipped_in_a_row"], config)
 
                 every = config.parallel.check_replicas_every
-                if every and state.step % every == 0:
+                if every and (permanent or state.step % every == 0):  # what stays on disk is what all hold
                     stop_where_replicas_differ(state)
 
                 if validation_due(state.step, config) and not stopping:
@@ -109,7 +110,6 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                     stopping = attempt.told_to_stop() if validation is None else 0
 
                 attempt.saver.poll()
-                permanent = last or state.step % config.checkpoint.every == 0
                 if permanent or agreed.save or stopping:
                     attempt.save(permanent)
                 watch.beat(state.step, "training", tokens=state.tokens, **attempt.saved())
@@ -202,8 +202,8 @@ def stop_where_replicas_differ(state: TrainState) -> None:
     name = state.synchronizer.first_difference()
     if name is not None:
         raise TrainingStopped(
-            f"at step {state.step} the replicas differ in {name}; the last checkpoint before that is sound where its "
-            "step was checked (parallel.check_replicas_every): resume from it, and look for a faulty device"
+            f"at step {state.step} the replicas differ in {name}; look for a faulty device, and resume from the last "
+            "permanent checkpoint, before which they were compared"
         )
 
 

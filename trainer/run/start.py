@@ -24,6 +24,7 @@ from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
+from stepline.trainer.run.infer import other_tokenizer
 from stepline.trainer.run.manifest import read_state
 from stepline.trainer.run.products import check_products_of_batch, products_done_instead
 from stepline.trainer.run.state import check_weights
@@ -121,6 +122,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     check_windows(sources, metas, config.data.seq_len)
     if resume_from is None and config.run.init_from is not None:
         check_weights(config)
+        notes += other_tokenizer(config, metas[0])
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
@@ -148,9 +150,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     chosen = resume not in ("auto", "never")
     job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, refused, notes)
     if resume_from is None:
-        job.expected = expected_final_loss(
-            plan, job.folder, job.fingerprints, config.logging.eval_split, config.model.canon
-        )
+        job.expected = expected_final_loss(plan, job.folder, job.fingerprints, config.logging.eval_split)
     else:
         job.expected = kept_expectation(job.folder)
         held = read_state(resume_from)["fingerprints"]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -61,6 +62,26 @@ def test_a_config_is_counted_from_its_shapes():
     assert values["params"] == parameter_counts(model).linear
     assert values["inputs"]["world_size"] == 8
     assert values["batch_tokens"] % (8 * values["inputs"]["micro_batch"] * values["inputs"]["seq_len"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [("dense-1b",), ("quickstart", "--link-mbit", "100", "--replicas", "2"), TWO]
+)
+def test_it_answers_within_1_5_s_of_a_processor_and_loads_nothing_heavy(arguments):
+    """The processor's time: the clock's depends on what else the machine does."""
+    code = (
+        "import sys\n"
+        "from stepline.trainer.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as left: assert not left.code\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'pandas', 'matplotlib', 'pyarrow', 'wandb', 'transformers', 'deepspeed'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, "plan", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    assert usage.ru_utime + usage.ru_stime < 1.5
 
 
 def test_a_mixture_shows_its_active_weights_and_no_empty_columns():

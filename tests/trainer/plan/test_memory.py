@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepline.comm import packets
 from stepline.comm.fsdp import ONE_GROUP_BYTES
 from stepline.kernels.cross_entropy import CPU_LOGITS, CUDA_LOGITS
 from stepline.models.config import ModelConfig, RevFFNConfig
@@ -20,10 +19,10 @@ from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.optim import muon
 from stepline.trainer.optim.build import build_optimizer
-from stepline.trainer.plan import replay, sync_memory, update
+from stepline.trainer.plan import replay, update
 from stepline.trainer.plan.memory import MARGIN, PARTS, Layout, estimate
 from stepline.trainer.plan.resolve import Machine, resolve
-from stepline.trainer.plan.tensors import block_group, root_group
+from stepline.trainer.plan.tensors import block_group, cast_group, root_group
 
 ROOT = Path(__file__).resolve().parents[3]
 ODD = ModelConfig(
@@ -102,6 +101,27 @@ def test_all_that_is_made_is_dropped(device, world, recompute, reshard):
     assert held["gradients"] == held["parameters"]
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("sections", [{}, {"precision": {"fp8": True}, "sparse": {"mode": "s-ste"}}])
+@pytest.mark.parametrize("changed", [{}, {"blocks": "revffn"}, {"canon": "AC"}])
+def test_all_that_experts_make_is_dropped(world, experts, sections, changed):
+    model = BIG.model_copy(update={"ffn": "moe"} | changed)
+    for reshard in (True, False):
+        parallel = {"experts": min(experts, world), "reshard_after_forward": reshard}
+        replayed = replay.Replay(config(model, parallel=parallel, **sections), world, world, 2, 2)
+        replayed.run()
+        left = replayed.tally.live
+        assert left["activations"] == left["logits"] == left["all-gather"] == 0
+        assert left["gradients"] == left["parameters"] - casts(replayed)
+
+
+def casts(replayed: replay.Replay) -> int:
+    """Bytes of the 8-bit shards that are held beside the parameters."""
+    fp8 = replayed.config.precision.fp8 and replayed.fsdp
+    return cast_group(replayed.model).shard(replayed.shard) * replayed.layers if fp8 else 0
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("coupling", ["exact", "revffn"])
 @pytest.mark.parametrize("ffn", ["dense", "moe"])
@@ -119,7 +139,6 @@ def test_all_that_reversible_blocks_make_is_dropped(device, coupling, ffn, ancho
 def test_constants_are_those_of_the_code():
     assert replay.CHUNK_LOGITS == {"cuda": CUDA_LOGITS, "cpu": CPU_LOGITS}
     assert (replay.ONE_GROUP_BYTES, update.BUCKET_ELEMENTS) == (ONE_GROUP_BYTES, muon.BUCKET_ELEMENTS)
-    assert sync_memory.BATCH_ELEMENTS == packets.BATCH_ELEMENTS
 
 
 def test_what_is_not_settled_is_refused():
@@ -139,6 +158,12 @@ def close(row: dict) -> None:
         ("reversible, coupling revffn, adapters", 1),
         ("reversible, experts", 1),
         ("fsdp, recompute full, accumulation 2", 2),
+        ("2:4, estimator", 1),
+        ("fp8, scales of rows", 1),
+        ("experts dealt", 2),
+        ("fsdp, 2:4, fp8, parameters", 2),
+        ("demo, half of each chunk", 2),
+        ("demo, faithful", 2),
     ],
 )
 def test_measured(pool, benchmark_cases, case, world):
@@ -239,44 +264,6 @@ def test_over_slow_links_a_replica_is_a_node(world, node, shard):
         run = Config(model=ODD, budget={"tokens": 10**8}, parallel={"sync": "demo"})
         resolve(run, {}, Machine(world, device, True, memory and int(memory), node), None)
         assert run.parallel.shard == shard
-
-
-SYNCS = {
-    "demo": {},
-    "demo, gradients": {"demo": {"accumulate": "gradients"}},
-    "demo, a step late": {"demo": {"delay": 1}},
-    "demo, owners": {"demo": {"owner_reduce_above": 1, "chunk": 8}},
-    "demo, faithful": {"demo": {"faithful": True}},
-    "diloco": {},
-    "random_k": {},
-}
-
-
-@pytest.mark.parametrize("name", SYNCS)
-def test_state_of_the_synchronisers(pool, name):
-    """Against the tensors that are there."""
-    (found, held) = pool.run(2, synchronizer_bytes, name.split(",")[0], SYNCS[name])[0]
-    assert found == pytest.approx(held, rel=0.01)
-
-
-def synchronizer_bytes(sync: str, sections: dict) -> tuple[int, int]:
-    from stepline.comm.mesh import build_mesh
-    from stepline.trainer.plan.sync_memory import SyncMemory
-    from stepline.trainer.run.synchronize import build_synchronizer
-
-    settled = config(parallel={"sync": sync} | sections, optimizer={"weight_decay": 0.1}, budget={"steps": 9})
-    named = dict(Transformer(ODD).named_parameters())
-    synchronizer = build_synchronizer(settled, named, build_mesh(torch.device("cpu"), 2, 1))
-    parameters = {p.data_ptr() for p in named.values()}
-    held = sum(
-        t.untyped_storage().nbytes()
-        for t in synchronizer.state_dict(0).values()
-        if t.data_ptr() not in parameters
-    )
-    if sync == "diloco":
-        held += sum(t.untyped_storage().nbytes() for t in synchronizer.shared_parameters().values())
-    blocks = type(root_group(ODD))(block_group(ODD).shapes * ODD.num_layers)
-    return SyncMemory(settled, root_group(ODD), blocks, 1, 2, 4).state(), held
 
 
 def test_when_nothing_fits():

@@ -11,6 +11,7 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump, flatten
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.explain import lines
 from stepline.trainer.plan.laws import STEP_LAW
 from stepline.trainer.plan.planner import Inputs, make_plan, penalty_percent, round_batch, scaled_lr
 from stepline.trainer.plan.resolve import Machine, resolve
@@ -25,6 +26,17 @@ def test_rounding_is_a_nearest_multiple_and_idempotent(ideal, quantum):
     for other in (batch - quantum, batch + quantum):
         if other > 0:
             assert abs(math.log(batch / ideal)) <= abs(math.log(other / ideal)) + 1e-12
+
+
+@given(st.floats(1e3, 1e9), st.floats(1.0, 4.0), st.integers(1, 10**7))
+def test_rounding_is_monotone(ideal, factor, quantum):
+    """Also between neighbouring floats, where one of them is on the edge of two multiples."""
+    assert round_batch(ideal, quantum) <= round_batch(ideal * factor, quantum)
+    edge = math.sqrt(2.0) * quantum  # as far from one multiple as from two
+    near = [edge * (1 + i * 2.0**-52) for i in range(-3, 4)]
+    rounded = [round_batch(value, quantum) for value in near]
+    assert rounded == sorted(rounded)
+    assert {rounded[0], rounded[-1]} == {quantum, 2 * quantum}
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1.0, 10.0))
@@ -91,6 +103,28 @@ def test_a_mixture_s_weight_decay_is_fixed():
     plan = make_plan(Inputs(1e9, 5e10, active_params=2e8))
     assert plan.weight_decay == 0.1
     assert plan.ideal_lr == STEP_LAW.lr(1e9, 5e10)  # the law takes the total
+
+
+@pytest.mark.parametrize(
+    ("inputs", "used", "ideal", "end"),
+    [
+        ({}, 0.1039, 0.1039, "= 0.1039, tau = 1.084 * 20.16^-0.527"),
+        ({"weight_decay": 0.2}, 0.2, 0.1039, "= 0.1039, tau = 1.084 * 20.16^-0.527; 0.2 set by you"),
+        ({"lr": 1e-5}, 0.3, 0.1039, "= 24.22, tau = 1.084 * 20.16^-0.527; 0.3, clamped to 0.02-0.3"),
+        (
+            {"active_params": 1e7},
+            0.1,
+            0.1039,
+            "= 0.1039, tau = 1.084 * 20.16^-0.527; 0.1, fixed for a mixture",
+        ),
+    ],
+)
+def test_the_weight_decay_s_line_has_its_result_and_why_it_is_not_taken(inputs, used, ideal, end):
+    plan = make_plan(Inputs(124e6, 2.5e9, **inputs))
+    (line,) = (line for line in lines(plan) if line.name == "weight decay")
+    assert (line.used, line.ideal) == pytest.approx((used, ideal), rel=1e-3)
+    assert line.equation.startswith(f"B / (lr * tau * D) = {plan.batch_tokens:,.0f} / ({plan.lr:.4g} * ")
+    assert line.equation.endswith(end)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a step sends, counted from shapes, is what the real synchronisers declare; and what the counts come to."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -193,6 +194,7 @@ def test_seconds_of_a_step():
     beside = Exchange("", (), sent=12.5e6, received=12.5e6, overlapped=12.5e6)
     half = Exchange("", (), sent=12.5e6, received=12.5e6, overlapped=10e6)
     owners = Exchange("", (), sent=12.5e6, received=12.5e6, overlapped=7.5e6, onward=5e6)
+    encoded = replace(half, codec_s=0.04)
     assert plain.seconds(100) == pytest.approx(1)
     for compute in (0.5, 4.0):
         assert plain.step_seconds(100, compute) == pytest.approx(compute + 1)
@@ -200,6 +202,37 @@ def test_seconds_of_a_step():
         assert half.step_seconds(100, compute) == pytest.approx(max(compute, 0.8) + 0.2)
         waited = max(compute / 3, 0.6) + max(compute * 2 / 3, 0.4)  # each message beside its own part
         assert owners.step_seconds(100, compute) == pytest.approx(waited)
-        for exchange in (plain, beside, half, owners):
+        assert encoded.step_seconds(100, compute) == pytest.approx(max(compute, 0.8) + 0.24)
+        for exchange in (plain, beside, half, owners, encoded):
             mbit = exchange.harmless_mbit(compute)
             assert exchange.step_seconds(mbit, compute) == pytest.approx(1.1 * compute)
+    assert encoded.harmless_mbit(0.39) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("demo", "percent"),
+    [
+        ({}, 0.46),
+        ({"density": 0.01}, 1.58),
+        ({"codec": "int8", "density": 0.0078125, "chunk": 64}, 1.2),
+        ({"density": 0.005}, None),
+        ({"delay": 1}, None),
+        ({"faithful": True}, None),
+        ({"accumulate": "gradients"}, None),
+        ({"beta": 0.98}, None),
+        ({"owner_reduce_above": 1}, None),
+    ],
+)
+def test_the_loss_that_was_measured(demo, percent):
+    config = config_of({"sync": "demo", "demo": demo})
+    assert SyncBytes(config, 1, 2).demo().loss_percent == percent
+    every = {exchange.label: exchange.loss_percent for exchange in SyncBytes(config, 1, 2).every()}
+    assert [every[name] for name in ("all-reduce fp32", "all-reduce bf16")] == [0, 0]
+    assert [loss for name, loss in every.items() if name.startswith(("random-k", "diloco"))] == [None, None]
+
+
+def test_a_rank_encodes_what_it_holds():
+    config = load_config("dense-1b", [])[0]
+    whole, quarter = (link_bytes(config, shard, 2)[2].codec_s for shard in (1, 4))
+    assert whole == pytest.approx(parameter_counts(config.model).total * 44.2e-3 / 3_443_520)
+    assert quarter == pytest.approx(whole / 4, rel=1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 
-CANON, SHORT = "model.canon=AC", "budget.steps=12"
+CANON = "model.canon=AC"
 REVFFN = ["model.blocks=revffn", "model.hidden_size=48", "model.ffn_size=48"]
 MOE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=24", "model.moe.experts=6"]
 OF_THE_MODEL = ("model", "optimizer", "data.", "budget", "sparse")
@@ -32,7 +32,7 @@ OF_THE_MODEL = ("model", "optimizer", "data.", "budget", "sparse")
 def test_every_layout_gives_the_curve_of_one_plain_rank(
     train, tiny_config, tmp_path, column, world, tolerance, options
 ):
-    common = [CANON, SHORT, "precision.compute=fp64", *(o for o in options if o.startswith(OF_THE_MODEL))]
+    common = [CANON, "precision.compute=fp64", *(o for o in options if o.startswith(OF_THE_MODEL))]
     one = column(train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=16", *common))
     many = column(train(world, tiny_config, tmp_path / "many", *common, *options))
     assert one[-1] < one[0] - 0.3
@@ -48,7 +48,7 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(
     ],
 )
 def test_compiled_and_by_deepspeed(train, tiny_config, tmp_path, column, tolerance, options):
-    common = [CANON, "budget.steps=6", *(o for o in options if o.startswith("model"))]
+    common = [CANON, *(o for o in options if o.startswith("model"))]
     plain = column(train(1, tiny_config, tmp_path / "plain", *common))
     other = column(train(2, tiny_config, tmp_path / "other", *common, *options))
     assert (other / plain - 1).abs().max() < tolerance
@@ -57,9 +57,9 @@ def test_compiled_and_by_deepspeed(train, tiny_config, tmp_path, column, toleran
 def test_they_learn_and_resume_bitwise_across_slow_links(interrupted, train, tiny_config, tmp_path, column):
     """DeMo on two replicas of two ranks; replicas are compared in every step."""
     demo = ["parallel.sync=demo", "parallel.shard=2", "parallel.check_replicas_every=1"]
-    straight, again = interrupted(4, CANON, SHORT, *demo, "checkpoint.every=5", "checkpoint.keep=9")
+    straight, again = interrupted(4, CANON, *demo, "checkpoint.every=5", "checkpoint.keep=9")
     for key in ("loss", "grad_norm"):
         assert column(again, key).equal(column(straight, key))
-    without = train(4, tiny_config, tmp_path / "without", SHORT, *demo)
+    without = train(4, tiny_config, tmp_path / "without", *demo)
     assert without[0]["loss"] == straight[0]["loss"]  # they begin as the model without
     assert column(without)[-1] > column(straight)[-1] + 1e-3

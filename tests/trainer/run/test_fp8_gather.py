@@ -28,8 +28,8 @@ SHAPE = ["model.hidden_size=32", "model.num_heads=2", "model.ffn_size=48", "mode
 MOE = ["model.ffn=moe", "model.moe.experts=4", "model.moe.shared_size=16"]
 
 
-def trained(config: str, options: list[str], gather: bool) -> dict:
-    """Losses, this rank's parameters and the bytes of its all-gathers in three steps."""
+def trained(config: str, options: list[str], gather: bool, steps: int = 3) -> dict:
+    """Losses, this rank's parameters and the bytes of its all-gathers in some steps."""
     world = World.from_environment()
     job = start_job(config, [*SHAPE, *options], "never", world)
     mesh = build_mesh(job.device, world.size, job.config.parallel.shard)
@@ -52,7 +52,7 @@ def trained(config: str, options: list[str], gather: bool) -> dict:
         held: set[int] = set()
         layers[0].register_forward_pre_hook(lambda m, _: held.add(m.weight.untyped_storage().nbytes()))
         draw, losses = torch.Generator().manual_seed(world.rank), []
-        for step in range(3):
+        for step in range(steps):
             tokens = torch.randint(0, 331, (2, 2, 33), generator=draw)
             state.sparsity.begin(step, watched=True)
             batch = Batch(tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous(), None, {})
@@ -81,6 +81,7 @@ def planned(config: str, options: list[str], world: int) -> int:
     return held[0] - held[1]
 
 
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.e2e)])
 @pytest.mark.parametrize(
     ("world", "options"),
     [
@@ -96,11 +97,11 @@ def planned(config: str, options: list[str], world: int) -> int:
         (2, [*ROWS, "parallel.shard=1", "parallel.sync=demo", "precision.compute=bf16"]),
     ],
 )
-def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, options):
+def test_the_numbers_are_those_of_whole_weights(pool, tiny_config, world, options, steps):
     width = 2 if "precision.compute=bf16" in options else 4
-    times = 3 * 2 * (1 if "parallel.reshard_after_forward=false" in options else 2)
-    ours = pool.run(world, trained, str(tiny_config), options, True)
-    theirs = pool.run(world, trained, str(tiny_config), options, False)
+    times = steps * 2 * (1 if "parallel.reshard_after_forward=false" in options else 2)
+    ours = pool.run(world, trained, str(tiny_config), options, True, steps)
+    theirs = pool.run(world, trained, str(tiny_config), options, False, steps)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["gathered"] == 1
         assert other["gathered"] == 0

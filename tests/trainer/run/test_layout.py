@@ -9,8 +9,9 @@ from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.memory import PARTS
 from stepline.trainer.run import start
+from stepline.trainer.run.alike import check_ranks_alike
 from stepline.trainer.run.device_memory import device_memory
-from stepline.trainer.run.launch import _check_layout_alike, dry_run
+from stepline.trainer.run.launch import dry_run
 
 
 def test_dry_run_prints_the_memory_of_a_step(tiny_config, capsys):
@@ -63,9 +64,10 @@ def other_layouts(micro_batches: list[int], codecs: list[str]) -> str:
     model = {"vocab_size": 8, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4}
     rank = dist.get_rank()
     parallel = {"shard": 1, "micro_batch": micro_batches[rank], "demo": {"codec": codecs[rank]}}
+    config, world = Config(model=model, parallel=parallel), World(rank, 2, rank, 2)
     try:
-        _check_layout_alike(
-            SimpleNamespace(config=Config(model=model, parallel=parallel), world=World(rank, 2, rank, 2))
+        check_ranks_alike(
+            SimpleNamespace(config=config, world=world, origins={}, fingerprints=[], resume_from=None)
         )
     except UserError as error:
         return str(error)

@@ -46,7 +46,7 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
     assert load.mean(1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
-EP = [*MOE, "precision.compute=fp64", "model.moe.experts=8", "budget.steps=12"]
+EP = [*MOE, "precision.compute=fp64", "model.moe.experts=8"]
 
 
 GLOBAL = ["model.moe.balance=global", "budget.batch_tokens=128"]  # one micro-batch, so that its loss is one
@@ -134,8 +134,9 @@ def test_balance_losses_even_the_load(train, tiny_config, tmp_path, balance, col
     ],
 )
 def test_replicas_across_slow_links(interrupted, sync, column):
-    """Bit-identical replicas (they are compared in every step), biases alike, a bitwise resume."""
-    options = [*MOE, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2", "budget.steps=12"]
+    """Bit-identical replicas (they are compared in every step), biases alike, a bitwise resume; the numbers:
+    test_demo_models.py."""
+    options = [*MOE, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2"]
     options += ["parallel.check_replicas_every=1", "checkpoint.every=5"]
     straight, again = interrupted(4, *options)
     assert column(straight)[-3:].mean() < column(straight)[0] - 0.1

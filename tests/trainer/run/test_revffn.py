@@ -32,6 +32,11 @@ COMMON = ("optimizer", "data.", "budget", "model")
         ),
         (
             4,
+            ["parallel.shard=2", "parallel.micro_batch=1", "data.confine_attention=true", "budget.batch_tokens=512"],
+        ),
+        (2, ["parallel.reshard_after_forward=false", *MOE]),
+        (
+            4,
             [
                 "parallel.shard=4", "parallel.experts=2", "model.revffn.adapters=true", "optimizer.name=muon", *MOE,
                 "model.moe.experts=8",
@@ -61,8 +66,11 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
 
 
 @pytest.mark.e2e
-def test_compiled_halves_give_the_same_curve(train, tiny_config, tmp_path, column):
-    options = [*REVFFN, "model.num_layers=2", "budget.steps=8"]
+@pytest.mark.parametrize(
+    "ffn", [["model.num_layers=2"], [*MOE, "model.num_layers=1"]], ids=["dense", "a mixture"]
+)
+def test_compiled_halves_give_the_same_curve(train, tiny_config, tmp_path, column, ffn):
+    options = [*REVFFN, *ffn, "budget.steps=8"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
     compiled = train(2, tiny_config, tmp_path / "compiled", "run.compile=true", *options)
     assert (column(compiled) / column(plain) - 1).abs().max() < 1e-5
@@ -86,10 +94,19 @@ def test_backward_from_streams_is_that_from_stored_activations(
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("sync", [["demo", "parallel.demo.chunk=8"], ["diloco", "parallel.diloco.every=3"]])
-def test_replicas_across_slow_links(interrupted, sync):
-    """With a mixture inside: bit-identical replicas, a bitwise resume."""
-    options = [*REVFFN, *MOE, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2", "budget.steps=12"]
+@pytest.mark.parametrize(
+    ("ffn", "sync"),
+    [
+        (MOE, ["demo", "parallel.demo.chunk=8"]),
+        (MOE, ["diloco", "parallel.diloco.every=3"]),
+        ([], ["demo", "parallel.demo.chunk=8"]),
+        ([], ["diloco", "parallel.diloco.every=3"]),
+        ([], ["random_k"]),
+    ],
+)
+def test_replicas_across_slow_links(interrupted, ffn, sync):
+    """Bit-identical replicas, a bitwise resume; the numbers: test_demo_models.py."""
+    options = [*REVFFN, *ffn, f"parallel.sync={sync[0]}", *sync[1:], "parallel.shard=2"]
     options += ["parallel.check_replicas_every=1", "checkpoint.every=5"]
     straight, again = interrupted(4, *options)
     for key in ("loss", "grad_norm", "val_loss", "expert_load"):

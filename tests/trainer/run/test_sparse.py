@@ -25,8 +25,10 @@ MOE = ["model.ffn=moe", "model.ffn_size=32", "model.moe.experts=4", "model.moe.s
     ("world", "options"),
     [
         (2, []),
+        (4, ["parallel.shard=4"]),
+        (2, ["parallel.reshard_after_forward=false", "data.confine_attention=true"]),
         (4, ["parallel.shard=2", "parallel.micro_batch=1", "run.recompute=full", "optimizer.name=muon"]),
-        (4, ["parallel.experts=2", *MOE]),
+        (4, ["parallel.experts=2", "parallel.micro_batch=1", *MOE]),
         (2, ["model.blocks=revffn", *MOE]),
         (2, ["model.blocks=revffn", "parallel.reshard_after_forward=false"]),
     ],
@@ -36,7 +38,7 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
     common = [
         *SPARSE,
         "precision.compute=fp64",
-        *(o for o in options if o.startswith(("model", "optimizer"))),
+        *(o for o in options if o.startswith(("model", "optimizer", "data"))),
     ]
     one = train(1, tiny_config, tmp_path / "one", "parallel.micro_batch=6", *common)
     many = train(world, tiny_config, tmp_path / "many", *common, *options)

@@ -110,7 +110,7 @@ def test_rows_of_ended_runs_are_gathered(request_of, tmp_path, capsys):
         assert (told["runs"], told["done"], told["diverged"]) == (4, 2, 1)
     lines = (tmp_path / "sweep" / "runs.csv").read_text().splitlines()
     assert lines[0] == (
-        "name,params,tokens,lr,batch_tokens,weight_decay,optimizer,sync,schedule,seed,loss,diverged,held_out,seconds"
+        "name,params,tokens,lr,batch_tokens,weight_decay,optimizer,sync,schedule,kind,seed,loss,diverged,held_out,seconds"
     )
     rows = list(csv.DictReader(lines))
     assert [(row["loss"], row["diverged"], row["seconds"]) for row in rows] == [

@@ -178,12 +178,25 @@ def one_replica_differs(config: str, options: list[str], at: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("at", "code", "said"), [(0, 2, "start from different weights"), (2, 1, "at step 4 the replicas")]
+    ("at", "options", "code", "said"),
+    [
+        (0, [], 2, "start from different weights"),
+        (2, ["parallel.check_replicas_every=4"], 1, "at step 4 the replicas"),
+        (3, ["budget.steps=5"], 1, "at step 5 the replicas"),  # the last
+        (2, ["checkpoint.every=3"], 1, "at step 3 the replicas"),  # before it is on disk for good
+    ],
 )
-def test_replicas_that_differ_end_the_run(pool, tiny_config, tmp_path, at, code, said):
+def test_replicas_that_differ_end_the_run(pool, tiny_config, tmp_path, at, options, code, said):
     folder = tmp_path / "run"
-    options = [f"run.folder={folder}", *SYNCS["demo"], "parallel.shard=1", "parallel.check_replicas_every=4"]
+    options = [f"run.folder={folder}", *SYNCS["demo"], "parallel.shard=1", *options]
     assert pool.run(2, one_replica_differs, str(tiny_config), options, at, init=False) == [code] * 2
     message = json.loads((folder / "outcome.json").read_text())["message"]
     assert said in message
     assert "layers.0." in message
+    assert complete_checkpoints(folder) == []
+
+
+def test_replicas_are_not_compared_where_that_is_not_wanted(pool, tiny_config, tmp_path):
+    options = [f"run.folder={tmp_path / 'run'}", *SYNCS["demo"], "parallel.shard=1", "budget.steps=5"]
+    options += ["parallel.check_replicas_every=0"]
+    assert pool.run(2, one_replica_differs, str(tiny_config), options, 3, init=False) == [0] * 2

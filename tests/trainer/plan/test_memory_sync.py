@@ -1,0 +1,93 @@
+"""The memory of the synchronisers: their state, and the batches that DeMo encodes at once."""
+
+import pytest
+import torch
+
+from stepline.comm import chunks, packets
+from stepline.comm.mesh import build_mesh
+from stepline.models.config import ModelConfig
+from stepline.models.transformer import Transformer
+from stepline.trainer.config import Config
+from stepline.trainer.plan import demo_memory, sync_memory
+from stepline.trainer.plan.sync_memory import SyncMemory
+from stepline.trainer.plan.tensors import block_group, root_group
+from stepline.trainer.run import synchronize
+from stepline.trainer.run.synchronize import build_synchronizer
+
+ODD = ModelConfig(
+    vocab_size=331, hidden_size=36, num_layers=2, num_heads=3, ffn_size=50, qk_norm=True, tied_embeddings=True
+)
+EXPERTS = ODD.model_copy(update={"ffn": "moe", "hidden_size": 48, "ffn_size": 56})
+
+
+def made(model: ModelConfig, sync: str, sections: dict) -> tuple[SyncMemory, object]:
+    """What is planned of a synchroniser between two replicas of one rank, and the synchroniser."""
+    settled = Config(model=model, parallel={"sync": sync} | sections, optimizer={"weight_decay": 0.1})
+    settled.run.device, settled.run.compile, settled.precision.compute = "cpu", False, "fp32"
+    settled.budget.steps = 9
+    named = dict(Transformer(model).named_parameters())
+    blocks = type(root_group(model))(block_group(model).shapes * model.num_layers)
+    planned = SyncMemory(settled, root_group(model), blocks, 1, 2, 4)
+    return planned, build_synchronizer(settled, named, build_mesh(torch.device("cpu"), 2, 1))
+
+
+SYNCS = {
+    "demo": {},
+    "demo, gradients": {"demo": {"accumulate": "gradients"}},
+    "demo, a step late": {"demo": {"delay": 1}},
+    "demo, owners": {"demo": {"owner_reduce_above": 1, "chunk": 8}},
+    "demo, faithful": {"demo": {"faithful": True}},
+    "diloco": {},
+    "random_k": {},
+}
+
+
+@pytest.mark.parametrize("name", SYNCS)
+def test_state_of_the_synchronisers(pool, name):
+    """Against the tensors that are there."""
+    (found, held) = pool.run(2, synchronizer_bytes, name.split(",")[0], SYNCS[name])[0]
+    assert found == pytest.approx(held, rel=0.01)
+
+
+def synchronizer_bytes(sync: str, sections: dict) -> tuple[int, int]:
+    planned, synchronizer = made(ODD, sync, sections)
+    parameters = {p.data_ptr() for p in synchronizer.parameters.values()}
+    held = sum(
+        t.untyped_storage().nbytes()
+        for t in synchronizer.state_dict(0).values()
+        if t.data_ptr() not in parameters
+    )
+    if sync == "diloco":
+        held += sum(t.untyped_storage().nbytes() for t in synchronizer.shared_parameters().values())
+    return planned.state(), held
+
+
+def test_constants_are_those_of_the_code():
+    assert sync_memory.BATCH_ELEMENTS == demo_memory.BATCH_ELEMENTS == packets.BATCH_ELEMENTS
+    assert demo_memory.SPARSE_INVERSE == chunks.SPARSE_INVERSE
+    assert demo_memory.PUBLISHED_KEPT == synchronize.PUBLISHED_KEPT
+
+
+@pytest.mark.parametrize("model", [ODD, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "demo", [{}, {"kept": 100, "codec": "fp32"}, {"accumulate": "gradients", "chunk": 8}, {"faithful": True}]
+)
+def test_batches_and_packets_are_those_of_demo(pool, model, demo):
+    planned, real = pool.run(2, demo_batches, model, demo)[0]
+    assert planned == real
+
+
+def demo_batches(model: ModelConfig, demo: dict) -> tuple[tuple, tuple]:
+    """(Batches, bytes of a packet without the vectors) as planned, and as they are."""
+    planned, synchronizer = made(model, "demo", {"demo": demo})
+
+    def sorted_batches(found: list) -> list[tuple]:
+        return sorted((b.height, b.width, b.chunks, b.kept, b.transformed, b.published) for b in found)
+
+    form, batches = synchronizer.form, planned.batches()
+    dense = form.dense * form.dense_dtype.itemsize
+    # to the bytes that whole bytes of eight numbers add
+    rounded = 32 * len(batches)
+    size = demo_memory.packet(batches, planned.codec())
+    close = abs(size - (form.num_bytes(0) - dense)) <= rounded
+    return (sorted_batches(batches), True), (sorted_batches(form.batches), close)

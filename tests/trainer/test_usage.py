@@ -1,0 +1,78 @@
+"""A wrongly typed command line ends with exit code 2 and one sentence that names the option and its help."""
+
+import sys
+
+import pytest
+
+from stepline.trainer.cli import main
+
+
+def run(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["stepline", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code or 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan --params abc", "--params is 'abc'; it must be a valid number (see `stepline plan --help`)"),
+        ("plan --seq-len 1.5", "--seq-len is '1.5'; it must be a valid integer (see `stepline plan --help`)"),
+        ("plan --parms 1e9", "no option --parms; did you mean '--params'? (see `stepline plan --help`)"),
+        ("plan -params=1e9", "no option -params; did you mean '--params'? (see `stepline plan --help`)"),
+        ("plan --params", "option '--params' requires an argument (see `stepline plan --help`)"),
+        ("plan --json=3", "option '--json' does not take a value (see `stepline plan --help`)"),
+        ("laws fit", "the argument 'runs' is missing (see `stepline laws fit --help`)"),
+        ("laws fit runs.csv", "--output is missing (see `stepline laws fit --help`)"),
+        ("laws chek", "no command 'chek'; did you mean 'check'? (see `stepline laws --help`)"),
+        (
+            "sweep --lr-points x",
+            "--lr-points is 'x'; it must be a valid integer (see `stepline sweep --help`)",
+        ),
+        ("sweep --output", "option '--output' requires an argument (see `stepline sweep --help`)"),
+        ("nonsense", "no command 'nonsense' (see `stepline --help`)"),
+        ("trian quickstart", "no command 'trian'; did you mean 'train'? (see `stepline --help`)"),
+        ("--nonsense", "no option --nonsense"),
+        ("-h", "no option -h; did you mean '--help'? (see `stepline --help`)"),
+        ("train", "the argument 'config' is missing (see `stepline train --help`)"),
+        ("laws check a b c", "got unexpected extra argument(s) (c) (see `stepline laws check --help`)"),
+    ],
+)
+def test_mistakes_of_usage(monkeypatch, capsys, line, said):
+    assert run(monkeypatch, *line.split()) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(f"error: {said}")
+    assert error.count("\n") == 1
+
+
+def test_a_number_out_of_its_range(monkeypatch, capsys):
+    assert run(monkeypatch, "prepare", "x", "--output", "o", "--vocab-size", "5") == 2
+    error = capsys.readouterr().err
+    assert "--vocab-size" in error
+    assert "260" in error
+    assert error.count("\n") == 1
+
+
+def test_one_line_whatever_was_typed(monkeypatch, capsys):
+    assert run(monkeypatch, "plan", "--a\nb") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_one_rank_of_a_node_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run(monkeypatch, "train", "quickstart", "--dry") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_exit_codes_stay(monkeypatch, capsys):
+    """Help and the version are no mistakes; a group alone shows its help; a user's error is one sentence as before."""
+    for words, code in ((["--help"], 0), (["plan", "--help"], 0), (["--version"], 0), ([], 2), (["laws"], 2)):
+        assert run(monkeypatch, *words) == code, words
+        out, error = capsys.readouterr()
+        assert out.strip(), words
+        assert error == "", words
+    assert run(monkeypatch, "plan") == 2
+    assert capsys.readouterr().err == "error: give --params and --tokens, or a config\n"
+    assert run(monkeypatch, "plan", "--params", "1e9", "--tokens", "1e10", "--json") == 0

@@ -1,0 +1,67 @@
+"""Whether all ranks were started for the same run; asked before anything that ranks do together could go wrong."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from stepline.trainer.config import Config
+from stepline.trainer.config_io import dump, flatten
+from stepline.trainer.errors import UserError
+from stepline.trainer.run.start import Job
+
+MAY_DIFFER = (
+    # Paths: a node may have its own. What the data's folders hold is compared, and the replicas' first weights.
+    "run.folder", "data.path", "data.sources", "budget.law", "run.init_from",
+    # How a rank reads, computes and watches itself.
+    "data.prefetch", "data.verify", "run.compile", "run.profile",
+    # Rank 0's.
+    "logging.wandb", "logging.project",
+)  # fmt: skip
+"""Keys that need not be the same on all ranks."""
+BY_HAND = ("override", "file", "base")
+"""How the origin of a value begins that a user wrote; the others follow from those or are defaults."""
+
+
+def check_ranks_alike(job: Job) -> None:
+    """Raises UserError, on all ranks, where they have settled on different runs: with configs of their own, with other
+    data or checkpoints, or on unequal devices."""
+    mine = (job.fingerprints, job.resume_from and job.resume_from.name, compared(job.config), job.origins)
+    ranks: list = [None] * job.world.size
+    dist.all_gather_object(ranks, mine)
+    fingerprints, starts, configs, origins = zip(*ranks)
+    if len(texts := _different(fingerprints)) > 1:
+        raise UserError(
+            f"the ranks' folders of data hold different texts (fingerprints {' and '.join(texts)}); give all ranks "
+            "the same data, or copies of it (data.path, data.sources)"
+        )
+    if len(names := _different(starts)) > 1:
+        raise UserError(
+            f"the ranks go on from different checkpoints ({', '.join(names)}); give all of them the same --resume"
+        )
+    keys = dict.fromkeys(key for config in configs for key in config)
+    values = {key: _different([config.get(key) for config in configs]) for key in keys}
+    differ = [key for key in keys if len(values[key]) > 1]
+    if not differ:
+        return
+    by_hand = {key for key in differ for rank in origins if rank.get(key, "").startswith(BY_HAND)}
+    key = min(differ, key=lambda key: key not in by_hand)  # what follows from others comes last
+    of_devices = key in ("parallel.shard", "parallel.micro_batch") and key not in by_hand
+    why = "devices differ in memory and lead to" if of_devices else "configs have"
+    raise UserError(
+        f"the ranks' {why} different values of {key} ({', '.join(values[key])}); set the same for all"
+    )
+
+
+def compared(config: Config) -> dict[str, Any]:
+    """Every value that must be the same on all ranks, by its dotted key."""
+    values = {key: value for key, value in flatten(dump(config)).items() if key not in MAY_DIFFER}
+    values["data.sources"] = [source.weight for source in config.data.folders()]
+    values["run.init_from"] = None if config.run.init_from is None else "given"
+    return {key: value for key, value in values.items() if value != {}}
+
+
+def _different(values: Sequence[Any]) -> list[str]:
+    """The distinct ones of `values`, as text."""
+    return sorted({value if isinstance(value, str) else json.dumps(value) for value in values})
