@@ -33,8 +33,9 @@ with torch.no_grad():
     made = experts.product(x, (experts.w1, experts.w3, experts.w2), torch.tensor([8]))
     torch.testing.assert_close(made, (torch.nn.functional.silu(kept.T) * kept.T) @ kept.T)
 assert torch.equal(ops.weight_cast(weight, torch.tensor(1.0), E4M3, weight.dtype, True).float(), kept)
-for module in (generate, sparsity, export):
+for module in (sparsity, export):
     assert torch.equal(module.soft_threshold(weight), kept), module
+assert torch.equal(generate.sparse_weight(weight, torch.tensor(1.0)), kept)
 """
 
 

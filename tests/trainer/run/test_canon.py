@@ -21,8 +21,11 @@ OF_THE_MODEL = ("model", "optimizer", "data.", "budget", "sparse")
         ),
         (2, 1e-12, ["run.recompute=selective", "parallel.reshard_after_forward=false"]),
         (2, 1e-12, [*REVFFN, "data.confine_attention=true"]),
-        (2, 1e-12, [*REVFFN, "model.revffn.adapters=true", "model.canon=C", "optimizer.name=muon"]),
-        (2, 1e-12, [*MOE, "run.recompute=full"]),
+        pytest.param(
+            2, 1e-12, [*REVFFN, "model.revffn.adapters=true", "model.canon=C", "optimizer.name=muon"],
+            marks=pytest.mark.e2e,
+        ),
+        pytest.param(2, 1e-12, [*MOE, "run.recompute=full"], marks=pytest.mark.e2e),
         pytest.param(
             4, 1e-12, [*MOE, "parallel.experts=2", *REVFFN, "model.ffn_size=24"], marks=pytest.mark.e2e
         ),
@@ -54,6 +57,7 @@ def test_compiled_and_by_deepspeed(train, tiny_config, tmp_path, column, toleran
     assert (other / plain - 1).abs().max() < tolerance
 
 
+@pytest.mark.e2e
 def test_they_learn_and_resume_bitwise_across_slow_links(interrupted, train, tiny_config, tmp_path, column):
     """DeMo on two replicas of two ranks; replicas are compared in every step."""
     demo = ["parallel.sync=demo", "parallel.shard=2", "parallel.check_replicas_every=1"]
