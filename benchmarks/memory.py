@@ -38,13 +38,8 @@ from stepline.trainer.watch.allocations import Allocations
 
 TOLERANCE, STEPS = 0.1, 3
 BLOCKS = {
-    "vocab_size": 640,
-    "hidden_size": 256,
-    "num_layers": 6,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "ffn_size": 768,
-}
+    "vocab_size": 640, "hidden_size": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 768,
+}  # fmt: skip
 """Activations of the blocks are most of it."""
 MIXTURE = {"ffn": "moe", "ffn_size": 256, "moe": MoEConfig(experts=12, top_k=3, shared_size=128)}
 TWO = BLOCKS | {"num_layers": 2}

@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from stepline.comm.chunking import SPARSE_INVERSE, Chunking
 from stepline.comm.codec import Packing, dequantise, quantise
-from stepline.comm.dct import Chunking, dct, dct_basis, inverse_dct, inverse_dct_of
+from stepline.comm.dct import dct, dct_basis, inverse_dct, inverse_dct_of
 from stepline.comm.packets import (
     Batch,
     Chosen,
@@ -23,8 +24,6 @@ from stepline.comm.packets import (
     scattered,
 )
 
-SPARSE_INVERSE = 3
-"""How many times fewer values than height + width make outer products cheaper than two dense ones (measured)."""
 NUMBERS = {"fp32": torch.float32, "int8": torch.int8, "sign": torch.uint8}
 """Of codec.quantise, in a fp32 run."""
 

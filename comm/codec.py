@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepline.comm.chunking import index_bits, packet_bytes
+
 
 def pack_bits(numbers: Tensor, bits: int) -> Tensor:
     """Non-negative integers `[n]` below 2^bits as ceil(n / 8) * bits bytes: eight numbers to `bits` bytes,
@@ -49,11 +51,6 @@ def _overlaps(bits: int) -> list[list[tuple[int, int]]]:
     ]
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `pack_bits`."""
-    return -(-count // 8) * bits
-
-
 @dataclass(frozen=True)
 class Packing:
     """How numbers are packed to the bit and unpacked."""
@@ -80,18 +77,12 @@ class ChunkCodec:
     @property
     def bits(self) -> int:
         """Bits of an index."""
-        return max(1, (self.elements - 1).bit_length()) if self.indexed else 0
+        return index_bits(self.elements) if self.indexed else 0
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
         """Bytes of indices, values, scales."""
-        count = self.chunks * self.kept
-        values = {
-            "fp32": count * self.dtype.itemsize,
-            "int8": count,
-            "sign": packed_bytes(count, 1),
-        }[self.codec]
-        return packed_bytes(count, self.bits), values, 0 if self.codec == "fp32" else 2 * self.chunks
+        return packet_bytes(self.chunks, self.kept, self.bits, self.codec, self.dtype.itemsize)
 
     @property
     def num_bytes(self) -> int:

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stepline.comm.chunking import Chunking
 from stepline.comm.chunks import Chunks, Rule
-from stepline.comm.dct import Chunking
 from stepline.comm.exchange import Flight, PacketExchange
 from stepline.comm.fsdp import local
 from stepline.comm.packets import Batch, PacketFormat, Quantised, make_batches

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepline.comm.chunking import Chunking, batched, kept_of
 from stepline.comm.codec import ChunkCodec, Packing, as_numbers
-from stepline.comm.dct import Chunking
-
-BATCH_ELEMENTS = 1 << 26  # transformed at once: bounds the memory beside the parameters
+from stepline.comm.dct import join, split
 
 Chosen = tuple[Tensor, Tensor]
 """Indices and values, each `[chunks, kept]`; of several replicas `[replicas, chunks, kept]`."""
@@ -57,11 +56,11 @@ class Batch:
 
     def split(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """`[chunks, height, width]` of the parts' tensors."""
-        return torch.cat([part.chunking.split(tensors[part.name]) for part in self.parts])
+        return torch.cat([split(tensors[part.name], part.chunking) for part in self.parts])
 
     def join(self, chunks: Tensor) -> dict[str, Tensor]:
         """The parts' tensors of `[chunks, height, width]`."""
-        return {part.name: part.chunking.join(chunks[part.span]) for part in self.parts}
+        return {part.name: join(chunks[part.span], part.chunking) for part in self.parts}
 
 
 def make_batches(
@@ -73,22 +72,15 @@ def make_batches(
     published: bool,
 ) -> list[Batch]:
     """Puts chunks of one shape together, in the order of the names. kept: instead of the density."""
-    by_shape: dict[tuple[int, int], list[tuple[str, Chunking]]] = {}
-    for name, chunking in chunkings.items():
-        if chunking.count:
-            by_shape.setdefault((chunking.height, chunking.width), []).append((name, chunking))
     batches = []
-    for (height, width), members in by_shape.items():
-        size = height * width
-        k = min(size, kept or max(1, round(density * size)))
-        parts: list[Part] = []
+    for members in batched(chunkings.items()):
+        parts, start = [], 0
         for name, chunking in members:
-            start = parts[-1].span.stop if parts else 0
-            if parts and (start + chunking.count) * size > BATCH_ELEMENTS:
-                batches.append(Batch(tuple(parts), height, width, k, transformed, published))
-                parts, start = [], 0
             parts.append(Part(name, chunking, start))
-        batches.append(Batch(tuple(parts), height, width, k, transformed, published))
+            start += chunking.count
+        height, width = members[0][1].height, members[0][1].width
+        kept_here = kept_of(height * width, density, kept)
+        batches.append(Batch(tuple(parts), height, width, kept_here, transformed, published))
     return batches
 
 

@@ -33,7 +33,7 @@ VARYING = ["first", "stride", "count", "replicas", "down", "across"]
 def _places(
     chunk, rows, cols, down, across, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Of chunk number `chunk` (Chunking of comm/dct.py), each `[HIGH, WIDE]`: offsets into the tensor, what of it is
+    """Of chunk number `chunk` (comm/chunking.py), each `[HIGH, WIDE]`: offsets into the tensor, what of it is
     there, what belongs to the chunk, and the index in it."""
     i = tl.arange(0, HIGH)[:, None]
     j = tl.arange(0, WIDE)[None, :]

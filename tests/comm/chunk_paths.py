@@ -12,9 +12,10 @@ from unittest import mock
 import torch
 from torch import nn
 
+from stepline.comm.chunking import Chunking
 from stepline.comm.chunks import Chunks, Rule
 from stepline.comm.codec import ChunkCodec, dequantise
-from stepline.comm.dct import Chunking, inverse_dct
+from stepline.comm.dct import inverse_dct
 from stepline.comm.demo import DeMo, DeMoSettings
 from stepline.comm.packets import Batch, PacketFormat, make_batches, scattered
 from stepline.kernels import triton_demo

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepline.comm.codec import ChunkCodec, pack_bits, packed_bytes, unpack_bits
+from stepline.comm.chunking import packed_bytes
+from stepline.comm.codec import ChunkCodec, pack_bits, unpack_bits
 from stepline.comm.packets import largest
 
 

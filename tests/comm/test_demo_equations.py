@@ -16,26 +16,9 @@ from stepline.comm.mesh import build_mesh
 from stepline.trainer.optim.muon import Orthogonalizer
 
 naive = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("naive_demo.py"))))
+SGD = runpy.run_path(str(Path(__file__).with_name("plain_sgd.py")))["SGD"]
 SHAPES, DECAYED, STEPS, DECAY = naive.SHAPES, naive.DECAYED, naive.STEPS, naive.DECAY
 draw, rate, start, Reference = naive.draw, naive.rate, naive.start, naive.Reference
-
-
-class SGD:
-    """p <- p - lr (g + wd p)."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]):
-        self.parameters = parameters
-
-    @torch.no_grad()
-    def step(self, lr, weight_decay, skip=None):
-        for p in self.parameters.values():
-            local(p.data).sub_(lr * (local(p.grad) + weight_decay * local(p.data)))
-
-    def state(self):
-        return {}
-
-    def describe(self):
-        return dict.fromkeys(self.parameters, "sgd")
 
 
 class Listening(DeMo):

@@ -1,5 +1,8 @@
 """DiLoCo and random-k on gloo processes against a version of one process, float64 and plain, from the equations."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +11,7 @@ from torch import nn
 from stepline.comm.diloco import INT8_CHUNK, DiLoCo, DiLoCoSettings
 from stepline.comm.random_k import RandomK, RandomKSettings, random_places
 
+SGD = runpy.run_path(str(Path(__file__).with_name("plain_sgd.py")))["SGD"]
 SHAPES = {"first": (40, 70), "second": (31, 90), "vector": (9,)}
 LR, STEPS = 0.05, 8
 
@@ -15,24 +19,6 @@ LR, STEPS = 0.05, 8
 def draw(step: int, replica: int, name: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * step + 10 * replica + list(SHAPES).index(name))
     return torch.randn(SHAPES[name], generator=generator, dtype=torch.float64)
-
-
-class SGD:
-    """p <- p - lr (g + wd p)."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]):
-        self.parameters = parameters
-
-    @torch.no_grad()
-    def step(self, lr, weight_decay, skip=None):
-        for p in self.parameters.values():
-            p.sub_(lr * (p.grad + weight_decay * p))
-
-    def state(self):
-        return {}
-
-    def describe(self):
-        return dict.fromkeys(self.parameters, "sgd")
 
 
 def run(method: str, settings: dict) -> list[dict[str, torch.Tensor]]:

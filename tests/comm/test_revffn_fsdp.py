@@ -1,8 +1,10 @@
 """Reversible blocks under FSDP2 against one process with stored activations, bit by bit."""
 
 import contextlib
-import functools
 import itertools
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,54 +15,39 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from stepline.comm import fsdp
-from stepline.models import transformer
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_parameter
-from stepline.models.reversible import Half
-from stepline.models.revffn import run_reversible
-from stepline.models.transformer import Transformer
 
-VOCAB = 61
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MOES = {
-    "bias": {"balance": "bias"},
-    "switch": {"balance": "switch", "balance_loss": 0.5, "z_loss": 0.1, "score": "sigmoid", "shared_size": 8},
-}
+reversible = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reversible_models.py")))
+MOES, DTYPES = reversible.MOES, {name: reversible.DTYPES[name] for name in ("fp32", "bf16")}
 
 
-class Model(Transformer):
-    """With `stored`, backward reads stored activations: the reference, of the same arithmetic."""
-
-    def forward(self, tokens, stored=False):
-        run = functools.partial(run_reversible, stored=stored)
-        with mock.patch.object(transformer, "run_reversible", run):
-            if self.config.ffn == "dense":
-                logits = super().forward(tokens).float()
-                return logits.logsumexp(-1).sum() - logits[..., 7].sum()
-            targets = tokens.roll(-1, 1)
-            targets[0, -3:] = -100  # which the routers do not count
-            return super().forward(tokens, targets, loss_scale=torch.tensor(0.5)).nll * 0.5
+def loss_of(model, tokens, stored=False):
+    if model.config.ffn == "dense":
+        return reversible.loss_of(model(tokens, stored=stored))
+    targets = reversible.targets_of(tokens)
+    return model(tokens, targets, loss_scale=torch.tensor(0.5), stored=stored).nll * 0.5
 
 
 @torch.no_grad()
 def build(options):
-    moe = {"ffn": "moe", "moe": {"experts": 5, "top_k": 2} | MOES[options["moe"]]} if "moe" in options else {}
+    moe = reversible.mixture(options["moe"]) if "moe" in options else {}
     config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=options.get("layers", 4), num_heads=2, ffn_size=24, init_std=0.2,
-        blocks="revffn", coupling=options.get("coupling", "exact"), revffn=options.get("revffn", {}), **moe,
+        vocab_size=reversible.VOCAB, hidden_size=32, num_layers=options.get("layers", 4), num_heads=2, ffn_size=24,
+        init_std=0.2, blocks="revffn", coupling=options.get("coupling", "exact"),
+        revffn=options.get("revffn", {}), **moe,
     )  # fmt: skip
-    model = Model(config)
+    model = reversible.Model(config)
     for name, p in model.named_parameters():
         p.copy_(init_parameter(name, p.shape, config, seed=0))
     if options.get("moe") == "bias":
-        for i, layer in enumerate(model.layers):
-            layer.ffn.router.balance_bias.copy_(torch.linspace(-0.05, 0.05, 5).roll(i))
+        reversible.tilt(model)
     model.embed.weight.requires_grad_(not options.get("frozen", False))
     return model
 
 
 def tokens(rank, batch):
-    return torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(10 * rank + batch))
+    return reversible.tokens(10 * rank + batch, seq=9)
 
 
 def batches(options):
@@ -86,7 +73,7 @@ def expected(world, options):
         of_ranks = []
         for rank, model in enumerate(models):
             model.zero_grad()
-            model(tokens(rank, batch), stored=True).backward()
+            loss_of(model, tokens(rank, batch), stored=True).backward()
             of_ranks.append({n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None})
         for name in of_ranks[0]:
             total = sum(g[name] for g in of_ranks)
@@ -122,17 +109,10 @@ def train(options):
         )
     groups = [m for m in model.layers if isinstance(m, FSDPModule)]
     assert len(groups) == (0 if options.get("one_group") else len(model.layers))
-    inverted, invert = [], Half.invert
-
-    def spy(half, y, other):
-        own = invert(half, y, other)
-        inverted.append((own, other))
-        return own
-
     after_forward, after_backward = [], []
-    with mock.patch.object(Half, "invert", spy):
+    with reversible.inversions() as inverted:
         for batch in range(batches(options)):
-            loss = model(tokens(dist.get_rank(), batch))
+            loss = loss_of(model, tokens(dist.get_rank(), batch))
             after_forward.append(sum(map(gathered, groups)))
             loss.backward()
             after_backward.append(sum(map(gathered, [*groups, model])))

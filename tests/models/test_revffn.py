@@ -1,57 +1,20 @@
-"""Reversible blocks against formulas in float64, and their backward against stored activations."""
+"""The backward of reversible blocks against stored activations."""
 
-import functools
 import itertools
-from unittest import mock
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from stepline.models import transformer
-from stepline.models.config import ModelConfig
-from stepline.models.init import init_parameter
-from stepline.models.reversible import Half
-from stepline.models.revffn import RevBlock, inner_config, run_reversible, take_max
-from stepline.models.transformer import Transformer
+from stepline.models.revffn import take_max
 
-VOCAB = 61
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def shape(layers=4, coupling="exact", streams="grid", **revffn) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=layers, num_heads=2, num_kv_heads=1, ffn_size=24,
-        init_std=0.2, blocks="revffn", coupling=coupling, revffn={"streams": streams, **revffn},
-    )  # fmt: skip
-
-
-class Model(Transformer):
-    """With `stored`, backward reads stored activations: the reference, of the same arithmetic."""
-
-    def forward(self, tokens, stored=False, doc_ids=None):
-        run = functools.partial(run_reversible, stored=stored)
-        with mock.patch.object(transformer, "run_reversible", run):
-            return super().forward(tokens, doc_ids=doc_ids)
-
-
-@torch.no_grad()
-def build(config, dtype=torch.float32):
-    model = Model(config)
-    generator = torch.Generator().manual_seed(3)
-    for name, p in model.named_parameters():
-        p.copy_(init_parameter(name, p.shape, config, seed=0))
-        if p.ndim == 1:  # norms that do something
-            p.add_(torch.rand(p.shape, generator=generator))
-    return model.to(dtype)
-
-
-def tokens(seed=1, batch=2, seq=10):
-    return torch.randint(0, VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(logits):
-    return logits.float().logsumexp(-1).sum() - logits.float()[..., 7].sum()
+reversible = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reversible_models.py")))
+shape, build, gentle, tokens = reversible.shape, reversible.build, reversible.gentle, reversible.tokens
+DTYPES, loss_of, taken, read_streams = (
+    reversible.DTYPES, reversible.loss_of, reversible.taken, reversible.read_streams
+)  # fmt: skip
 
 
 def gradients(model, *batches, **forward):
@@ -61,126 +24,11 @@ def gradients(model, *batches, **forward):
     return taken(model)
 
 
-def taken(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-# The equations
-
-
-def naive_logits(w, c, row):
-    """One row, float64, loops over layers, heads and positions; `w`: weights by name."""
-    seq, d, half = len(row), c.dim_per_head, c.hidden_size // 2
-    exact = c.revffn.streams != "grid"
-    frequencies = 1.0 / c.rope_theta ** (torch.arange(0, d, 2).float() / d)
-
-    def on_grid(h):
-        return h if exact else torch.round(h * 2**c.revffn.grid_bits) / 2**c.revffn.grid_bits
-
-    def norm(x, weight):
-        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
-
-    def turn(x, position):
-        angle = position * frequencies  # in fp32, as in transformers
-        z = torch.complex(x[: d // 2], x[d // 2 :]) * torch.complex(
-            angle.cos().double(), angle.sin().double()
-        )
-        return torch.cat((z.real, z.imag))
-
-    def adapt(x, name):
-        return F.linear(x, w[name]) if c.revffn.adapters else x
-
-    x1, x2 = on_grid(w["embed.weight"][row][:, :half]), on_grid(w["embed.weight"][row][:, half:])
-    for i in range(c.num_layers):
-        p = f"layers.{i}."
-        if c.coupling == "exact":
-            q_in = kv_in = norm(x2, w[p + "attn_norm.weight"])
-        else:
-            q_in, kv_in = norm(x1, w[p + "attn_norm.weight"]), norm(x2, w[p + "attn_kv_norm.weight"])
-        q_in, kv_in = (adapt(s, p + "attn_up.weight") for s in (q_in, kv_in))
-        q, k, v = (F.linear(s, w[f"{p}attn.w{n}.weight"]) for n, s in zip("qkv", (q_in, kv_in, kv_in)))
-        heads = []
-        for head in range(c.num_heads):
-            mine = slice(head * d, head * d + d)
-            group = head // (c.num_heads // c.kv_heads)
-            theirs = slice(group * d, group * d + d)
-            rows = []
-            for t in range(seq):
-                keys = torch.stack([turn(k[s, theirs], s) for s in range(t + 1)])
-                rows.append((keys @ turn(q[t, mine], t) / d**0.5).softmax(0) @ v[: t + 1, theirs])
-            heads.append(torch.stack(rows))
-        attended = F.linear(torch.cat(heads, -1), w[p + "attn.wo.weight"])
-        x1 = x1 + on_grid(adapt(attended, p + "attn_down.weight"))
-        h = adapt(norm(x1, w[p + "ffn_norm.weight"]), p + "ffn_up.weight")
-        gate, up = F.linear(h, w[p + "ffn.w1.weight"]), F.linear(h, w[p + "ffn.w3.weight"])
-        fed = F.linear(gate * gate.sigmoid() * up, w[p + "ffn.w2.weight"])
-        x2 = x2 + on_grid(adapt(fed, p + "ffn_down.weight"))
-    return F.linear(norm(torch.cat((x1, x2), -1), w["norm.weight"]), w["head.weight"])
-
-
-@pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("streams", ["fp32", "grid"])
-@pytest.mark.parametrize("coupling", ["exact", "revffn"])
-def test_logits_equal_formulas(coupling, streams, adapters):
-    config = shape(2, coupling, streams, adapters=adapters)
-    model, batch = build(config, torch.float64), tokens(batch=1, seq=6)
-    expected = naive_logits(dict(model.named_parameters()), config, batch[0])
-    torch.testing.assert_close(model(batch)[0], expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("coupling", ["exact", "revffn"])
-def test_gradients_equal_those_of_formulas(coupling):
-    config = shape(2, coupling, "fp32", adapters=True, iterations=64)
-    model, batch = gentle(build(config, torch.float64)), tokens(batch=1, seq=5)
-    weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    naive_logits(weights, config, batch[0]).logsumexp(-1).sum().backward()
-    model(batch).logsumexp(-1).sum().backward()
-    for name, gradient in taken(model).items():
-        torch.testing.assert_close(gradient, weights[name].grad, rtol=1e-9, atol=1e-11, msg=name)
-
-
-def test_names_and_widths():
-    narrow = {n: tuple(p.shape) for n, p in RevBlock(shape()).named_parameters()}
-    assert narrow["attn.wq.weight"] == (16, 16)
-    assert narrow["attn.wk.weight"] == (8, 16)
-    assert narrow["ffn.w1.weight"] == (24, 16)
-    assert set(narrow) == {
-        "attn_norm.weight", "attn.wq.weight", "attn.wk.weight", "attn.wv.weight", "attn.wo.weight",
-        "ffn_norm.weight", "ffn.w1.weight", "ffn.w3.weight", "ffn.w2.weight",
-    }  # fmt: skip
-    full = {
-        n: tuple(p.shape) for n, p in RevBlock(shape(coupling="revffn", adapters=True)).named_parameters()
-    }
-    assert full["attn.wq.weight"] == (32, 32)
-    assert full["attn_up.weight"] == full["ffn_up.weight"] == (32, 16)
-    assert full["attn_down.weight"] == full["ffn_down.weight"] == (16, 32)
-    assert full["attn_norm.weight"] == full["attn_kv_norm.weight"] == full["ffn_norm.weight"] == (16,)
-    assert inner_config(shape()).inner_size == 16
-
-
-# Backward against stored activations
-
-
 @pytest.fixture
-def inverted(monkeypatch):
+def inverted():
     """(own, other) that backward found, by half, last half first."""
-    found, invert = [], Half.invert
-
-    def spy(half, y, other):
-        own = invert(half, y, other)
-        found.append((own, other))
-        return own
-
-    monkeypatch.setattr(Half, "invert", spy)
-    return found
-
-
-def watch_inputs(model):
-    """The streams that each block reads, by block."""
-    seen = []
-    for layer in model.layers:
-        layer.register_forward_pre_hook(lambda _m, args: seen.append((args[0].detach(), args[1].detach())))
-    return seen
+    with reversible.inversions() as found:
+        yield found
 
 
 @pytest.mark.filterwarnings("error")  # of a norm whose weight is in another type than the stream
@@ -188,7 +36,7 @@ def watch_inputs(model):
 @pytest.mark.parametrize("layers", [4, 48])
 def test_on_a_grid_gradients_and_states_are_bit_equal(layers, compute, inverted, assert_equal):
     model = build(shape(layers), DTYPES[compute])
-    seen = watch_inputs(model)
+    seen = read_streams(model)
     expected = gradients(model, tokens(), stored=True)
     assert len(seen) == layers
     assert not inverted
@@ -205,7 +53,7 @@ def test_on_a_grid_gradients_and_states_are_bit_equal(layers, compute, inverted,
 
 def test_in_float64_states_and_gradients_return_without_a_grid(inverted, relative_error):
     model = build(shape(12, streams="fp32"), torch.float64)
-    seen = watch_inputs(model)
+    seen = read_streams(model)
     expected = gradients(model, tokens(), stored=True)
     assert relative_error(gradients(model, tokens()), expected) < 1e-13
     for (own, other), (x1, x2) in zip(inverted[1::2], reversed(seen[:12]), strict=True):
@@ -218,15 +66,6 @@ def test_in_float64_states_and_gradients_return_without_a_grid(inverted, relativ
 def test_in_fp32_without_a_grid_gradients_drift_by_roundings(layers, relative_error):
     model = build(shape(layers, streams="fp32"))
     assert relative_error(gradients(model, tokens()), gradients(model, tokens(), stored=True)) < 5e-6
-
-
-def gentle(model):
-    """A fixed point needs a contraction: streams that are large beside what attention adds."""
-    with torch.no_grad():
-        model.embed.weight.mul_(5)
-        for layer in model.layers:
-            layer.attn.wo.weight.mul_(0.3)
-    return model
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -407,7 +246,7 @@ def test_compiled_halves(assert_equal, relative_error):
 
 def test_the_streams_maximum_is_that_of_forwards_alone():
     model = build(shape())
-    seen = watch_inputs(model)
+    seen = read_streams(model)
     for layer in model.layers:
         layer.register_forward_hook(lambda _m, _args, out: seen.append(out))
     losses = [loss_of(model(tokens(seed))) for seed in (1, 2)]

@@ -1,57 +1,36 @@
 """Reversible blocks with a mixture inside: backward against stored activations, bit by bit, the counts of loads too."""
 
 import contextlib
-import functools
-from unittest import mock
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stepline.kernels.grouped import grouped_mm_linear, loop_linear
-from stepline.models import transformer
 from stepline.models.config import ModelConfig
 from stepline.models.init import init_parameter
 from stepline.models.moe import MoE
-from stepline.models.reversible import Half
-from stepline.models.revffn import run_reversible
-from stepline.models.transformer import Transformer
 
-VOCAB, EXPERTS, TOP_K = 61, 5, 2
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MOES = {
-    "bias": {"balance": "bias"},
-    "switch": {"balance": "switch", "balance_loss": 0.5, "z_loss": 0.1, "score": "sigmoid", "shared_size": 8},
-}
-
-
-class Model(Transformer):
-    """With `stored`, backward reads stored activations: the reference, of the same arithmetic."""
-
-    def forward(self, tokens, stored=False):
-        run = functools.partial(run_reversible, stored=stored)
-        targets = tokens.roll(-1, 1)
-        targets[0, -3:] = -100  # which the routers do not count
-        with mock.patch.object(transformer, "run_reversible", run):
-            return super().forward(tokens, targets, loss_scale=torch.tensor(0.1))
+reversible = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reversible_models.py")))
+EXPERTS, TOP_K, MOES = reversible.EXPERTS, reversible.TOP_K, reversible.MOES
+COMPUTE = ("fp32", "bf16")
+tokens = reversible.tokens
 
 
 @torch.no_grad()
 def build(moe, layers=4, compute="fp32"):
     config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=layers, num_heads=2, num_kv_heads=1, ffn_size=8, init_std=0.2,
-        blocks="revffn", ffn="moe", moe={"experts": EXPERTS, "top_k": TOP_K} | MOES[moe],
+        vocab_size=reversible.VOCAB, hidden_size=32, num_layers=layers, num_heads=2, num_kv_heads=1, ffn_size=8,
+        init_std=0.2, blocks="revffn", **reversible.mixture(moe),
     )  # fmt: skip
-    model = Model(config)
-    for name, p in model.named_parameters():
-        p.data = init_parameter(name, p.shape, config, seed=0).to(DTYPES[compute])
+    model = reversible.Model(config)
+    for name, p in model.named_parameters():  # buffers stay in fp32
+        p.data = init_parameter(name, p.shape, config, seed=0).to(reversible.DTYPES[compute])
     if moe == "bias":
-        for i, layer in enumerate(model.layers):
-            layer.ffn.router.balance_bias.copy_(torch.linspace(-0.05, 0.05, EXPERTS).roll(i))
+        reversible.tilt(model)
     return model
-
-
-def tokens(seed=1, seq=10):
-    return torch.randint(0, VOCAB, (2, seq), generator=torch.Generator().manual_seed(seed))
 
 
 def forward(model, *batches, stored=False):
@@ -60,7 +39,9 @@ def forward(model, *batches, stored=False):
     for layer in model.layers:
         layer.ffn.load.zero_()
         layer.ffn.sums.zero_()
-    return sum(model(batch, stored=stored).nll * 0.1 for batch in batches)
+    scale = torch.tensor(0.1)
+    sums = [model(b, reversible.targets_of(b), loss_scale=scale, stored=stored) for b in batches]
+    return sum(one.nll for one in sums) * scale
 
 
 def taken(model):
@@ -79,26 +60,18 @@ def total_load(found):
 
 
 @pytest.fixture
-def inverted(monkeypatch):
+def inverted():
     """(own, other) that backward found, by half, last half first."""
-    found, invert = [], Half.invert
-
-    def spy(half, y, other):
-        own = invert(half, y, other)
-        found.append((own, other))
-        return own
-
-    monkeypatch.setattr(Half, "invert", spy)
-    return found
+    with reversible.inversions() as found:
+        yield found
 
 
 @pytest.mark.parametrize("moe", MOES)
-@pytest.mark.parametrize("compute", DTYPES)
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("layers", [4, 48])
 def test_on_a_grid_gradients_states_and_counts_are_bit_equal(layers, compute, moe, inverted, assert_equal):
-    model, seen = build(moe, layers, compute), []
-    for layer in model.layers:
-        layer.register_forward_pre_hook(lambda _m, args: seen.append((args[0].detach(), args[1].detach())))
+    model = build(moe, layers, compute)
+    seen = reversible.read_streams(model)
     expected = trained(model, tokens(), stored=True)
     assert not inverted
     assert total_load(expected) == layers * TOP_K * 17  # of the 20 tokens
@@ -118,7 +91,7 @@ def move_biases(model):
 
 
 @pytest.mark.parametrize("moe", MOES)
-@pytest.mark.parametrize("compute", DTYPES)
+@pytest.mark.parametrize("compute", COMPUTE)
 def test_biases_that_move_before_backward_change_no_gradient(compute, moe, assert_equal):
     expected = trained(build(moe, compute=compute), tokens(), stored=True)
     model = build(moe, compute=compute)

@@ -1,28 +1,42 @@
 """What an update by DeMo holds for a moment, from the batches that comm/demo.py makes. Imports no torch."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from stepline.comm.chunking import (
+    PUBLISHED_KEPT,
+    SPARSE_INVERSE,
+    Chunking,
+    batched,
+    index_bits,
+    kept_of,
+    packet_bytes,
+)
+from stepline.trainer.config_sync import DeMoConfig
 from stepline.trainer.plan.tensors import Shape
 
-BATCH_ELEMENTS = 2**26
-"""Of comm/packets.py, which imports torch."""
-PUBLISHED_KEPT = 32
-"""Of run/synchronize.py."""
-SPARSE_INVERSE = 3
-"""Of comm/chunks.py."""
 INDEX = 8
+"""Bytes of an index as torch has it."""
 
 
-def even_length(size: int, limit: int) -> int:
-    """Of comm/dct.py."""
-    return -(-size // -(-size // limit))
+Cut = list[tuple[Shape, Chunking]]
 
 
-def largest_divisor(size: int, limit: int) -> int:
-    """Of comm/dct.py."""
-    return next(d for d in range(min(size, limit), 0, -1) if size % d == 0)
+def chunkings(shapes: Iterable[tuple[Shape, bool]], demo: DeMoConfig) -> tuple[Cut, Cut]:
+    """How comm/demo.py cuts a rank's tensors, each (shape, whether it is embedding or head): what is transformed, and
+    what is cut flat. Vectors are neither, but as published."""
+    limit, transformed, flat = demo.side, [], []
+    for shape, end in shapes:
+        if demo.faithful or (len(shape) > 1 and not end):
+            transformed.append((shape, Chunking.of(shape, limit, divisors=demo.faithful)))
+        elif len(shape) > 1:
+            flat.append((shape, Chunking.flat(shape, limit * limit)))
+    return transformed, flat
+
+
+def fixed_kept(demo: DeMoConfig) -> int | None:
+    """Values of each chunk that travel; None where the density says."""
+    return demo.kept or (PUBLISHED_KEPT if demo.faithful else None)
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,11 @@ class Batch:
     def elements(self) -> int:
         """Of all chunks."""
         return self.chunks * self.height * self.width
+
+    @property
+    def bits(self) -> int:
+        """Of an index."""
+        return index_bits(self.height * self.width)
 
     @property
     def values(self) -> int:
@@ -73,43 +92,23 @@ class Batch:
         return max(mean, 3 * whole + signed)
 
 
-def batches(
-    shapes: Iterable[Shape], limit: int, density: float, kept: int | None, item: int,
-    *, transformed: bool, published: bool, divisors: bool = False,
-) -> list[Batch]:  # fmt: skip
-    """Of a rank's tensors of these shapes (`make_batches`); what is not transformed is cut flat, `limit` values."""
-    length, by_shape = largest_divisor if divisors else even_length, {}
-    for shape in shapes:
-        if not (numel := math.prod(shape)):
-            continue
-        rows, cols = (math.prod(shape[-2:-1]), shape[-1]) if transformed else (1, numel)
-        height, width = length(rows, limit), length(cols, limit if transformed else limit * limit)
-        count = (numel // (rows * cols)) * -(-rows // height) * -(-cols // width)
-        by_shape.setdefault((height, width), []).append(count)
+def batches(shapes: Iterable[tuple[Shape, bool]], demo: DeMoConfig, item: int) -> list[Batch]:
+    """Of a rank's tensors, as `chunkings` takes them; item: bytes of a value."""
+    transformed, flat = chunkings(shapes, demo)
+    published = demo.faithful or demo.accumulate == "gradients"
     found = []
-    for (height, width), counts in by_shape.items():
-        size, together = height * width, [0]
-        for count in counts:
-            if together[-1] and (together[-1] + count) * size > BATCH_ELEMENTS:
-                together.append(0)
-            together[-1] += count
-        k = min(size, kept or max(1, round(density * size)))
-        found += [Batch(chunks, height, width, k, transformed, published, item) for chunks in together]
+    for cut, kind in ((transformed, (True, published)), (flat, (False, False))):
+        for members in batched(cut):
+            height, width = members[0][1].height, members[0][1].width
+            chunks = sum(chunking.count for _, chunking in members)
+            kept = kept_of(height * width, demo.density, fixed_kept(demo))
+            found.append(Batch(chunks, height, width, kept, *kind, item))
     return found
 
 
 def packet(found: list[Batch], codec: str) -> int:
-    """Bytes of a packet's chunks (comm/codec.py)."""
-    size = 0
-    for batch in found:
-        bits = max(1, (batch.height * batch.width - 1).bit_length())
-        size += batch.values * bits // 8 + _numbers(codec, batch.values, batch.item)
-        size += 0 if codec == "fp32" else 2 * batch.chunks
-    return size
-
-
-def _numbers(codec: str, values: int, item: int) -> int:
-    return {"fp32": values * item, "int8": values, "sign": values // 8}[codec]
+    """Bytes of a packet's chunks."""
+    return sum(sum(packet_bytes(b.chunks, b.kept, b.bits, codec, b.item)) for b in found)
 
 
 def exchanged(found: list[Batch], codec: str, replicas: int, fused: bool, applied: int) -> int:
@@ -129,8 +128,7 @@ def exchanged(found: list[Batch], codec: str, replicas: int, fused: bool, applie
     for batch in found:
         values = replicas * batch.values
         # 32-bit numbers of the bytes, of the indices, and these without what is beside them, beside 64-bit ones
-        bits = max(1, (batch.height * batch.width - 1).bit_length())
-        unpacking = 0 if fused else values * (bits // 2 + 4 + 4)
+        unpacking = 0 if fused else values * (batch.bits // 2 + 4 + 4)
         peak = max(peak, flying + arrived + values * index + unpacking)
         arrived += values * (index + batch.item)
     return max(peak, flying + arrived + applied)

@@ -123,8 +123,9 @@ class StepLaw:
     loss_law: LossLaw | None = None
     """The best loss on the user's own data."""
     held_out: str = ""
+    """Split and data that `loss_law` is about; empty where that is not known."""
     kind: str = ""
-    """Split and data that `loss_law` is about, and what the models were (kind.py); empty where that is not known."""
+    """Of the models (kind.py); empty where that is not known."""
 
     def lr(self, params: float, tokens: float) -> float:
         """Peak learning rate."""

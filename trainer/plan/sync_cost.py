@@ -8,17 +8,17 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
+from stepline.comm.chunking import index_bits, packet_bytes
 from stepline.comm.traffic import ring_bytes
 from stepline.models.config import ModelConfig
 from stepline.trainer.config import Config
+from stepline.trainer.plan.demo_memory import batches, fixed_kept
 from stepline.trainer.plan.resolve import whole_matrices
 from stepline.trainer.plan.sync_measured import CODEC_CPU_S, demo_loss
-from stepline.trainer.plan.sync_memory import BATCH_ELEMENTS
 from stepline.trainer.plan.tensors import Shape, block_group, root_group
 
 INT8_CHUNK = 4096
-"""Of comm/diloco.py, like the following of run/synchronize.py; both import torch."""
-PUBLISHED_KEPT = 32
+"""Of comm/diloco.py, which imports torch."""
 FIRST_FORWARD = 1 / 3
 """Of a step's computing, before which owners have nothing to send on: a forward, without accumulation or recompute."""
 HARMLESS = 0.1
@@ -115,12 +115,8 @@ class Packet:
         return values * (self.item if self.codec == "fp32" else 2)
 
     def _chunks(self, chunks: int, elements: int, kept: int) -> int:
-        """comm/codec.py: indices packed to the bit, values, and scales."""
-        count = chunks * kept
-        eights = -(-count // 8)
-        indices = eights * max(1, (elements - 1).bit_length())
-        values = {"fp32": count * self.item, "int8": count, "sign": eights}[self.codec]
-        return indices + values + (0 if self.codec == "fp32" else 2 * chunks)
+        """Indices packed to the bit, values, and scales."""
+        return sum(packet_bytes(chunks, kept, index_bits(elements), self.codec, self.item))
 
 
 class SyncBytes:
@@ -182,7 +178,7 @@ class SyncBytes:
     def demo(self) -> Exchange:
         """Packets gathered by all, or reduced by owners beyond `owner_reduce_above` replicas (comm/exchange.py)."""
         setting, packet, others = self.parallel.demo, self.packet(), self.replicas - 1
-        kept = self._kept()
+        kept = fixed_kept(setting)
         label = f"demo {packet.codec}, {share(kept / setting.side**2 if kept else setting.density)}"
         options = ("parallel.sync=demo",)
         codec_s = CODEC_CPU_S * sum(self.sizes)
@@ -196,30 +192,12 @@ class SyncBytes:
         beside = (max(sent, received), gathered) if setting.delay else (0, 0)
         return Exchange(f"{label}, owners", options, sent + gathered, received + gathered, *beside, codec_s)
 
-    def _kept(self) -> int | None:
-        setting = self.parallel.demo
-        return setting.kept or (PUBLISHED_KEPT if setting.faithful else None)
-
     def packet(self) -> Packet:
         """DeMo's, of this rank."""
         setting = self.parallel.demo
-        limit, faithful, kept = setting.side, setting.faithful, self._kept()
-        chunks: list[tuple[int, int, int]] = []
-        flat: list[tuple[int, int, int]] = []
-        dense = 0
-        for (shape, end), size in zip(self.local, self.sizes, strict=True):
-            if len(shape) < 2 and not faithful:
-                dense += size
-            elif end and not faithful:
-                width = even_length(max(size, 1), limit * limit)
-                flat.append((-(-size // width), 1, width))
-            else:
-                chunks.append(cut(shape, limit, faithful))
-        batches = []
-        for number, height, width in joined(chunks) + joined(flat):
-            size = height * width
-            batches.append((number, size, min(size, kept or max(1, round(setting.density * size)))))
-        return Packet(tuple(batches), dense, "fp32" if faithful else setting.codec, self.item)
+        found = tuple((b.chunks, b.height * b.width, b.kept) for b in batches(self.local, setting, self.item))
+        vectors = 0 if setting.faithful else sum(math.prod(s) for s, _ in self.local if len(s) < 2)
+        return Packet(found, vectors, "fp32" if setting.faithful else setting.codec, self.item)
 
 
 def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
@@ -261,36 +239,6 @@ def local_shape(shape: Shape, config: Config, shard: int, rank: int) -> Shape:
             return (shape[0], shape[1] // shard, *shape[2:])
     rows = -(-shape[0] // shard)
     return (max(0, min(rows, shape[0] - rank * rows)), *shape[1:])
-
-
-def even_length(size: int, limit: int) -> int:
-    """comm/dct.py: the chunk length that cuts `size` into the fewest chunks of one length."""
-    return -(-size // -(-size // limit))
-
-
-def cut(shape: Shape, limit: int, divisors: bool) -> tuple[int, int, int]:
-    """(number, height, width) of a parameter's chunks (Chunking of comm/dct.py)."""
-    rows, cols = shape[-2] if len(shape) > 1 else 1, shape[-1]
-
-    def length(size: int) -> int:
-        if not divisors:
-            return even_length(max(size, 1), limit)
-        return next(d for d in range(min(max(size, 1), limit), 0, -1) if max(size, 1) % d == 0)
-
-    height, width = length(rows), length(cols)
-    return math.prod(shape[:-2]) * -(-rows // height) * -(-cols // width), height, width
-
-
-def joined(parts: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Chunks of one shape together, up to BATCH_ELEMENTS (make_batches of comm/packets.py)."""
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for number, *sides in parts:
-        batches = by_shape.setdefault(tuple(sides), [])
-        if batches and (batches[-1] + number) * math.prod(sides) <= BATCH_ELEMENTS:
-            batches[-1] += number
-        elif number:
-            batches.append(number)
-    return [(number, *sides) for sides, batches in by_shape.items() for number in batches]
 
 
 def share(density: float) -> str:

@@ -3,12 +3,10 @@
 import math
 
 from stepline.trainer.config import Config
-from stepline.trainer.plan import demo_memory
-from stepline.trainer.plan.demo_memory import PUBLISHED_KEPT, Batch, batches, exchanged, packet
-from stepline.trainer.plan.tensors import Group, Shape, local_shape
+from stepline.trainer.plan.demo_memory import Batch, batches, exchanged, packet
+from stepline.trainer.plan.tensors import Group, local_shape
 from stepline.trainer.plan.update import BUCKET_ELEMENTS, adamw_state, muon_state, muon_temporaries
 
-BATCH_ELEMENTS = demo_memory.BATCH_ELEMENTS
 NONE = Group(())
 
 
@@ -106,17 +104,7 @@ class SyncMemory:
         return self.config.run.device == "cuda" and self.item == 4
 
     def batches(self) -> list[Batch]:
-        """As comm/demo.py cuts them."""
-        demo = self.parallel.demo
-        limit, size = demo.side, (demo.density, demo.kept, self.item)
-
-        def mine(shapes: tuple[Shape, ...]) -> list[Shape]:
-            return [local_shape(shape, self.shard) for shape in shapes]
-
-        if demo.faithful:
-            size = (demo.density, demo.kept or PUBLISHED_KEPT, self.item)
-            return batches(mine(self.every), limit, *size, transformed=True, published=True, divisors=True)
-        blocks = mine(tuple(s for s in self.blocks.shapes if len(s) > 1))
-        published = demo.accumulate == "gradients"
-        found = batches(blocks, limit, *size, transformed=True, published=published)
-        return found + batches(mine(self.ends.shapes), limit, *size, transformed=False, published=False)
+        """As comm/demo.py makes them of this rank's parameters."""
+        ends = [(local_shape(shape, self.shard), True) for shape in self.root.shapes]
+        blocks = [(local_shape(shape, self.shard), False) for shape in self.blocks.shapes]
+        return batches(ends + blocks, self.parallel.demo, self.item)

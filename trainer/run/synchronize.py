@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from stepline.comm.chunking import PUBLISHED_KEPT
 from stepline.comm.demo import DeMo, DeMoSettings
 from stepline.comm.diloco import DiLoCo, DiLoCoSettings
 from stepline.comm.random_k import RandomK, RandomKSettings
@@ -16,8 +17,6 @@ from stepline.trainer.config import Config
 from stepline.trainer.optim.build import Optimizer, build_optimizer, decay_groups
 from stepline.trainer.optim.muon import Orthogonalizer
 from stepline.trainer.run.precision import reduce_dtype
-
-PUBLISHED_KEPT = 32
 
 
 def build_synchronizer(

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stepline.comm import diloco, packets
-from stepline.comm.dct import Chunking
+from stepline.comm import chunking, diloco
 from stepline.comm.mesh import build_mesh
 from stepline.models.config import ModelConfig
 from stepline.models.flops import parameter_counts
@@ -17,7 +16,7 @@ from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.plan import sync_cost
-from stepline.trainer.plan.sync_cost import Exchange, SyncBytes, cut, link_bytes, model_parameters
+from stepline.trainer.plan.sync_cost import Exchange, SyncBytes, link_bytes, model_parameters
 from stepline.trainer.run import synchronize
 from stepline.trainer.run.build import build_model
 
@@ -84,7 +83,7 @@ def declare(cases: dict[str, dict], shard: int, batch_elements: int) -> dict[str
     for name, case in cases.items():
         config = config_of(case)
         model = build_model(config, torch.device("cpu"), mesh)
-        with mock.patch.object(packets, "BATCH_ELEMENTS", batch_elements):
+        with mock.patch.object(chunking, "BATCH_ELEMENTS", batch_elements):
             synchronizer = synchronize.build_synchronizer(config, dict(model.named_parameters()), mesh)
         found[name] = []
         for _ in range(STEPS if "diloco" in name or "random" in name else 2):
@@ -105,10 +104,10 @@ def counted(case: dict, shard: int, replicas: int, rank: int, replica: int) -> E
 
 @pytest.mark.parametrize(
     ("world", "shard", "batch_elements"),
-    [(2, 1, sync_cost.BATCH_ELEMENTS), (4, 1, 2000), (4, 2, sync_cost.BATCH_ELEMENTS)],
+    [(2, 1, chunking.BATCH_ELEMENTS), (4, 1, 2000), (4, 2, chunking.BATCH_ELEMENTS)],
 )
 def test_bytes_are_those_that_the_synchronisers_declare(pool, monkeypatch, world, shard, batch_elements):
-    monkeypatch.setattr(sync_cost, "BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(chunking, "BATCH_ELEMENTS", batch_elements)
     cases = CASES | (DEALT if shard == 2 else {})
     seen = pool.run(world, declare, cases, shard, batch_elements)
     for global_rank, found in enumerate(seen):
@@ -125,9 +124,7 @@ def test_bytes_are_those_that_the_synchronisers_declare(pool, monkeypatch, world
 
 
 def test_constants_are_those_of_the_synchronisers():
-    assert sync_cost.BATCH_ELEMENTS == packets.BATCH_ELEMENTS
     assert sync_cost.INT8_CHUNK == diloco.INT8_CHUNK
-    assert sync_cost.PUBLISHED_KEPT == synchronize.PUBLISHED_KEPT
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -139,15 +136,6 @@ def test_parameters_come_in_the_models_order(tied):
     assert model_parameters(model) == [
         (tuple(p.shape), end) for p, end in zip(named.values(), ends, strict=True)
     ]
-
-
-@pytest.mark.parametrize(
-    "shape", [(257, 50257), (0, 36), (1, 1), (64, 64), (65, 7), (3, 65, 130), (0, 5, 7), (9,), (257,), (0,)]
-)
-@pytest.mark.parametrize("divisors", [False, True])
-def test_chunks_are_those_of_the_synchroniser(shape, divisors):
-    chunking = Chunking.of(shape, 64, divisors=divisors)
-    assert cut(shape, 64, divisors) == (chunking.count, chunking.height, chunking.width)
 
 
 def test_a_square_matrix_by_hand():
