@@ -1,6 +1,6 @@
 """Rates of the data path on this machine: `stepline prepare` against raw sentencepiece, and the loader.
 
-    python benchmarks/data.py [--workers K] [--copies C] [--rounds R] [--json]
+    python benchmarks/data.py [--workers K] [--copies C] [--rounds R] [--trained-mb 30,300] [--json]
 
 The corpus is the Python standard library's source without its tests, `--copies` times. *prepare* is the whole
 call (finding files, starting K workers, tokenising, hashing, writing, joining shards) with a given tokenizer;
@@ -8,14 +8,17 @@ call (finding files, starting K workers, tokenising, hashing, writing, joining s
 but `SentencePieceProcessor.encode`, timed from a common start to the last one's end. The two alternate;
 medians of the rounds are compared. The loader's rate is tokens of `TrainLoader` batches (int64 inputs and
 targets) consumed by one process, with prefetch, from the page cache. The memory of prepare's largest process is
-compared between one copy of the corpus and all of them.
+compared between one copy of the corpus and all of them, and, where it trains a tokenizer of 32,000 tokens itself,
+between sizes of generated text (`--trained-mb`): words of a made-up language by Zipf's law, and numbers.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -110,16 +113,45 @@ def prepare_rates(folder: Path, workers: int, copies: int, rounds: int, vocab_si
     }
 
 
-def prepare_memory(inputs: Path, output: Path, model: Path, workers: int) -> float:
-    """Largest resident memory of any process of one `stepline prepare`, in MB, measured in a process of its own."""
+def made_up_text(path: Path, megabytes: float) -> Path:
+    """Writes lines of 14 words and a number; a longer text has more rare words."""
+    draw = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 5))) for _ in range(200_000)]
+    weights = list(itertools.accumulate(1 / (rank + 10) for rank in range(len(words))))
+    left = megabytes * 1e6
+    with path.open("w") as file:
+        while left > 0:
+            drawn = draw.choices(words, cum_weights=weights, k=14 * 1000)
+            lines = (
+                " ".join([*drawn[i : i + 14], str(draw.randint(0, 10**6))]) for i in range(0, 14_000, 14)
+            )
+            left -= file.write("\n".join(lines) + "\n")
+    return path
+
+
+def prepare_memory(inputs: Path, output: Path, model: Path | None, workers: int) -> float:
+    """Largest resident memory of any process of one `stepline prepare`, in MB, measured in a process of its own.
+
+    model: the tokenizer; None: a new one.
+    """
     program = (
         "import resource, sys; from pathlib import Path; from stepline.trainer.data.prepare import prepare\n"
-        "source, output, model = map(Path, sys.argv[1:4])\n"
-        "prepare([source], output, tokenizer=model, workers=int(sys.argv[4]), progress=False)\n"
+        "source, output = map(Path, sys.argv[1:3])\n"
+        "model = Path(sys.argv[4]) if sys.argv[4:] else None\n"
+        "prepare([source], output, tokenizer=model, workers=int(sys.argv[3]), progress=False)\n"
         "who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)\n"
         "print(max(resource.getrusage(w).ru_maxrss for w in who) / 1000)"
     )
-    command = [sys.executable, "-c", program, str(inputs), str(output), str(model), str(workers)]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        str(inputs),
+        str(output),
+        str(workers),
+        *([model] if model else []),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -150,6 +182,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=2.0, help="per loader measurement")
+    parser.add_argument("--trained-mb", default="30,300", help="texts on which prepare trains a tokenizer")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -167,6 +200,11 @@ def main() -> None:
             )
             for copies, source in ((1, folder / "in" / "0"), (options.copies, folder / "in"))
         }
+        for size in options.trained_mb.split(","):
+            text = made_up_text(folder / "made-up.txt", float(size))
+            peak = prepare_memory(text, folder / f"trained-{size}", None, options.workers)
+            result["prepare_peak_mb"][f"{size} MB, trained"] = peak
+            shutil.rmtree(folder / f"trained-{size}")
         result["loader_mtokens_per_s"] = {
             f"seq {seq_len}, {windows} windows": loader_rate(
                 folder / "data", seq_len, windows, options.seconds
@@ -183,7 +221,7 @@ def main() -> None:
     print(f"stepline prepare x {prepared['workers']}    {prepared['prepare_mb_per_s']:8.2f} MB/s")
     print(f"ratio                   {prepared['ratio']:8.2f} (target 0.90)")
     for inputs, peak in result["prepare_peak_mb"].items():
-        print(f"prepare's memory, {inputs:<14}{peak:9.0f} MB in its largest process")
+        print(f"prepare's memory, {inputs:<15}{peak:9.0f} MB in its largest process")
     for shape, rate in result["loader_mtokens_per_s"].items():
         print(f"loader, {shape:<22}{rate:9.1f} M tokens/s (target 20)")
 

@@ -105,6 +105,9 @@ class DeMo(Synchronizer):
         """Decoded updates that the next step applies (delay 1); vectors: their mean gradient."""
         if settings.delay:
             self.pending = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
+        self.landed = torch.zeros((), dtype=torch.int64)
+        """Whether `pending` holds an update: the first step has none to apply, not one of zeros, which would count as
+        a step of `dense` and take from its moments."""
 
     def _cut(self, plain: list[str]) -> list[Batch]:
         """Batches of the momenta's chunks, of the waiting updates' and of those that are not transformed."""
@@ -132,10 +135,10 @@ class DeMo(Synchronizer):
         if not self.settings.delay:
             self._land(flight, lr)
         else:
-            if before is None:
-                self._apply({n: local(update) for n, update in self.pending.items()}, lr)
-            else:
+            if before is not None:
                 self._land(before, lr)
+            elif self.landed:
+                self._apply({n: local(update) for n, update in self.pending.items()}, lr)
             self.flight = flight
         return StepResult(*self.exchange.num_bytes, skip)
 
@@ -236,12 +239,21 @@ class DeMo(Synchronizer):
             for name, update in self._decoded(self.flight).items():
                 local(self.pending[name]).copy_(update.view_as(local(self.pending[name])))
             self.flight = None
+            self.landed.fill_(1)
         own = {f"{n}.delta": t for n, t in self.momentum.items()}
         own |= self.waiting.state_dict() | self.exchange.state_dict()
+        if self.settings.delay:
+            own["landed"] = self.landed
         state = {f"replica{replica}.optimizer.{n}": t for n, t in own.items()}
         if self.dense is not None:
             state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}
         return state | {f"optimizer.{n}.pending": t for n, t in self.pending.items()}
+
+    def to_load(self, replicas_before: int) -> dict[str, Tensor]:
+        """As above; a checkpoint that does not tell whether an update has landed holds one."""
+        state = super().to_load(replicas_before)
+        self.landed.fill_(1)
+        return state
 
     def resized(self, replicas_before: int) -> str:
         """The sentence for the log."""

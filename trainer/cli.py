@@ -15,7 +15,7 @@ from stepline.trainer.cli_laws import laws_app, sweep
 from stepline.trainer.cli_options import Json
 from stepline.trainer.cli_report import report
 from stepline.trainer.cli_usage import UsageError, usage_sentence
-from stepline.trainer.errors import USER_ERROR, UserError
+from stepline.trainer.errors import USER_ERROR, UserError, speaks
 
 app = typer.Typer(
     name="stepline",
@@ -97,7 +97,9 @@ def prepare(
     tokenizer: Annotated[
         Path | None, typer.Option(help="sentencepiece .model, tokenizer.json or Hugging Face folder.")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Size of a newly trained tokenizer.", min=260)] = 32000,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Size of a newly trained tokenizer. \\[default: 32000]", min=260)
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.", min=1)] = None,
     exclude: Annotated[
         list[str], typer.Option(help="Glob of paths to leave out, e.g. '*/tests/*'; repeatable.")
@@ -150,6 +152,9 @@ def train(
     from stepline.trainer.run.signals import StopSignal
 
     stop = None if dry_run else StopSignal.install()  # before torch, which takes seconds to import
+    from stepline.trainer.config_io import load_config
+
+    load_config(config, overrides or [])  # so that a mistake in it is told at once, not after torch's import
     from stepline.trainer.run.launch import dry_run as show
     from stepline.trainer.run.launch import run_training
 
@@ -230,14 +235,15 @@ app.add_typer(laws_app, name="laws")
 
 
 def main() -> None:
-    """Entry point of `stepline`: a user's mistake is one sentence on standard error and exit code 2."""
+    """Entry point of `stepline`: a user's mistake is one sentence on standard error, of one rank, and exit code 2."""
     try:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks():
+            print(f"error: {error}", file=sys.stderr)
     except UsageError as error:
-        # Without arguments a group of commands has already shown its help. Of a node's ranks one speaks.
-        if type(error).__name__ != "NoArgsIsHelpError" and os.environ.get("LOCAL_RANK", "0") == "0":
+        # Without arguments a group of commands has already shown its help.
+        if type(error).__name__ != "NoArgsIsHelpError" and speaks():
             sentence = usage_sentence(error, typer.main.get_command(app), sys.argv[1:])
             print(f"error: {sentence}", file=sys.stderr)
     except typer.Abort:  # Ctrl-C, in older versions of typer

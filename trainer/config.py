@@ -3,6 +3,7 @@
 Imports no torch: `stepline plan`, `--help` and every check of a user's mistake answer at once.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -263,6 +264,11 @@ class Config(Section):
             return self.budget.steps
         return -(-self.budget.tokens // self.budget.batch_tokens)
 
+    def dense_from(self) -> float:
+        """Index of the first step whose forwards are no longer sparse; infinite without `sparse.dense_fraction`."""
+        fraction = self.sparse.dense_fraction
+        return round((1 - fraction) * self.total_steps()) if fraction else math.inf
+
 
 MAY_CHANGE_ON_RESUME = (
     "parallel.backend",
@@ -290,3 +296,6 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys (or whole sections) that may differ between the attempts of one run; data.path because a folder may
 have moved: its fingerprint, which the checkpoint holds, may not differ."""
+
+BUDGET = ("budget.tokens", "budget.steps")
+"""D, which may differ too where the schedule is wsd and its decay has not begun."""

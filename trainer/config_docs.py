@@ -8,8 +8,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from stepline.trainer.config import Config
-from stepline.trainer.config_io import allowed_values, may_change, section_of
+from stepline.trainer.config import BUDGET, Config
+from stepline.trainer.config_io import allowed_values, section_of
+from stepline.trainer.config_resume import may_change
 from stepline.trainer.files import write_whole
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -20,7 +21,8 @@ Made of the schema by `python -m stepline.trainer.config_docs`; a test compares 
 A config is YAML with these sections. `base: NAME` at its top takes over the values of a file beside it or of a shipped
 config, and `section.key=value` on the command line sets single ones. `auto` is decided by a scaling law or by the
 machine: `stepline train CONFIG --dry-run` shows every value and where it came from. R marks what may change when a run
-is resumed; for any other difference `train` names both values and stops.
+is resumed (wsd: with `schedule.name: wsd`, before its decay); for any other difference `train` names both values and
+stops.
 """
 
 
@@ -52,7 +54,7 @@ def _cells(keys: list[str], field: FieldInfo, nested: bool) -> Iterator[str]:
     else:
         yield allowed_values(keys) + (" or null" if optional else "")
     yield _default(field)
-    yield "R" if may_change(key) or may_change(f"{key}.any") else ""
+    yield "R" if may_change(key) or may_change(f"{key}.any") else "wsd" if key in BUDGET else ""
     yield _words(field.description).replace("|", "\\|")
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stepline.trainer.config import MAY_CHANGE_ON_RESUME, Config
+from stepline.trainer.config import BUDGET, MAY_CHANGE_ON_RESUME, Config
 from stepline.trainer.config_multiples import multiples_of
 from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.files import write_whole
@@ -85,7 +85,8 @@ def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
             into[key] = value
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets a dotted key in nested sections; raises UserError where a section of it is a value."""
     *sections, last = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -130,7 +131,7 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
     given = parse_overrides(list(overrides))
     _check_either(given, origins, tree)
     for key, value in given.items():
-        _set(tree, key, value)
+        set_key(tree, key, value)
         origins[key] = "override"
     config = check(tree, str(path), given)
     if config.run.folder is None:
@@ -230,9 +231,10 @@ def dump(config: Config) -> dict[str, Any]:
 
 def format_config(config: Config, origins: Origins) -> str:
     """The config as YAML; each value is followed by its origin."""
+    budget = f"; before the decay {' or '.join(BUDGET)}" if config.schedule.name == "wsd" else ""
     lines = [
         "# The resolved configuration of this run; after each value stands where it came from.",
-        f"# These may change on resume: {', '.join(MAY_CHANGE_ON_RESUME)}.",
+        f"# These may change on resume: {', '.join(MAY_CHANGE_ON_RESUME)}{budget}.",
         "# Any other difference is refused: start a new run (run.init_from takes over the weights).",
     ]
 
@@ -263,30 +265,3 @@ def read_run_config(run: Path) -> Config:
     config = check(read_yaml(path), str(path))
     config.run.folder = run
     return config
-
-
-def may_change(key: str) -> bool:
-    """Whether a dotted key may differ between two attempts of one run."""
-    return any(key == k or (k.endswith(".*") and key.startswith(k[:-1])) for k in MAY_CHANGE_ON_RESUME)
-
-
-def merge_for_resume(saved: Config, asked: Config, asked_origins: Origins) -> tuple[Config, Origins]:
-    """The config of a resumed run: what may change is taken from the new command, all else is kept.
-
-    So what a law has set is never planned again, while an `auto` that the machine decides (ranks, micro-batch)
-    follows the machine. Raises UserError with both values for any other difference that was asked for.
-    """
-    old, new = flatten(dump(saved)), flatten(dump(asked))
-    origins = dict.fromkeys(old, "saved run")
-    tree = dump(saved)
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if may_change(key):
-            _set(tree, key, after)
-            origins[key] = asked_origins.get(key, "default")
-        elif before != after and after != "auto" and asked_origins.get(key) != "default":
-            raise UserError(
-                f"{key} was {before!r} in {saved.run.folder} and is now {after!r}; it cannot change on resume: "
-                "give the old value back or choose a new run.folder"
-            )
-    return check(tree, "the resumed config"), origins

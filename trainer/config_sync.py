@@ -32,7 +32,8 @@ class DeMoConfig(Section):
     codec: Literal["fp32", "int8", "sign"] = "sign"
     """How values travel: as they are; a byte and a scale for each chunk; their sign and a scale for each chunk."""
     delay: Literal[0, 1] = 0
-    """1: updates are applied a step late, so that the exchange overlaps the next forward and backward."""
+    """1: updates are applied a step late (the first step applies none), so that the exchange overlaps the next forward
+    and backward."""
     owner_reduce_above: int = Field(8, ge=1)
     """Replicas beyond which each reduces a share of the chunks and sends the largest of the sum: what a rank receives
     then no longer grows with the replicas."""

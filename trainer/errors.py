@@ -1,7 +1,11 @@
 """How a run ends: exit codes, and errors that a user can mend (one sentence, exit code 2, no traceback)."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
+
+from stepline.comm import slurm
 
 DONE, FAILED, USER_ERROR, TO_BE_CONTINUED = 0, 1, 2, 75
 """Exit codes of a run."""
@@ -15,6 +19,24 @@ class UserError(Exception):
 
 class DoesNotFit(UserError):
     """A step needs more memory than a device has."""
+
+
+def speaks() -> bool:
+    """Whether this process says a user's mistake: until the ranks meet all find the same, and one of each node says it.
+
+    By torchrun's variables, or srun's. Once there is a process group a mistake may be one rank's own: all speak.
+    """
+    dist = sys.modules.get("torch.distributed")  # torch is not imported for this
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return True
+    if slurm.is_rank():
+        return int(os.environ["SLURM_LOCALID"]) == 0
+    local, size = os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    size = os.environ.get("LOCAL_WORLD_SIZE", size)
+    if not local.isdecimal():
+        return True
+    # what has a place that does not exist, such as a shell with a rank's leftover, is nobody's neighbour
+    return int(local) == 0 or (size.isdecimal() and int(local) >= int(size))
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -91,7 +91,7 @@ class Reference:
         self.delta = [{n: torch.zeros_like(t) for n, t in self.p.items()} for _ in range(replicas)]
         self.sent: list[dict] = [{} for _ in range(replicas)]
         self.owners, self.owed = replicas > self.settings.owner_reduce_above, {}
-        self.late = [{n: torch.zeros_like(t) for n, t in self.p.items()}] * self.settings.delay
+        self.late = []
 
     def published(self, name: str) -> bool:
         """Whether momentum of gradients waits, not updates."""
@@ -113,8 +113,9 @@ class Reference:
                 delta[name] = s.beta * delta[name] + gain * g
             arrived[name] = self.exchanged(name, landed.get(name))
         self.late.append(arrived)
-        for name, update in self.late.pop(0).items():
-            self.move(name, update, rate(step))
+        if len(self.late) > s.delay:
+            for name, update in self.late.pop(0).items():
+                self.move(name, update, rate(step))
 
     def move(self, name: str, u: torch.Tensor, lr: float) -> None:
         s, p = self.settings, self.p[name]

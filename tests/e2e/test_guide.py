@@ -16,12 +16,13 @@ SHAPE = [
     "data.seq_len=64", "run.device=cpu", "budget.tokens=4096", "budget.batch_tokens=1024", "parallel.micro_batch=4",
     "logging.wandb=off", "checkpoint.every=2",
 ]  # fmt: skip
-SMALLER = {"prepare": ["--vocab-size", "512", "--val-share", "0.1", "--workers", "1"]}
+SMALLER = {"prepare": ["--val-share", "0.1", "--workers", "1"]}
 VERBS = {"doctor", "prepare", "plan", "train", "report", "submit", "eval", "generate", "export"}
 
 
 def commands() -> list[list[str]]:
     text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").replace("step-000500", "step-000002")
+    text = text.replace("--vocab-size 32000", "--vocab-size 512")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 

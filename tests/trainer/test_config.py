@@ -12,11 +12,11 @@ from stepline.trainer.config_io import (
     flatten,
     format_config,
     load_config,
-    merge_for_resume,
     read_run_config,
     shipped_configs,
     write_config,
 )
+from stepline.trainer.config_resume import merge_for_resume
 from stepline.trainer.errors import UserError
 
 MODEL = {"vocab_size": 100, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
@@ -173,13 +173,13 @@ def test_contradictions_missing_sections_and_files(tmp_path, file):
 def test_resume_keeps_what_was_planned_and_refuses_other_changes(file):
     saved, _ = load_config(str(file), ["optimizer.lr=1e-3", "budget.tokens=1e6", "parallel.micro_batch=4"])
     again, origins = load_config(str(file), ["parallel.micro_batch=2", "budget.tokens=1e6"])
-    merged, where = merge_for_resume(saved, again, origins)
+    merged, where = merge_for_resume(saved, again, origins, 0)
     assert merged.optimizer.lr == 1e-3  # auto in the new command: not planned again
     assert merged.parallel.micro_batch == 2
     assert where["optimizer.lr"] == "saved run"
     other, origins = load_config(str(file), ["model.num_layers=3"])
     with pytest.raises(UserError, match=r"model\.num_layers was 2 in runs/a and is now 3"):
-        merge_for_resume(saved, other, origins)
+        merge_for_resume(saved, other, origins, 0)
 
 
 PARAMETERS = {

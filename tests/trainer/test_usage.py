@@ -1,10 +1,13 @@
 """A wrongly typed command line ends with exit code 2 and one sentence that names the option and its help."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 
 from stepline.trainer.cli import main
+from stepline.trainer.errors import speaks
 
 
 def run(monkeypatch, *words: str) -> int:
@@ -60,10 +63,67 @@ def test_one_line_whatever_was_typed(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_one_rank_of_a_node_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run(monkeypatch, "train", "quickstart", "--dry") == 2
-    assert capsys.readouterr().err == ""
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "lines"),
+    [
+        ({}, 1),
+        (TORCHRUN, 0),
+        (TORCHRUN | {"RANK": "2", "LOCAL_RANK": "0"}, 1),
+        (TORCHRUN | {"WORLD_SIZE": "abc"}, 0),  # which all ranks find
+        (SRUN, 0),
+        (SRUN | {"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, 1),
+        ({"LOCAL_RANK": "1"}, 1),  # left over in a shell: nobody else is there to say it
+        ({"LOCAL_RANK": "x"}, 1),
+    ],
+)
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train quickstart --dry", "no option --dry; did you mean"),
+        ("train quickstart no.such=1 --dry-run", "unknown key 'no'"),
+        ("plan", "give --params and --tokens, or a config"),
+    ],
+)
+def test_one_rank_of_a_node_speaks(monkeypatch, capsys, variables, lines, line, said):
+    """Whatever the mistake, wherever it is found before the ranks have met."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(monkeypatch, *line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == lines
+    assert error.startswith("error: ") == bool(lines)
+    assert (said in error) == bool(lines)
+
+
+def test_a_rank_of_a_process_group_has_mistakes_of_its_own(monkeypatch):
+    import torch.distributed as dist
+
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert not speaks()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert speaks()
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: no config file 'nothing'"), ("1", "")])
+def test_a_mistake_in_a_config_is_said_before_torch_is_imported(rank, said):
+    code = (
+        "import sys; from stepline.trainer.cli import main\n"
+        "sys.argv = ['stepline', 'train', 'nothing']\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | ranks, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == bool(said)
 
 
 def test_exit_codes_stay(monkeypatch, capsys):

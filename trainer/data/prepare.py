@@ -20,8 +20,13 @@ from stepline.trainer.data.units import InputFile, Plan, discover, has_words, pl
 from stepline.trainer.errors import UserError
 
 FORMAT = 1
+VOCAB_SIZE = 32_000
 COMMIT_SECONDS = 2.0
 TOKENIZER_NAME = "tokenizer-name.json"  # while building: names the file or sub-folder of the tokenizer
+
+
+class _Refused(UserError):
+    """All is done and of no use: the same call would do the same again."""
 
 
 def prepare(
@@ -29,7 +34,7 @@ def prepare(
     output: Path,
     *,
     tokenizer: Path | None = None,
-    vocab_size: int = 32_000,
+    vocab_size: int | None = None,
     workers: int | None = None,
     exclude: Sequence[str] = (),
     text_key: str = "text",
@@ -42,15 +47,21 @@ def prepare(
     """Tokenise text files, folders, JSON lines and Parquet into the data folder `output`; returns its meta.
 
     Without `tokenizer` (a sentencepiece model, a tokenizer.json or a folder with one) a sentencepiece model
-    of `vocab_size` pieces is trained on the training split. `val_share` and `tune_share` are the shares of
-    documents (or of each file's tail, when there are only a few text files) held out as the splits `val` and
-    `tune`. `exclude` holds glob patterns for paths; a shard file holds `shard_tokens` at most. The result does
-    not depend on `workers` (default: the CPUs of this process). Everything is built in `output.partial`;
-    after a kill the same call goes on there.
+    of `vocab_size` pieces (default: VOCAB_SIZE) is trained on the training split. `val_share` and `tune_share`
+    are the shares of documents (or of each file's tail, when there are only a few text files) held out as the
+    splits `val` and `tune`. `exclude` holds glob patterns for paths; a shard file holds `shard_tokens` at most.
+    The result does not depend on `workers` (default: the CPUs of this process). Everything is built in
+    `output.partial`; after a kill the same call goes on there; after an error the folder stays where a part or a
+    new tokenizer is done.
 
-    Raises UserError for whatever the user can mend: missing or damaged input, a tokenizer that is none,
-    a full disk, an `output` that exists.
+    Raises UserError for whatever the user can mend: missing or damaged input, a tokenizer that is none or is given
+    together with `vocab_size`, a full disk, an `output` that exists.
     """
+    if tokenizer is not None and vocab_size is not None:
+        raise UserError(
+            f"--vocab-size {vocab_size} is of a new tokenizer, but --tokenizer gives one; leave out one of the two"
+        )
+    vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
     output = Path(output)
     partial = output.with_name(output.name + ".partial")
     if output.exists():
@@ -75,14 +86,14 @@ def prepare(
             print(f"prepare: left out {skipped['binary']} binary files found in folders", file=sys.stderr)
         request = _request(files, options, given.sha256 if given else vocab_size, shard_tokens)
         partial.mkdir(parents=True, exist_ok=True)
-        with _lock(partial):
+        with _lock(partial), _removed_when_useless(partial, trains=given is None):
             _start_or_resume(partial, request)
             plan = plan_units(files, options)
             if not has_words(plan, options):
                 raise UserError(
                     f"{_names(inputs)} has no text (nothing but white space); give files with text"
                 )
-            used = _tokenizer(partial, given, plan, options, vocab_size)
+            used = _tokenizer(partial, given, plan, options, vocab_size, progress)
             writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size), shard_tokens)
             _encode(plan, writer, workers, partial, options, progress)
             meta = _meta(writer, used, plan, options, inputs, dict(skipped))
@@ -137,6 +148,22 @@ def _lock(partial: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _removed_when_useless(partial: Path, trains: bool) -> Iterator[None]:
+    """Leaves no folder behind after an error that came before anything that the same call could go on with.
+
+    trains: a tokenizer in the folder is a new one, which takes minutes.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        parts = (partial / "joined.json").exists() or any((partial / "parts").glob("[0-9]*.json"))
+        trained = trains and (partial / TOKENIZER_NAME).exists()
+        if isinstance(error, _Refused) or not (parts or trained):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def _start_or_resume(partial: Path, request: str) -> None:
     """Keep what a killed run of the same request left; clear anything else."""
     marker = partial / "request.json"
@@ -154,15 +181,29 @@ def _start_or_resume(partial: Path, request: str) -> None:
 
 
 def _tokenizer(
-    partial: Path, given: Tokenizer | None, plan: Plan, options: ReadOptions, vocab_size: int
+    partial: Path, given: Tokenizer | None, plan: Plan, options: ReadOptions, vocab_size: int, progress: bool
 ) -> Tokenizer:
     """The tokenizer to use, saved in `partial`: the given one, a killed run's, or a newly trained one."""
     saved = partial / TOKENIZER_NAME  # written last
     if saved.exists():
         return load_tokenizer(partial / json.loads(saved.read_text()))
-    used = given or train_tokenizer(sample_texts(plan, options), vocab_size)
+    texts = sample_texts(plan, options)
+    used = given or train_tokenizer(_announced(texts, vocab_size) if progress else texts, vocab_size)
     write_json(saved, used.save(partial))
     return used
+
+
+def _announced(texts: Iterator[str], vocab_size: int) -> Iterator[str]:
+    """The texts; when all are read, which is when training begins, standard error says how much they are."""
+    size = 0
+    for text in texts:
+        size += len(text.encode())
+        yield text
+    print(
+        f"prepare: training a tokenizer of {vocab_size:,} tokens on {size / 1e6:,.1f} MB of text; it may take minutes",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _encode(
@@ -248,10 +289,10 @@ def _check(meta: dict, inputs: Sequence[Path], options: ReadOptions) -> None:
     """Refuse a result without training text, or without a split that was asked for."""
     splits = meta["splits"]
     if not any(split["tokens"] for split in splits.values()):
-        raise UserError(f"{_names(inputs)} has no text (no documents); give files with text")
+        raise _Refused(f"{_names(inputs)} has no text (no documents); give files with text")
     for split, share in (("train", 1.0), ("val", options.val_share), ("tune", options.tune_share)):
         if share > 0 and not splits[split]["tokens"]:
-            raise UserError(
+            raise _Refused(
                 f"no document of {_names(inputs)} fell into the split '{split}'; "
                 f"give more documents or a larger share (val_share {options.val_share})"
             )

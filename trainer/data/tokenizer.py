@@ -173,10 +173,14 @@ class HuggingFaceTokenizer:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Load a sentencepiece `.model`, a `tokenizer.json`, or a folder (a prepared data folder, too) with one.
 
+    Of a folder with both it is the tokenizer.json, which may have more tokens, unless that is just the model
+    converted, as `stepline export` writes it: then it is the model, so that data and runs keep their tokenizer's hash.
     Raises UserError when the path is missing or is no tokenizer.
     """
     path = Path(path)
     if path.is_dir():
+        if (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
+            return _of_both(path)
         for name in ("tokenizer.json", "tokenizer.model", "tokenizer"):
             if (path / name).exists():
                 return load_tokenizer(path / name)
@@ -186,6 +190,19 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path)
     return SentencePieceTokenizer(path.read_bytes(), str(path))
+
+
+def _of_both(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder with a tokenizer.json and a tokenizer.model."""
+    from stepline.trainer.data.conversion import is_converted
+
+    shown = HuggingFaceTokenizer(folder / "tokenizer.json")
+    proto = (folder / "tokenizer.model").read_bytes()
+    if not is_converted(folder / "tokenizer.json", proto):
+        return shown
+    model = SentencePieceTokenizer(proto, str(folder / "tokenizer.model"))
+    # another eos_token in the folder's tokenizer_config.json would end documents with another token
+    return model if model.eod_id == shown.eod_id else shown
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:

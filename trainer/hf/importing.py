@@ -24,6 +24,7 @@ from stepline.trainer.files import new_folder, write_whole
 from stepline.trainer.hf.custom import MODEL_TYPE, from_custom_name
 from stepline.trainer.hf.shards import Stored, read_folder
 from stepline.trainer.run.checkpoint import PERMANENT
+from stepline.trainer.run.folder import keep_tokenizer
 from stepline.trainer.run.manifest import COMPLETE, MANIFEST, STATE, checkpoint_path, file_entry
 from stepline.trainer.run.state import model_tensors
 
@@ -232,7 +233,7 @@ def write_checkpoint(path: Path, pieces: list[Piece], state: dict[str, Any]) -> 
 
 
 def _write_tokenizer(folder: Path, run: Path) -> str | None:
-    """The folder's tokenizer as a data folder without text, as `generate` and `prepare` take it; or why not."""
+    """Writes the folder's tokenizer as a data folder without text, and as a run keeps it; returns why it cannot."""
     try:
         tokenizer = load_tokenizer(folder)
     except UserError as error:
@@ -249,6 +250,7 @@ def _write_tokenizer(folder: Path, run: Path) -> str | None:
         "splits": {},
     }
     write_whole(data / "meta.json", json.dumps(meta, indent=1) + "\n")
+    keep_tokenizer(run, data / meta["tokenizer"]["file"])  # data.path is absolute, and the run may be moved
     return None
 
 

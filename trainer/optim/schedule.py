@@ -2,6 +2,7 @@
 
 import math
 
+from stepline.trainer.config import Config
 from stepline.trainer.errors import UserError, nearest
 
 SCHEDULES = ("linear", "cosine", "wsd")
@@ -41,3 +42,15 @@ def lr_multiplier(
     progress = min(max(step - start, 0) / max(total_steps - start, 1), 1.0)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if name == "cosine" else 1 - progress
     return final_fraction + (1 - final_fraction) * remaining
+
+
+def learning_rate_multiplier(config: Config, step: int) -> float:
+    """The schedule's factor for the update with index `step` of a resolved config."""
+    return lr_multiplier(
+        step,
+        total_steps=config.total_steps(),
+        warmup_steps=config.schedule.warmup_steps,
+        name=config.schedule.name,
+        final_fraction=config.schedule.final_fraction,
+        decay_fraction=config.schedule.decay_fraction,
+    )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stepline.trainer.plan.kind import differences
 from stepline.trainer.plan.laws import EPOCH, LossLaw, StepLaw
@@ -91,9 +92,23 @@ def _finished(folder: Path) -> tuple[dict, float] | None:
 
 
 def kept_expectation(folder: Path) -> Expected | None:
-    """What the first attempt of a resumed run wrote to plan.json."""
-    try:
-        kept = json.loads((folder / "plan.json").read_text(encoding="utf-8")).get("expected_final_loss")
-    except (OSError, ValueError):
-        return None
+    """What an earlier attempt of a resumed run wrote to plan.json."""
+    kept = _kept(folder).get("expected_final_loss")
     return None if kept is None else Expected(**kept)
+
+
+def kept_budget(folder: Path) -> tuple[float, float] | None:
+    """(D of plan.json, D that learning rate, weight decay and batch were settled at) of a resumed run; None where there
+    is no plan.json."""
+    kept = _kept(folder)
+    if "tokens" not in kept:
+        return None
+    return kept["tokens"], kept.get("inputs", {}).get("settled_at") or kept["tokens"]
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """What plan.json holds; empty where there is none."""
+    try:
+        return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

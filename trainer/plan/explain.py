@@ -69,10 +69,10 @@ def lines(plan: Plan) -> list[Line]:
     if plan.inputs.lr is None and plan.ratio < 1:
         lr += f"; * ({plan.ratio:.4g})^0.7 = {plan.lr:.4g}"
     elif plan.inputs.lr is not None:
-        lr += "; set by you"
+        lr += f"; {_by_whom(plan)}"
     batch = f"{law.batch_law.scale:.4g} * {d:.4g}^{e:.4g} = {plan.ideal_batch_tokens:,.0f}"
     if plan.inputs.batch_tokens is not None:
-        batch += "; set by you"
+        batch += f"; {_by_whom(plan)}"
     elif plan.inputs.quantum is not None:
         batch += f"; {plan.grad_accumulation} x {plan.inputs.quantum:,}"
     return [
@@ -126,6 +126,12 @@ def lines(plan: Plan) -> list[Line]:
     ]
 
 
+def _by_whom(plan: Plan) -> str:
+    """Where a value that is given comes from."""
+    start = plan.inputs.settled_at
+    return "set by you" if start is None else f"kept from D = {start:.4g}"
+
+
 def weight_decay_text(plan: Plan) -> str:
     """The timescale's weight decay at the batch and the learning rate that will be used, and why it is not taken."""
     i, used = plan.inputs, plan.weight_decay
@@ -134,7 +140,7 @@ def weight_decay_text(plan: Plan) -> str:
     numbers = f"{plan.batch_tokens:,.0f} / ({plan.lr:.4g} * {plan.tau:.4g} * {d:.4g})"
     text = f"B / (lr * tau * D) = {numbers} = {law:.4g}, tau = 1.084 * {d / n:.4g}^-0.527"
     if i.weight_decay is not None:
-        return f"{text}; {used:.4g} set by you"
+        return f"{text}; {used:.4g} {_by_whom(plan)}"
     if i.mixture:
         return f"{text}; {used:.4g}, fixed for a mixture"
     low, high = WEIGHT_DECAY_RANGE

@@ -45,6 +45,8 @@ class Inputs:
     schedule: str = "linear"
     kind: str = ""
     """Of the model (`kind.kind_of`); empty where only numbers are known."""
+    settled_at: float | None = None
+    """D at the start of a run whose budget was changed on resume: learning rate, weight decay and batch are its."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -23,6 +23,7 @@ from stepline.trainer.errors import (
     ToBeContinued,
     TrainingStopped,
     UserError,
+    speaks,
 )
 from stepline.trainer.files import locked
 from stepline.trainer.run.alike import check_ranks_alike
@@ -51,7 +52,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
     stop: takes the signals that ask the run to save and leave.
     """
     stop = stop or StopSignal()
-    world = World(0, 1, 0, 1)
+    says = speaks()  # asked before there is a process group
     with contextlib.ExitStack() as held:
         try:
             world = launched_world(rendezvous=False)
@@ -74,7 +75,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if world.rank == 0:  # a folder with nothing else is no run's, to a rank that starts later
                 keep_tokenizer(job.folder, job.metas[0].tokenizer_path)
         except UserError as error:
-            if world.local_rank == 0:
+            if says:
                 print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
         try:

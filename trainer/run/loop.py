@@ -18,7 +18,7 @@ from stepline.trainer.config_io import write_config
 from stepline.trainer.data.verify import start_verifying
 from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, USER_ERROR, TrainingStopped, UserError
 from stepline.trainer.files import write_whole
-from stepline.trainer.optim.schedule import lr_multiplier
+from stepline.trainer.optim.schedule import learning_rate_multiplier
 from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due
 from stepline.trainer.run.products import choose_products
@@ -137,18 +137,6 @@ def is_logged(step: int, config: Config) -> bool:
     return step % config.logging.every == 0 or step in (1, config.total_steps())
 
 
-def learning_rate_multiplier(config: Config, step: int) -> float:
-    """The schedule's factor for the update with index `step`."""
-    return lr_multiplier(
-        step,
-        total_steps=config.total_steps(),
-        warmup_steps=config.schedule.warmup_steps,
-        name=config.schedule.name,
-        final_fraction=config.schedule.final_fraction,
-        decay_fraction=config.schedule.decay_fraction,
-    )
-
-
 def step_row(state: TrainState, result: StepMeasures, lr: float) -> dict[str, float]:
     """One row of metrics.jsonl; this is where the host waits for the device."""
     guard = state.guard
@@ -248,7 +236,7 @@ def _write_description(job: Job, state: TrainState, number: int) -> dict[str, An
     state.run_id = run_id(job.folder)
     write_config(job.config, job.origins, job.folder / "config.yaml")
     write_environment(job, number)
-    if job.resume_from is None or not path.exists():  # a resumed run keeps its plan
+    if job.resume_from is None or job.replanned or not path.exists():  # else a resumed run keeps its plan
         plan = plan_json(job.plan) | {
             "data": job.fingerprints,
             "eval_split": job.config.logging.eval_split,

@@ -1,7 +1,6 @@
 """2:4 sparse layers in a run: their scales after initialisation, the phases of the run, and what is shown of them."""
 
 import functools
-import math
 from types import EllipsisType
 
 import torch
@@ -129,9 +128,7 @@ class Sparsity:
         if self.seeds:  # of each micro-batch; what runs again in a backward is inside of the model's forward
             model.register_forward_pre_hook(self._next_micro_batch)
         self.fp8 = Fp8Gather(model, config)
-        self.dense_from = math.inf
-        if config.sparse.dense_fraction:
-            self.dense_from = round((1 - config.sparse.dense_fraction) * config.total_steps())
+        self.dense_from = config.dense_from()
         self._before: list[Tensor] = []
         self._flushed: Tensor | None = None
         self._begun = False

@@ -13,19 +13,20 @@ import torch
 from stepline.comm import slurm
 from stepline.comm.mesh import World, check_rendezvous
 from stepline.trainer.config import Config
-from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
+from stepline.trainer.config_io import Origins, load_config, read_run_config
+from stepline.trainer.config_resume import merge_for_resume
 from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
 from stepline.trainer.errors import DoesNotFit, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.hf.adapters import check_adapters
-from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_expectation
+from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_budget, kept_expectation
 from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
-from stepline.trainer.run.manifest import read_state
+from stepline.trainer.run.manifest import read_state, step_of
 from stepline.trainer.run.products import check_products_of_batch, products_done_instead
 from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.zero import check_installed
@@ -55,6 +56,8 @@ class Job:
     """Warnings of the plan and what this machine cannot do, each one sentence."""
     products: dict[str, Any] = field(default_factory=dict)
     """How 2:4 sparse products are made, by shape, and what was measured for that."""
+    replanned: bool = False
+    """Whether plan.json was made for another budget, which a resume has changed."""
 
     @property
     def folder(self) -> Path:
@@ -110,7 +113,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     resume_from, damage = checkpoint_to_resume(config.run.folder, resume)
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
-        config, origins = merge_for_resume(saved, config, origins)
+        config, origins = merge_for_resume(saved, config, origins, step_of(resume_from))
     check_installed(config)
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
@@ -149,10 +152,13 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
 
     chosen = resume not in ("auto", "never")
     job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, refused, notes)
-    if resume_from is None:
-        job.expected = expected_final_loss(plan, job.folder, job.fingerprints, config.logging.eval_split)
+    if resume_from is not None:
+        _note_new_budget(job)
+    if resume_from is None or job.replanned:
+        job.expected = expected_final_loss(job.plan, job.folder, job.fingerprints, config.logging.eval_split)
     else:
         job.expected = kept_expectation(job.folder)
+    if resume_from is not None:
         held = read_state(resume_from)["fingerprints"]
         if held != job.fingerprints:
             raise UserError(
@@ -160,6 +166,19 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
                 f"(fingerprints {held} and {job.fingerprints}); give the old folder or start a new run"
             )
     return job
+
+
+def _note_new_budget(job: Job) -> None:
+    """Where the plan of a resumed run is of another budget: what the laws say of this one, with what is kept."""
+    kept, inputs = kept_budget(job.folder), job.plan.inputs
+    if kept is None or kept[0] == inputs.tokens:
+        return
+    job.replanned = True
+    job.plan = replace(job.plan, inputs=replace(inputs, settled_at=kept[1]))
+    job.notes.append(
+        f"the budget is {inputs.tokens:,} tokens instead of {kept[0]:,}: learning rate, weight decay, batch and "
+        "warm-up are kept"
+    )
 
 
 def write_environment(job: Job, attempt: int) -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepline.trainer.config import Config
-from stepline.trainer.config_io import Origins, load_config, merge_for_resume, read_run_config
+from stepline.trainer.config_io import Origins, load_config, read_run_config
+from stepline.trainer.config_resume import merge_for_resume
 from stepline.trainer.data.dataset import check_held_out, check_windows, load_sources
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
-from stepline.trainer.run.manifest import find_checkpoint
+from stepline.trainer.run.manifest import find_checkpoint, step_of
 from stepline.trainer.run.slurm import (
     directive,
     fill,
@@ -129,7 +130,7 @@ def check_run(config: Config, origins: Origins, ranks: int, node_ranks: int, dev
     check_folder(folder)
     resume_from, _ = checkpoint_to_resume(folder, "auto")
     if resume_from is not None:
-        config, origins = merge_for_resume(read_run_config(folder), config, origins)
+        config, origins = merge_for_resume(read_run_config(folder), config, origins, step_of(resume_from))
     elif config.run.init_from is not None:
         find_checkpoint(config.run.init_from, checksums=False)
     sources = [source.path for source in config.data.folders()]

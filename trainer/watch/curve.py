@@ -15,7 +15,10 @@ def draw_curve(metrics_path: str | Path, output_png: str | Path, title: str | No
     rows = read_metrics(metrics_path)
     train = [(r["tokens"], r["loss"]) for r in rows if "tokens" in r and r.get("loss") is not None]
     val = [(r["tokens"], r["val_loss"]) for r in rows if "tokens" in r and r.get("val_loss") is not None]
-    expected = [r["expected_final_loss"] for r in rows if r.get("expected_final_loss") is not None]
+    # of the last validation alone: a resume may have changed the budget
+    expected = next(
+        (r.get("expected_final_loss") for r in reversed(rows) if r.get("val_loss") is not None), None
+    )
     if not train and not val:
         raise UserError(f"{metrics_path} holds no loss yet; draw the curve after the first logged step")
     try:
@@ -36,10 +39,8 @@ def draw_curve(metrics_path: str | Path, output_png: str | Path, title: str | No
         axes.annotate(
             f"{loss:.3f}", (tokens, loss), (0, 9), textcoords="offset points", ha="center", fontsize=12
         )
-    if expected:
-        axes.axhline(
-            expected[-1], color="#57606a", linestyle="--", linewidth=1.2, label="expected at the end"
-        )
+    if expected is not None:
+        axes.axhline(expected, color="#57606a", linestyle="--", linewidth=1.2, label="expected at the end")
     axes.set_xlabel("tokens", fontsize=13)
     axes.set_ylabel("loss (nats per token)", fontsize=13)
     axes.set_title(title or "", fontsize=14)

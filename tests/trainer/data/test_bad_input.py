@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stepline.trainer.cli import main
 from stepline.trainer.data import parts
 from stepline.trainer.data.dataset import TokenSplit, load_meta
 from stepline.trainer.data.prepare import prepare
@@ -12,6 +13,11 @@ from stepline.trainer.errors import UserError
 
 zstandard = pytest.importorskip("zstandard")
 GOOD = b"".join(b'{"text": "document %d"}\n' % i for i in range(20_000))
+
+
+def half_done(partial: Path) -> bool:
+    """Whether units are done: a part of one is there, or they are joined already (every two seconds)."""
+    return (partial / "joined.json").exists() or bool(list(partial.glob("parts/*.json")))
 
 
 def refused(tmp_path: Path, tokenizer: Path | None, name: str, content: bytes, **options) -> str:
@@ -23,6 +29,8 @@ def refused(tmp_path: Path, tokenizer: Path | None, name: str, content: bytes, *
         )
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("meta.json"))
+    partial = tmp_path / "out.partial"
+    assert not partial.exists() or half_done(partial), "it holds nothing to go on with"
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -88,6 +96,57 @@ def test_vocabulary_too_large_for_the_text(tmp_path) -> None:
 def test_wrong_tokenizer_file(tmp_path) -> None:
     (tmp_path / "t.model").write_bytes(b"not a model")
     assert "t.model is not a tokenizer" in refused(tmp_path, tmp_path / "t.model", "x.jsonl", GOOD)
+
+
+def test_only_what_can_be_gone_on_with_stays(tmp_path, tokenizer_file, monkeypatch) -> None:
+    partial = tmp_path / "out.partial"
+    bad = b'{"text": \n'
+    refused(tmp_path, tokenizer_file, "x.jsonl", bad + GOOD)
+    assert not partial.exists()
+    refused(tmp_path, tokenizer_file, "x.jsonl", GOOD + bad)
+    assert half_done(partial)
+    refused(tmp_path, tokenizer_file, "x.jsonl", GOOD, val_share=0.0, tune_share=1e-12)
+    assert not partial.exists(), "without a document to tune on it would be refused again and again"
+
+    def no_library(*args) -> None:
+        raise UserError("x needs y")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stepline.trainer.data.pool.encode_unit", no_library)
+        options = {"vocab_size": 300, "workers": 1, "progress": False}
+        with pytest.raises(UserError, match="x needs y"):
+            prepare([tmp_path / "x.jsonl"], tmp_path / "out", **options)
+    trained = (partial / "tokenizer.model").read_bytes()
+    monkeypatch.setattr("stepline.trainer.data.prepare.train_tokenizer", no_library)
+    prepare([tmp_path / "x.jsonl"], tmp_path / "out", **options)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == trained
+
+
+def test_a_tokenizer_and_the_size_of_a_new_one(tmp_path, tokenizer_file, monkeypatch, capsys) -> None:
+    words = ["prepare", "x.jsonl", "--output", "out", "--vocab-size", "300", "--tokenizer"]
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["stepline", *words, str(tokenizer_file)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr() == (
+        "",
+        "error: --vocab-size 300 is of a new tokenizer, but --tokenizer gives one; leave out one of the two\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_training_a_tokenizer_is_said_on_standard_error(tmp_path, capsys) -> None:
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    meta = prepare([tmp_path / "x.jsonl"], tmp_path / "out", vocab_size=300, workers=1)
+    out, error = capsys.readouterr()
+    assert out == ""
+    megabytes = f"{meta['splits']['train']['bytes'] / 1e6:.1f}"
+    assert megabytes == "0.3"
+    said = f"prepare: training a tokenizer of 300 tokens on {megabytes} MB of text; it may take minutes\n"
+    assert error.startswith(said)
+    prepare([tmp_path / "x.jsonl"], tmp_path / "again", tokenizer=tmp_path / "out", workers=1)
+    assert "training" not in capsys.readouterr().err
 
 
 def test_missing_input_existing_output_and_bad_numbers(tmp_path, tokenizer_file) -> None:

@@ -213,13 +213,14 @@ def test_a_killed_run_goes_on_where_it_was(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_changed_request_starts_over(tmp_path, tokenizer_file) -> None:
+def test_a_changed_request_starts_over(tmp_path, tokenizer_file, small_units) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", [*random_texts(3000, 20)])
     with open(source, "a") as file:
         file.write("not json\n")
     with pytest.raises(UserError, match=r"x\.jsonl:3001 is not JSON"):
         run([source], tmp_path / "out", tokenizer_file, val_share=0.1)
-    assert (tmp_path / "out.partial").exists()
+    partial = tmp_path / "out.partial"
+    assert (partial / "joined.json").exists() or list(partial.glob("parts/*.json"))
     assert not (tmp_path / "out").exists()
     other = write_jsonl(tmp_path / "y.jsonl", random_texts(500, 20))
     run([other], tmp_path / "out", tokenizer_file, val_share=0.1)

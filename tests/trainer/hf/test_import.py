@@ -8,13 +8,20 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from stepline.comm.mesh import World
 from stepline.trainer.cli import app, main
+from stepline.trainer.config_io import read_run_config
+from stepline.trainer.data.dataset import load_meta
+from stepline.trainer.data.prepare import prepare
 from stepline.trainer.errors import UserError
 from stepline.trainer.hf import importing
+from stepline.trainer.hf.export import export_run
 from stepline.trainer.hf.importing import import_model
 from stepline.trainer.hf.shards import INDEX, read_folder
+from stepline.trainer.run.eval_command import find_sources
 from stepline.trainer.run.generate import generate_text
-from stepline.trainer.run.infer import load_run
+from stepline.trainer.run.infer import load_run, run_tokenizer
+from stepline.trainer.run.start import start_job
 
 
 @torch.no_grad()
@@ -63,6 +70,41 @@ def test_the_run_has_the_tokenizer_and_says_what_to_type(data, tmp_path, save):
     assert load_tokenizer(tmp_path / "run" / "data").encode("alice") == load_tokenizer(data).encode("alice")
     pieces = list(generate_text(tmp_path / "run", "alice", max_tokens=3, temperature=0))
     assert pieces[0] == "alice"
+
+
+@pytest.fixture
+def hf_data(texts, tmp_path):
+    """The documents, prepared with a tokenizer of Hugging Face that names its end of text in a file of its own."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    (tmp_path / "theirs").mkdir()
+    bpe = ByteLevelBPETokenizer()
+    bpe.train([str(texts / "000.txt")], vocab_size=320, special_tokens=["<|end|>"], show_progress=False)
+    bpe.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    (tmp_path / "theirs" / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    out, theirs = tmp_path / "hf-data", tmp_path / "theirs"
+    prepare([texts], out, tokenizer=theirs, workers=1, val_share=0.02, progress=False)
+    return out
+
+
+@pytest.mark.parametrize("which", ["data", "hf_data"])
+def test_out_and_back_the_tokenizer_is_the_same(request, make_run, tmp_path, which):
+    """So that training and evaluation on the original data see no other tokenizer, wherever the run is moved."""
+    data = request.getfixturevalue(which)
+    run, _ = make_run()
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    raw["data"]["path"] = str(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    export_run(run, tmp_path / "out")
+    import_model(tmp_path / "out", tmp_path / "in")
+    moved = (tmp_path / "in").rename(tmp_path / "moved")
+    config, own = read_run_config(moved), load_meta(data).tokenizer_sha256
+    assert run_tokenizer(config).sha256 == load_meta(moved / "data").tokenizer_sha256 == own
+    assert [source.path for source in find_sources(config, [data], ["val"])] == [data]
+    options = [f"data.path={data}", f"run.init_from={moved}", f"run.folder={tmp_path / 'new'}"]
+    options += ["budget.steps=1", "budget.batch_tokens=64", "parallel.micro_batch=1", "optimizer.lr=1e-3"]
+    job = start_job(str(moved / "config.yaml"), options, "never", World(0, 1, 0, 1))
+    assert not [note for note in job.notes if "tokenizer" in note]
 
 
 def refused(folder, tmp_path, match):

@@ -73,3 +73,39 @@ def test_a_tokenizer_of_hugging_face_is_copied(tmp_path):
     theirs = auto(tmp_path / "b")
     assert theirs(SAMPLES[2]).input_ids == ours.encode(SAMPLES[2])
     assert theirs.eos_token_id == ours.eod_id
+
+
+def test_of_two_forms_in_a_folder_the_model_counts_where_the_other_is_its_conversion(tmp_path):
+    """A tokenizer.json that says more or ends documents otherwise, as of a folder from elsewhere, is the tokenizer."""
+    from tokenizers import Tokenizer
+
+    ours = train_tokenizer((file.read_text() for file in SOURCES), 400)
+    assert write_tokenizer(ours, tmp_path) is None
+    assert load_tokenizer(tmp_path).sha256 == ours.sha256
+    file, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    converted, said = file.read_text(), config.read_text()
+    file.write_text(json.dumps(json.loads(converted)))  # written otherwise, the same tokenizer
+    assert load_tokenizer(tmp_path).sha256 == ours.sha256
+    config.write_text(said.replace("</s>", "<s>"))
+    assert (load_tokenizer(tmp_path).kind, load_tokenizer(tmp_path).eod_id) == ("huggingface", 1)
+    config.write_text(said)
+    more = Tokenizer.from_file(str(file))
+    more.add_special_tokens(["<|more|>"])
+    more.save(str(file))
+    assert (load_tokenizer(tmp_path).kind, load_tokenizer(tmp_path).vocab_size) == ("huggingface", 401)
+    file.write_text(converted)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    assert load_tokenizer(tmp_path).kind == "huggingface"
+
+
+def test_a_unigram_tokenizer_of_hugging_face_keeps_its_end_of_text(tmp_path):
+    """Its vocabulary is a list, and the token that ends documents one of its ordinary pieces."""
+    from tokenizers import Tokenizer, models
+
+    (tmp_path / "out").mkdir()
+    fast = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("<eos>", -3.0)], unk_id=0))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert write_tokenizer(ours, tmp_path / "out") is None
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<eos>"
+    assert load_tokenizer(tmp_path / "out").sha256 == ours.sha256

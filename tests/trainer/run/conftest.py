@@ -33,6 +33,8 @@ TINY = {
     "logging": {"every": 1, "eval_every": 0, "wandb": "off"},
 }
 
+FIRST_TEXT = 1560  # of these documents the keyed hash holds out one for validation and one to tune on
+
 
 def _text(words: int, seed: int) -> str:
     """Sentences of a small grammar: learnable, and different in every document."""
@@ -47,15 +49,15 @@ def _text(words: int, seed: int) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """About 30,000 tokens in 120 documents, vocabulary 330."""
+    """120 documents of about 780 tokens, vocabulary 330; one is for validation, which ends every run."""
     from stepline.trainer.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tiny")
     texts = folder / "texts"
     texts.mkdir()
     for i in range(120):
-        (texts / f"{i:03}.txt").write_text(_text(60, i))
-    prepare([texts], folder / "data", vocab_size=330, workers=1, val_share=0.1, progress=False)
+        (texts / f"{i:03}.txt").write_text(_text(60, FIRST_TEXT + i))
+    prepare([texts], folder / "data", vocab_size=330, workers=1, val_share=0.01, progress=False)
     return folder / "data"
 
 
@@ -91,7 +93,7 @@ def tuned_data(tiny_data, tmp_path_factory) -> Path:
     from stepline.trainer.data.prepare import prepare
 
     texts, folder = tiny_data.parent / "texts", tmp_path_factory.mktemp("tuned") / "data"
-    prepare([texts], folder, vocab_size=330, workers=1, val_share=0.1, tune_share=0.1, progress=False)
+    prepare([texts], folder, vocab_size=330, workers=1, val_share=0.01, tune_share=0.01, progress=False)
     return folder
 
 

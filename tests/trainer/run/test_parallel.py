@@ -63,8 +63,9 @@ def test_hsdp_equals_fsdp(train, tiny_config, tmp_path):
     options = [
         "precision.compute=fp64",
         "budget.batch_tokens=512",
-        "parallel.micro_batch=1",
-    ]  # 4 micro-batches
+        "parallel.micro_batch=1",  # 4 micro-batches
+        "budget.steps=8",
+    ]
     fsdp = losses(train(4, tiny_config, tmp_path / "fsdp", "parallel.shard=4", *options))
     for shard in (1, 2):
         hsdp = losses(train(4, tiny_config, tmp_path / f"hsdp{shard}", f"parallel.shard={shard}", *options))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -39,7 +40,7 @@ def test_the_layout_of_a_replica_does_not_matter_and_training_learns(train, tiny
 
     Chunks are cut from shards, so that DeMo's differ: it learns alike; what is cut nowhere is the same to the digit.
     """
-    options = [*SYNCS[sync], "precision.compute=fp64", "budget.steps=40", "parallel.check_replicas_every=7"]
+    options = [*SYNCS[sync], "precision.compute=fp64", "budget.steps=30", "parallel.check_replicas_every=7"]
     whole = train(2, tiny_config, tmp_path / "whole", "parallel.shard=1", *options)
     shards = train(4, tiny_config, tmp_path / "shards", "parallel.shard=2", *options)
     assert losses(whole)[0] == pytest.approx(float(losses(shards)[0]), rel=1e-12)
@@ -67,6 +68,25 @@ def test_resume_is_bitwise_at_the_same_world_size(interrupted, sync):
     assert [[r.get(k) for k in keys] for r in again] == [[r.get(k) for k in keys] for r in straight]
 
 
+@pytest.fixture(scope="module")
+def two_by_two(tmp_path_factory):
+    """Runs of two replicas of two shards by synchroniser, each trained once; its folder is a copy."""
+    trained: dict[str, tuple[list[dict], Path]] = {}
+
+    def copy(train, config: Path, folder: Path, sync: str) -> list[dict]:
+        if sync not in trained:
+            kept = tmp_path_factory.mktemp("two_by_two") / sync
+            trained[sync] = train(4, config, kept, "parallel.shard=2", *SYNCS[sync], *RESIZED), kept
+        rows, kept = trained[sync]
+        shutil.copytree(kept, folder)
+        return rows
+
+    return copy
+
+
+RESIZED = ["precision.compute=fp64", "budget.steps=30", "checkpoint.every=20"]
+
+
 @pytest.mark.parametrize(
     ("sync", "world", "shard"),
     [
@@ -74,10 +94,12 @@ def test_resume_is_bitwise_at_the_same_world_size(interrupted, sync):
         ("diloco", 4, 1), ("diloco", 2, 1), ("random_k", 4, 1),
     ],
 )  # fmt: skip
-def test_resume_with_other_replicas_or_shards_goes_on(train, tiny_config, tmp_path, sync, world, shard):
+def test_resume_with_other_replicas_or_shards_goes_on(
+    train, two_by_two, tiny_config, tmp_path, sync, world, shard
+):
     """From two replicas of two shards. At the same number of replicas nothing is lost, up to where chunks are cut."""
-    options = [*SYNCS[sync], "precision.compute=fp64", "budget.steps=30", "checkpoint.every=20"]
-    straight = train(4, tiny_config, tmp_path / "run", "parallel.shard=2", *options)
+    options = [*SYNCS[sync], *RESIZED]
+    straight = two_by_two(train, tiny_config, tmp_path / "run", sync)
     shutil.rmtree(complete_checkpoints(tmp_path / "run")[-1])
     resized = train(world, tiny_config, tmp_path / "run", f"parallel.shard={shard}", *options, resume="auto")
     assert [row["step"] for row in resized] == [row["step"] for row in straight]

@@ -67,7 +67,7 @@ def read_run(folder: Path, name: str) -> Run:
     values, trouble = _read_metrics(run)
     run.events = read_events(folder, trouble)
     run.expected = run.plan.get("expected_final_loss")
-    if run.expected is None and (kept := run.series.get("expected_final_loss")) is not None:
+    if "expected_final_loss" not in run.plan and (kept := run.series.get("expected_final_loss")) is not None:
         run.expected = {"loss": kept.value[-1], "source": "the run's own forecast"}
     run.summary = _summary(run, values)
     return run
