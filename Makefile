@@ -31,7 +31,7 @@ test: $(VENV)/.dev
 # A report is opened in a browser, which is installed where root may do so.
 test-e2e: $(VENV)/.dev
 	command -v chromium > /dev/null || $(call packages,chromium) || echo "chromium cannot be installed"
-	$(BIN)/python -m pytest -q -m "e2e and not slurm"
+	$(BIN)/python -m pytest -q -n 2 -m "e2e and not slurm"
 
 # A real SLURM, started by the tests; its packages are installed where root may do so.
 test-slurm: $(VENV)/.dev

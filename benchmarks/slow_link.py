@@ -4,6 +4,7 @@ Two "nodes" are two network namespaces on a bridge, with `tc tbf` at both ends o
 and loss are not, and nothing is claimed about them). Bytes are those of the interfaces' counters.
 
     python benchmarks/slow_link.py time DATA [--output DIR]     # needs root, iproute2
+    python benchmarks/slow_link.py turns DATA [--output DIR]    # the same; one rate, against no network, in turns
     python benchmarks/slow_link.py loss DATA [--output DIR]     # the learning rates' grid, then three seeds
     python benchmarks/slow_link.py show [--output DIR]          # tables and plots of what is in DIR
 
@@ -182,6 +183,32 @@ def time_steps(data: Path, output: Path) -> None:
             (output / "times.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
+TURNS, TURNED_MBIT = 6, 100
+TURNED_METHODS = ("no network", "DeMo 1/50", "DeMo 1/50, a step late")
+
+
+def time_turns(data: Path, output: Path) -> None:
+    """turns.json: seconds of a step at TURNED_MBIT, the methods one after the other, TURNS times: what is true of the
+    machine at that moment is true of all of them, and a ratio is of one turn."""
+    found: dict[str, list[float]] = {method: [] for method in TURNED_METHODS}
+    with Link() as link:
+        link.shape(TURNED_MBIT)
+        for turn in range(TURNS):
+            # whoever comes first takes its turn last the next time
+            for method in TURNED_METHODS if turn % 2 == 0 else TURNED_METHODS[::-1]:
+                options = [*METHODS[method], "budget.steps=27", "logging.every=1"]
+                rows = run(data, output / "timed", options, TIMED, link.nodes)
+                found[method].append(step_seconds(rows))
+            (output / "turns.json").write_text(json.dumps(found, indent=1) + "\n")
+    free = found[TURNED_METHODS[0]]
+    for method, seconds in found.items():
+        ratios = sorted(mine / theirs for mine, theirs in zip(seconds, free, strict=True))
+        print(
+            f"{method}: {statistics.median(seconds):.3f} s, {statistics.median(ratios):.3f} of a step without network "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+
+
 LEARNING_RATES = (4e-3, 8e-3, 1.6e-2)
 """Doubled or halved further where the best of them is at an edge."""
 SEEDS = (0, 1, 2)
@@ -241,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("time", "loss", "show"))
+    parser.add_argument("part", choices=("time", "turns", "loss", "show"))
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/slow_link"))
     options = parser.parse_args()
@@ -251,7 +278,8 @@ def main() -> None:
     elif options.data is None:
         parser.error("give a folder written by `stepline prepare`")
     else:
-        (time_steps if options.part == "time" else train_all)(options.data.resolve(), options.output)
+        part = {"time": time_steps, "turns": time_turns, "loss": train_all}[options.part]
+        part(options.data.resolve(), options.output)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
-from stepline.trainer.run.step import StepMeasures, train_step
+from stepline.trainer.run.step import StepMeasures, all_max, train_step
 from stepline.trainer.watch.loggers import run_id
 
 log = logging.getLogger("stepline")
@@ -157,11 +157,14 @@ def step_row(state: TrainState, result: StepMeasures, lr: float) -> dict[str, fl
 
 
 def stream_row(model: Transformer) -> dict[str, float]:
-    """What reversible blocks say of themselves since the last row, on this rank."""
+    """What reversible blocks say of themselves since the last row, on whichever rank it is largest; of all ranks."""
     if model.config.blocks != "revffn":
         return {}
-    row = {name: take_max(model.layers, name) for name in ("stream_max", "residual")}
-    row = {name: value.item() for name, value in row.items() if value is not None}
+    names = ("stream_max", "residual")
+    nothing = torch.tensor(-1.0, device=next(model.parameters()).device)
+    values = [nothing if (v := take_max(model.layers, name)) is None else v.float() for name in names]
+    largest = all_max(torch.stack(values)).tolist()
+    row = {name: value for name, value in zip(names, largest, strict=True) if value != -1}
     limit = streams_of(model.config.revffn).limit()
     if row.get("stream_max", 0.0) >= limit:
         log.warning(

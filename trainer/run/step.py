@@ -31,6 +31,13 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def all_max(value: torch.Tensor) -> torch.Tensor:
+    """The largest of all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """A batch part on the device, copied beside the computation."""
     if tensor is not None and device.type == "cuda":
