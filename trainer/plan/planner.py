@@ -189,7 +189,7 @@ def make_plan(inputs: Inputs, law: StepLaw = STEP_LAW) -> Plan:
 
     steps = math.ceil(d / batch)
     critical = POWER_LINES.critical_batch_tokens(d)
-    warnings += batch_warnings(batch, ideal_batch, critical, steps)
+    warnings += batch_warnings(batch, ideal_batch, critical, steps, fewest_steps(law))
     quantum = inputs.quantum
     return Plan(
         inputs=inputs,
@@ -239,7 +239,15 @@ def law_warnings(inputs: Inputs, law: StepLaw) -> list[str]:
     return warnings
 
 
-def batch_warnings(batch: float, ideal: float, critical: float, steps: int) -> list[str]:
+def fewest_steps(law: StepLaw) -> int:
+    """Of the runs that a law was fitted on: of a user's own law, those of its smallest budget at its batch."""
+    if law is STEP_LAW or law.source.tokens is None:
+        return TOO_FEW_STEPS
+    least = law.source.tokens[0]
+    return round(least / law.batch_tokens(least))
+
+
+def batch_warnings(batch: float, ideal: float, critical: float, steps: int, fewest: int) -> list[str]:
     """What the batch that will be used costs."""
     warnings = []
     if batch > critical:
@@ -250,8 +258,6 @@ def batch_warnings(batch: float, ideal: float, critical: float, steps: int) -> l
     ratio, (low, high) = batch / ideal, BATCH_RATIOS
     if not low <= ratio <= high:
         warnings.append(f"the batch is {batch:,.0f} tokens, {ratio:.2g} x the law's {ideal:,.0f}")
-    if steps < TOO_FEW_STEPS:
-        warnings.append(
-            f"{steps:,} steps are few: the laws were fitted on runs of at least {TOO_FEW_STEPS:,}"
-        )
+    if steps < fewest:
+        warnings.append(f"{steps:,} steps are few: the laws were fitted on runs of at least {fewest:,}")
     return warnings

@@ -12,6 +12,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump, flatten
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.explain import lines
+from stepline.trainer.plan.law_file import named_law
 from stepline.trainer.plan.laws import STEP_LAW
 from stepline.trainer.plan.planner import Inputs, make_plan, penalty_percent, round_batch, scaled_lr
 from stepline.trainer.plan.resolve import Machine, resolve
@@ -97,6 +98,18 @@ def test_each_warning_in_plain_words():
     ):
         assert said(word, **inputs), word
         assert not said(word), word
+
+
+def test_few_steps_are_those_of_the_law_s_own_runs():
+    """The quickstart's: its smallest budget, 199,680 tokens at .5679 * D^.571 = 603.6 tokens a batch."""
+    law = named_law("quickstart")
+
+    def said(steps: int) -> list[str]:
+        inputs = Inputs(4e5, 600_000, batch_tokens=600_000 // steps, optimizer="muon")
+        return [warning for warning in make_plan(inputs, law).warnings if "few" in warning]
+
+    assert said(332) == []
+    assert said(300) == ["300 steps are few: the laws were fitted on runs of at least 331"]
 
 
 def test_a_mixture_s_weight_decay_is_fixed():
