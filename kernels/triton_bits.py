@@ -48,9 +48,10 @@ def pack_bits(numbers: Tensor, bits: int) -> Tensor:
     size = triton.cdiv(numbers.numel(), 8) * bits
     packed = torch.empty(size, dtype=torch.uint8, device=numbers.device)
     if size:
-        _pack_kernel[(triton.cdiv(size, BLOCK),)](
-            numbers, packed, numbers.numel(), size, BITS=bits, SIZE=BLOCK
-        )
+        with torch.cuda.device_of(numbers):
+            _pack_kernel[(triton.cdiv(size, BLOCK),)](
+                numbers, packed, numbers.numel(), size, BITS=bits, SIZE=BLOCK
+            )
     return packed
 
 
@@ -60,5 +61,6 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     numbers = torch.empty(len(rows), count, dtype=torch.int32, device=packed.device)
     if count:
         grid = (triton.cdiv(count, BLOCK), len(rows))
-        _unpack_kernel[grid](rows, numbers, count, rows.shape[1], rows.stride(0), BITS=bits, SIZE=BLOCK)
+        with torch.cuda.device_of(packed):
+            _unpack_kernel[grid](rows, numbers, count, rows.shape[1], rows.stride(0), BITS=bits, SIZE=BLOCK)
     return numbers.view(*packed.shape[:-1], count)

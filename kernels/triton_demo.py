@@ -223,11 +223,12 @@ def encode(
     high, wide, warps = _padded(height, width, bases is not None)
     down, across = bases or (x, x)
     scales = numbers if scale is None else scale.view(torch.int16)
-    _encode_kernel[(span.stop - span.start,)](
-        x, down, across, indices, numbers, scales, span.start, rows, cols, triton.cdiv(rows, height),
-        triton.cdiv(cols, width), alpha, HEIGHT=height, WIDTH=width, HIGH=high, WIDE=wide,
-        KEPT=indices.shape[1], CODEC=codec, TRANSFORMED=bases is not None, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _encode_kernel[(span.stop - span.start,)](
+            x, down, across, indices, numbers, scales, span.start, rows, cols, triton.cdiv(rows, height),
+            triton.cdiv(cols, width), alpha, HEIGHT=height, WIDTH=width, HIGH=high, WIDE=wide,
+            KEPT=indices.shape[1], CODEC=codec, TRANSFORMED=bases is not None, num_warps=warps,
+        )  # fmt: skip
 
 
 def decode(
@@ -247,12 +248,13 @@ def decode(
     programs = min(count, _programs(out.device))
     sums = out.new_empty(programs, 2 if published else 1, height * width)
     down, across = bases or (out, out)
-    _decode_kernel[(programs,)](
-        out, down, across, indices, values, sums, span.start, indices.shape[1], count, len(indices), rows, cols,
-        triton.cdiv(rows, height), triton.cdiv(cols, width), decay, gain, HEIGHT=height, WIDTH=width, HIGH=high,
-        WIDE=wide, KEPT=indices.shape[2], KEPT_2=triton.next_power_of_2(indices.shape[2]),
-        TRANSFORMED=bases is not None, PUBLISHED=published, SIGN=sign, STORE=store, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        _decode_kernel[(programs,)](
+            out, down, across, indices, values, sums, span.start, indices.shape[1], count, len(indices), rows, cols,
+            triton.cdiv(rows, height), triton.cdiv(cols, width), decay, gain, HEIGHT=height, WIDTH=width, HIGH=high,
+            WIDE=wide, KEPT=indices.shape[2], KEPT_2=triton.next_power_of_2(indices.shape[2]),
+            TRANSFORMED=bases is not None, PUBLISHED=published, SIGN=sign, STORE=store, num_warps=warps,
+        )  # fmt: skip
 
 
 def _padded(height: int, width: int, transformed: bool) -> tuple[int, int, int]:

@@ -220,7 +220,8 @@ def amax(x: Tensor, compute: torch.dtype, soft: bool) -> Tensor:
     """The largest magnitude, 0-dim fp32, of S(x) (or of x), `x` contiguous `[..., n]` rounded to `compute`."""
     programs = triton.cdiv(x.numel(), BLOCK)
     most = torch.empty(programs, device=x.device, dtype=torch.float32)
-    _amax_kernel[(programs,)](x, most, x.numel(), KIND=KINDS[compute], SOFT=soft, SIZE=BLOCK)
+    with torch.cuda.device_of(x):
+        _amax_kernel[(programs,)](x, most, x.numel(), KIND=KINDS[compute], SOFT=soft, SIZE=BLOCK)
     return most.amax()
 
 
@@ -241,10 +242,11 @@ def cast_packed(x: Tensor, scale: Tensor, dtype: torch.dtype, compute: torch.dty
 
 def _run_cast(x: Tensor, scale: Tensor, out: Tensor, bits: Tensor, compute, soft: bool, pack: bool) -> None:
     grid = (triton.cdiv(x.numel(), BLOCK),)
-    _cast_kernel[grid](
-        x, scale, out, bits, x.numel(), KIND=KINDS[compute], SOFT=soft, PACK=pack, SIZE=BLOCK,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _cast_kernel[grid](
+            x, scale, out, bits, x.numel(), KIND=KINDS[compute], SOFT=soft, PACK=pack, SIZE=BLOCK,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def estimate(g: Tensor, seed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -270,7 +272,8 @@ def estimate_packed(g: Tensor, seed: Tensor, scale: Tensor, dtype: torch.dtype) 
 def _run_estimate(g: Tensor, seed, scale, dtype, words: Tensor, bits: Tensor, pack: bool) -> None:
     tokens, cols = g.shape
     grid = (triton.cdiv(tokens // 4, TILE_GROUPS), triton.cdiv(cols, TILE_COLS))
-    _estimate_kernel[grid](
-        g, scale, seed, words, bits, tokens, cols, KIND=KINDS[dtype], PACK=pack, GROUPS=TILE_GROUPS, COLS=TILE_COLS,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(g):
+        _estimate_kernel[grid](
+            g, scale, seed, words, bits, tokens, cols, KIND=KINDS[dtype], PACK=pack, GROUPS=TILE_GROUPS, COLS=TILE_COLS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
