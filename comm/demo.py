@@ -71,6 +71,7 @@ class DeMo(Synchronizer):
     """
 
     left_behind = (".delta", ".owed.")
+    optional = (".landed",)
 
     def __init__(
         self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None, settings: DeMoSettings,

@@ -46,6 +46,8 @@ class Synchronizer(ABC):
 
     left_behind: tuple[str, ...] = ()
     """Parts of the names of states that belong to the replicas that were, when their number changes."""
+    optional: tuple[str, ...] = ()
+    """Ends of the names of states that a checkpoint may lack, with nothing lost."""
 
     def __init__(self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None) -> None:
         self.parameters = dict(named_parameters)

@@ -234,16 +234,21 @@ def generate(
 app.add_typer(laws_app, name="laws")
 
 
+OF_ALL_RANKS = ("train", "eval", "doctor")
+"""Commands that ranks run together; of others each process has its own arguments, and says its own mistakes."""
+
+
 def main() -> None:
     """Entry point of `stepline`: a user's mistake is one sentence on standard error, of one rank, and exit code 2."""
+    silent = sys.argv[1:2] and sys.argv[1] in OF_ALL_RANKS and not speaks()
     try:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
-        if speaks():
+        if not silent:
             print(f"error: {error}", file=sys.stderr)
     except UsageError as error:
         # Without arguments a group of commands has already shown its help.
-        if type(error).__name__ != "NoArgsIsHelpError" and speaks():
+        if type(error).__name__ != "NoArgsIsHelpError" and not silent:
             sentence = usage_sentence(error, typer.main.get_command(app), sys.argv[1:])
             print(f"error: {sentence}", file=sys.stderr)
     except typer.Abort:  # Ctrl-C, in older versions of typer

@@ -1,5 +1,7 @@
 """What may differ between two attempts of one run. Imports no torch."""
 
+from typing import Any
+
 from stepline.trainer.config import BUDGET, MAY_CHANGE_ON_RESUME, Config
 from stepline.trainer.config_io import Origins, check, dump, flatten, set_key
 from stepline.trainer.errors import UserError
@@ -27,6 +29,8 @@ def merge_for_resume(
     # a config without a budget asks for none: what was settled at the start stays; an imported run has none itself
     budget = all(any(flat[key] is not None for key in BUDGET) for flat in (old, new))
     budget &= any(new[key] != old[key] for key in BUDGET)
+    # only where it is typed: an option of the start that is forgotten must not change D to what the file says
+    budget &= any(asked_origins.get(key) == "override" for key in BUDGET)
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if may_change(key) or (budget and key in BUDGET):
@@ -35,14 +39,20 @@ def merge_for_resume(
         elif key in BUDGET and after is None:
             continue
         elif before != after and after != "auto" and asked_origins.get(key) != "default":
-            raise UserError(
-                f"{key} was {before!r} in {saved.run.folder} and is now {after!r}; it cannot change on resume: "
-                "give the old value back or choose a new run.folder"
-            )
+            raise UserError(_refusal(key, saved, before, after))
     merged = check(tree, "the resumed config")
     if budget:
         _check_budget(saved, merged, step)
     return merged, origins
+
+
+def _refusal(key: str, saved: Config, before: Any, after: Any) -> str:
+    both = f"{key} was {before!r} in {saved.run.folder} and is now {after!r}"
+    if key in BUDGET and not any(flatten(dump(saved))[k] for k in BUDGET):
+        return f"{saved.run.folder} is an imported run: start another run.folder with run.init_from={saved.run.folder}"
+    if key in BUDGET and saved.schedule.name == "wsd":
+        return f"{both}: give the old value back, or the new one on the command line"
+    return f"{both}; it cannot change on resume: give the old value back or choose a new run.folder"
 
 
 def _check_budget(old: Config, new: Config, step: int) -> None:
@@ -61,12 +71,12 @@ def _check_budget(old: Config, new: Config, step: int) -> None:
     if first is not None and _course(old, first - 1) < _course(new, first - 1):
         raise UserError(
             f"{both}; {what} since step {first} and {here}: give the old value back, or go on from a checkpoint of "
-            f"step {first - 1} or before (--resume PATH)"
+            f"step {first - 1} or before (`stepline train ... --resume PATH`, once)"
         )
     if step >= old.total_steps():  # at the last step more may happen than the update: DiLoCo averages all
         raise UserError(
             f"{both}; its last step is done: give the old value back, or go on from an earlier checkpoint "
-            "(--resume PATH)"
+            "(`stepline train ... --resume PATH`, once)"
         )
     if step >= new.total_steps():
         raise UserError(f"{both}, which ends at step {new.total_steps()}, and {here}: give more than that")

@@ -60,13 +60,13 @@ FROM_TO = "the budget was budget.steps=20 in runs/a and is now budget.{}"
             18,
             {"steps": 30},
             "; the learning rate has decayed since step 18 and the checkpoint is of step 18: give the old value back, "
-            "or go on from a checkpoint of step 17 or before (--resume PATH)",
+            "or go on from a checkpoint of step 17 or before (`stepline train ... --resume PATH`, once)",
         ),
         (
             20,
             {"tokens": 3000},
             "; the learning rate has decayed since step 18 and the checkpoint is of step 20: give the old value back, "
-            "or go on from a checkpoint of step 17 or before (--resume PATH)",
+            "or go on from a checkpoint of step 17 or before (`stepline train ... --resume PATH`, once)",
         ),
         (10, {"steps": 10}, ", which ends at step 10, and the checkpoint is of step 10: give more than that"),
         (
@@ -91,7 +91,7 @@ def test_steps_that_were_dense():
         resumed(11, {"steps": 30}, sparse=dense)
     assert str(caught.value) == FROM_TO.format("steps=30") + (
         "; steps have been dense (sparse.dense_fraction) since step 11 and the checkpoint is of step 11: give the old "
-        "value back, or go on from a checkpoint of step 10 or before (--resume PATH)"
+        "value back, or go on from a checkpoint of step 10 or before (`stepline train ... --resume PATH`, once)"
     )
 
 
@@ -100,7 +100,7 @@ def test_a_finished_run_whose_decay_rounds_to_no_step():
         resumed(2, {"steps": 9}, steps=2)
     assert str(caught.value) == (
         "the budget was budget.steps=2 in runs/a and is now budget.steps=9; its last step is done: give the old value "
-        "back, or go on from an earlier checkpoint (--resume PATH)"
+        "back, or go on from an earlier checkpoint (`stepline train ... --resume PATH`, once)"
     )
 
 
@@ -108,8 +108,16 @@ def test_an_imported_run_has_no_budget_to_change():
     with pytest.raises(UserError) as caught:
         resumed(0, {"steps": 9}, steps=None)
     assert str(caught.value) == (
-        "budget.steps was None in runs/a and is now 9; it cannot change on resume: give the old value back or choose a "
-        "new run.folder"
+        "runs/a is an imported run: start another run.folder with run.init_from=runs/a"
+    )
+
+
+def test_a_budget_that_only_the_file_gives():
+    """Whoever forgets an option of the start must not get the file's D."""
+    with pytest.raises(UserError) as caught:
+        merge_for_resume(config(steps=20), config(steps=30), {"budget.steps": "my.yaml"}, 10)
+    assert str(caught.value) == (
+        "budget.steps was 20 in runs/a and is now 30: give the old value back, or the new one on the command line"
     )
 
 

@@ -85,7 +85,7 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
     [
         ("train quickstart --dry", "no option --dry; did you mean"),
         ("train quickstart no.such=1 --dry-run", "unknown key 'no'"),
-        ("plan", "give --params and --tokens, or a config"),
+        ("eval nothing --no-such", "no option --no-such"),
     ],
 )
 def test_one_rank_of_a_node_speaks(monkeypatch, capsys, variables, lines, line, said):
@@ -97,6 +97,15 @@ def test_one_rank_of_a_node_speaks(monkeypatch, capsys, variables, lines, line, 
     assert error.count("\n") == lines
     assert error.startswith("error: ") == bool(lines)
     assert (said in error) == bool(lines)
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, SRUN])
+def test_tasks_that_are_no_ranks_say_their_own_mistakes(monkeypatch, capsys, variables):
+    """`srun -n 4 stepline prepare part-of-mine ...`: nobody else has made this one."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(monkeypatch, "plan") == 2
+    assert capsys.readouterr().err == "error: give --params and --tokens, or a config\n"
 
 
 def test_a_rank_of_a_process_group_has_mistakes_of_its_own(monkeypatch):

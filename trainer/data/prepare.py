@@ -88,21 +88,23 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
         with _lock(partial), _removed_when_useless(partial, trains=given is None):
             _start_or_resume(partial, request)
-            plan = plan_units(files, options)
-            if not has_words(plan, options):
-                raise UserError(
-                    f"{_names(inputs)} has no text (nothing but white space); give files with text"
-                )
-            used = _tokenizer(partial, given, plan, options, vocab_size, progress)
-            writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size), shard_tokens)
-            _encode(plan, writer, workers, partial, options, progress)
-            meta = _meta(writer, used, plan, options, inputs, dict(skipped))
-            _check(meta, inputs, options)
+            finished = partial / "meta.json"  # from then on nothing is left but to clear up
+            if not finished.exists():
+                plan = plan_units(files, options)
+                if not has_words(plan, options):
+                    raise UserError(
+                        f"{_names(inputs)} has no text (nothing but white space); give files with text"
+                    )
+                used = _tokenizer(partial, given, plan, options, vocab_size, progress)
+                writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size), shard_tokens)
+                _encode(plan, writer, workers, partial, options, progress)
+                meta = _meta(writer, used, plan, options, inputs, dict(skipped))
+                _check(meta, inputs, options)
+                write_json(finished, meta)
+            meta = json.loads(finished.read_text(encoding="utf-8"))
             shutil.rmtree(partial / "parts")
-            for name in ("joined.json", TOKENIZER_NAME, "request.json"):
-                (partial / name).unlink()
-            write_json(partial / "meta.json", meta)
-            (partial / "lock").unlink()
+            for name in ("joined.json", TOKENIZER_NAME, "request.json", "lock"):
+                (partial / name).unlink(missing_ok=True)
         os.replace(partial, output)
     except WorkerLost:
         raise UserError(
@@ -159,6 +161,7 @@ def _removed_when_useless(partial: Path, trains: bool) -> Iterator[None]:
     except (UserError, OSError) as error:
         parts = (partial / "joined.json").exists() or any((partial / "parts").glob("[0-9]*.json"))
         trained = trains and (partial / TOKENIZER_NAME).exists()
+        trained |= (partial / "meta.json").exists()
         if isinstance(error, _Refused) or not (parts or trained):
             shutil.rmtree(partial, ignore_errors=True)
         raise

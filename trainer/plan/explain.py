@@ -129,7 +129,7 @@ def lines(plan: Plan) -> list[Line]:
 def _by_whom(plan: Plan) -> str:
     """Where a value that is given comes from."""
     start = plan.inputs.settled_at
-    return "set by you" if start is None else f"kept from D = {start:.4g}"
+    return "set by you" if start is None else f"as at the start, D = {start:.4g}"
 
 
 def weight_decay_text(plan: Plan) -> str:

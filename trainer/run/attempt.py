@@ -162,7 +162,9 @@ class Attempt:
         told: list = [None] * self.job.world.size
         dist.all_gather_object(told, self.stop.launcher if self.stop.number else None, group=self.group)
         saved = f"step {self.state.step} is saved" if self.state.step else "no step was made"
-        message = f"{signal.Signals(number).name}: {saved}; the same command continues the run"
+        # with it the run would go back to that checkpoint
+        command = "the same command" + (" without --resume" if self.job.resume_chosen else "")
+        message = f"{signal.Signals(number).name}: {saved}; {command} continues the run"
         return ToBeContinued(message, sorted({launcher for launcher in told if launcher}))
 
     def saved(self) -> dict[str, Any]:

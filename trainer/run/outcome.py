@@ -48,6 +48,12 @@ def forget_outcome(folder: Path) -> None:
     (folder / "outcome.json").unlink(missing_ok=True)
 
 
+def started_again() -> bool:
+    """Whether torchrun or SLURM has started this command before, in the same job."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)
+
+
 def _launcher() -> dict[str, Any] | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None

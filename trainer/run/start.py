@@ -27,6 +27,7 @@ from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
 from stepline.trainer.run.manifest import read_state, step_of
+from stepline.trainer.run.outcome import started_again
 from stepline.trainer.run.products import check_products_of_batch, products_done_instead
 from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.zero import check_installed
@@ -110,7 +111,14 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     """
     config, origins = load_config(name, overrides)
     check_folder(config.run.folder)
+    again = resume not in ("auto", "never") and started_again()
+    if again:
+        resume = "auto"
     resume_from, damage = checkpoint_to_resume(config.run.folder, resume)
+    if again:
+        damage.append(
+            "this job has started before: the run goes on from its newest checkpoint, not from --resume's"
+        )
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins, step_of(resume_from))
@@ -179,6 +187,7 @@ def _note_new_budget(job: Job) -> None:
         f"the budget is {inputs.tokens:,} tokens instead of {kept[0]:,}: learning rate, weight decay, batch and "
         "warm-up are kept"
     )
+    job.notes += job.plan.warnings
 
 
 def write_environment(job: Job, attempt: int) -> None:

@@ -146,7 +146,9 @@ class TrainState(Trainee):
         sync.loaded()
         if replicas != sync.replicas and (sentence := sync.resized(replicas)):
             log.warning("%s", sentence)
-        elif anew := sorted(n for n in own if n not in known and n not in random):
+        elif anew := sorted(
+            n for n in own if n not in known | random.keys() and not n.endswith(sync.optional)
+        ):
             log.warning("%s and %d more begin anew: the ranks' layout has changed", anew[0], len(anew) - 1)
         self.step, self.tokens = counters["step"], counters["tokens"]
         self.loader.load_state_dict(counters["loader"])

@@ -7,6 +7,7 @@ import pytest
 
 from stepline.trainer.cli import main
 from stepline.trainer.data import parts
+from stepline.trainer.data import prepare as module
 from stepline.trainer.data.dataset import TokenSplit, load_meta
 from stepline.trainer.data.prepare import prepare
 from stepline.trainer.errors import UserError
@@ -166,7 +167,7 @@ def test_missing_input_existing_output_and_bad_numbers(tmp_path, tokenizer_file)
         prepare([tmp_path / "x.jsonl"], tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize("where", ["tobytes", "append", "json"])
+@pytest.mark.parametrize("where", ["tobytes", "append", "json", "meta", "after"])
 def test_full_disk_names_the_folder_and_the_same_command_goes_on(
     tmp_path, tokenizer_file, monkeypatch, where: str
 ) -> None:
@@ -180,6 +181,10 @@ def test_full_disk_names_the_folder_and_the_same_command_goes_on(
             patch.setattr(parts.np, "cumsum", full)  # inside the worker's write
         elif where == "append":
             patch.setattr(parts.ShardWriter, "_append_part", full)
+        elif where == "meta":  # all shards are there
+            patch.setattr(module, "_meta", full)
+        elif where == "after":
+            patch.setattr(module.shutil, "rmtree", full)
         else:
             patch.setattr(parts.json, "dumps", full)
         with pytest.raises(UserError, match=r"out\.partial: the disk is full; free some space") as caught:
@@ -188,6 +193,10 @@ def test_full_disk_names_the_folder_and_the_same_command_goes_on(
             )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+    if where in ("append", "meta", "after"):
+        assert half_done(tmp_path / "out.partial")
+    if where in ("meta", "after"):  # nothing is encoded again
+        monkeypatch.setattr("stepline.trainer.data.pool.encode_unit", full)
     meta = prepare(
         [tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, workers=1, progress=False
     )
@@ -213,10 +222,12 @@ def test_two_runs_at_once_are_refused(tmp_path, tokenizer_file) -> None:
 
     (tmp_path / "x.jsonl").write_bytes(GOOD)
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "work").touch()
     with open(tmp_path / "out.partial" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another `stepline prepare` is writing"):
             prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, progress=False)
+    assert (tmp_path / "out.partial" / "work").exists()
 
 
 def test_folders_that_are_no_data_folders(tmp_path, tokenizer_file) -> None:

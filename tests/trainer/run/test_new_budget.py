@@ -17,7 +17,7 @@ from stepline.trainer.watch.report.read import read_run
 law_file = runpy.run_path(str(Path(__file__).with_name("test_expected.py")))["law_file"]
 
 
-def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path):
+def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path, monkeypatch):
     law = law_file(tmp_path / "law.json", held_out_text([load_meta(tiny_data).fingerprint], "val"))
     options = ["schedule.name=wsd", "schedule.warmup_steps=2", f"budget.law={law}", "logging.eval_windows=4"]
     thirty = [*options, "budget.steps=30", "checkpoint.every=auto"]
@@ -35,7 +35,7 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path):
     assert str(caught.value) == (
         f"the budget was budget.steps=20 in {folder} and is now budget.steps=30; the learning rate has decayed since "
         "step 18 and the checkpoint is of step 20: give the old value back, or go on from a checkpoint of step 17 or "
-        "before (--resume PATH)"
+        "before (`stepline train ... --resume PATH`, once)"
     )
     longer = train(1, tiny_config, folder, *thirty, resume="step-000012")
 
@@ -45,7 +45,7 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path):
     kept = {key: plan["inputs"].pop(key) for key in ("settled_at", "lr", "weight_decay", "batch_tokens")}
     assert kept == {"settled_at": 20 * 192, "lr": 5e-3, "weight_decay": 0.1, "batch_tokens": 192}
     assert (plan["tokens"], plan["steps"]) == (30 * 192, 30)
-    assert plan["explain"][1]["equation"].endswith("; kept from D = 3840")
+    assert plan["explain"][1]["equation"].endswith("; as at the start, D = 3840")
     same = set(first) - {"inputs", "explain"}
     assert {key: plan[key] for key in same} == {
         key: first[key] for key in same
@@ -65,9 +65,22 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path):
     saved = read_run_config(folder)
     assert (saved.total_steps(), saved.checkpoint.every) == (30, 3)
 
-    # the next attempt of the same command knows nothing of a change, and the config's own budget is one
+    # the next attempt of the same command knows nothing of a change; the old budget is one
     job = start_job(str(tiny_config), [f"run.folder={folder}", *thirty], "step-000012", one)
     assert (job.replanned, job.expected.loss) == (False, plan["expected_final_loss"]["loss"])
-    job = start_job(str(tiny_config), [f"run.folder={folder}", *options], "step-000012", one)
+    job = start_job(
+        str(tiny_config), [f"run.folder={folder}", *options, "budget.steps=20"], "step-000012", one
+    )
     assert (job.plan.inputs.tokens, job.plan.inputs.settled_at) == (20 * 192, 20 * 192)
     assert job.expected.loss == short[-1]["expected_final_loss"]
+
+    # where torchrun or SLURM starts the same command again, what it says of the checkpoint is done
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "0")
+        job = start_job(str(tiny_config), [f"run.folder={folder}", *thirty], "step-000012", one)
+        assert (job.resume_from.name, job.resume_chosen) == ("step-000012", True)
+        monkeypatch.setenv(name, "1")
+        job = start_job(str(tiny_config), [f"run.folder={folder}", *thirty], "step-000012", one)
+        assert (job.resume_from.name, job.resume_chosen) == ("step-000030", False)
+        assert any("has started before" in note for note in job.notes)
+        monkeypatch.delenv(name)
