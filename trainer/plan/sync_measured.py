@@ -12,8 +12,8 @@ DEMO_LOSS = {
     ("int8", 1 / 128, 64): 1.2,
 }
 """By codec, density and chunk: loss above all-reduce's in % (benchmarks/RESULTS.md: AdamW, two replicas of 1.4M
-parameters, each at its own learning rate; int8: single runs). Of DiLoCo one setting that is not its default (int8, every 50
-steps: 8.14 % in 300 steps, one seed); nothing else that loses anything was measured so."""
+parameters, each at its own learning rate; int8: single runs). Of DiLoCo one setting that is not its default (int8,
+every 50 steps: 8.14 % in 300 steps, one seed); nothing else that loses anything was measured so."""
 MEASURED = "with 2 replicas of 1.4M parameters and AdamW (benchmarks/RESULTS.md)"
 """On what."""
 
