@@ -36,13 +36,15 @@ def test_the_expected_loss_is_a_line_across(tmp_path):
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows.append({"step": 100, "tokens": 100_000, "val_loss": 6.5, "expected_final_loss": 5.0})
     (tmp_path / "expected.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows.append({"step": 110, "tokens": 110_000, "val_loss": 6.4})  # with another budget nothing is expected
+    (tmp_path / "before.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def grey(name):
         image, _, _ = pixels(draw_curve(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png"))
         dark = (abs(image - np.array([0x57, 0x60, 0x6A]) / 255) < 0.02).all(-1)
         return dark[:, 200:800].sum(1).max()
 
-    assert grey("expected") > 200 > grey("plain")
+    assert grey("expected") > 200 > max(grey("plain"), grey("before"))
 
 
 def test_nothing_to_draw(tmp_path):

@@ -114,6 +114,19 @@ def test_heat_map_holds_the_means_of_its_stretches(layers, experts, rows):
         np.testing.assert_allclose(mean, expected, atol=5.1e-4)  # three decimals
 
 
+@pytest.mark.parametrize(
+    ("plan", "loss"),
+    [
+        ({"steps": 2}, 3.5),
+        ({"steps": 2, "expected_final_loss": None}, None),
+    ],  # of a run of before; of a new budget
+)
+def test_a_forecast_that_only_the_rows_hold(make, plan, loss):
+    rows = [{"step": 1, "tokens": 64, "loss": 5.0}, {"step": 1, "val_loss": 4.0, "expected_final_loss": 3.5}]
+    _, data = page_of(make("mine", rows, plan=json.dumps(plan)))
+    assert (data["runs"][0]["expected"] or {}).get("loss") == loss
+
+
 def test_the_page_holds_the_values_of_metrics_jsonl(make):
     load = [[0.5, 1.5, 1.0, 1.0], [0.0, 2.0, 1.25, 0.75]]
     rows = rows_of(40, expert_load=load)
