@@ -62,7 +62,9 @@ def is_converted(file: Path, proto: bytes) -> bool:
         made = from_sentencepiece(proto)
     except ImportError:
         raise
-    except Exception:
+    except (
+        Exception
+    ):  # a model without such a form, or none at all; what `tokenizers` raises is a bare Exception
         return False
     # The file is read and written again: another version of the library may have written it.
     return FastTokenizer.from_file(str(file)).to_str() == made.to_str()

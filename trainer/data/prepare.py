@@ -103,7 +103,8 @@ def prepare(
                 write_json(finished, meta)
             meta = json.loads(finished.read_text(encoding="utf-8"))
             shutil.rmtree(partial / "parts")
-            for name in ("joined.json", TOKENIZER_NAME, "request.json", "lock"):
+            # the request last: while it is there, the same call goes on here
+            for name in ("joined.json", TOKENIZER_NAME, "lock", "request.json"):
                 (partial / name).unlink(missing_ok=True)
         os.replace(partial, output)
     except WorkerLost:

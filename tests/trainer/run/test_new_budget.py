@@ -2,7 +2,9 @@
 
 import json
 import runpy
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,7 @@ from stepline.trainer.config_io import read_run_config
 from stepline.trainer.data.dataset import load_meta
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.expect import held_out_text
+from stepline.trainer.run.attempt import Attempt
 from stepline.trainer.run.start import start_job
 from stepline.trainer.watch.report.read import read_run
 
@@ -84,3 +87,18 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path, mon
         assert (job.resume_from.name, job.resume_chosen) == ("step-000030", False)
         assert any("has started before" in note for note in job.notes)
         monkeypatch.delenv(name)
+
+
+def left_by_a_signal(chosen: bool) -> str:
+    job = SimpleNamespace(world=SimpleNamespace(size=1), resume_chosen=chosen)
+    stop = SimpleNamespace(number=0, launcher=None)
+    attempt = SimpleNamespace(job=job, stop=stop, group=None, state=SimpleNamespace(step=3))
+    return str(Attempt.to_be_continued(attempt, signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "command"), [(False, "the same command"), (True, "the same command without --resume")]
+)
+def test_who_named_a_checkpoint_is_told_not_to_do_so_again(pool, chosen, command):
+    said = pool.run(1, left_by_a_signal, chosen)
+    assert said == [f"SIGTERM: step 3 is saved; {command} continues the run"]
