@@ -14,7 +14,6 @@ after each product and each kernel.
 """
 
 import argparse
-import importlib.metadata
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,23 +31,11 @@ WIDTHS = {"1b": (2048, 5504), "8b": (4096, 14336), "70b": (8192, 28672)}
 HOST_CALLS = 50
 
 
-def loaded_cusparselt() -> int | None:
-    """801 for 0.8.1: of the package that is there, where it is; torch itself tells that of the header."""
-    for cuda in (13, 12):
-        try:
-            parts = importlib.metadata.version(f"nvidia-cusparselt-cu{cuda}").split(".")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        major, minor, patch = (int(part) for part in parts[:3])
-        return 1000 * major + 100 * minor + patch
-    return None
-
-
 def versions() -> dict:
     """Of what is measured."""
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "cusparselt": torch.backends.cusparselt.version(), "cusparselt_loaded": loaded_cusparselt(),
+        "cusparselt": torch.backends.cusparselt.version(), "cusparselt_loaded": sparse_mm.loaded_version(),
     }  # fmt: skip
 
 

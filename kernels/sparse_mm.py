@@ -6,6 +6,7 @@ vector over the rows of W~: one number would make the host wait. Elsewhere the s
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
 from dataclasses import dataclass
@@ -113,6 +114,17 @@ def by_cusparselt(
     return compressed_mm(torch._cslt_compress(w), x, vector, dtype, Algorithm(alg_id, split_k, split_k_mode))
 
 
+def loaded_version() -> int | None:
+    """Of cuSPARSELt, 801 for 0.8.1, by the package that torch loads; where there is none, that of torch's headers."""
+    cuda = (torch.version.cuda or "none").split(".")[0]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        major, minor, patch = map(
+            int, importlib.metadata.version(f"nvidia-cusparselt-cu{cuda}").split(".")[:3]
+        )
+        return 1000 * major + 100 * minor + patch
+    return torch.backends.cusparselt.version()
+
+
 class Cache:
     """Measurements of this machine on disk: a JSON object by key, written whole; one that cannot be read is named in
     `problem`, and measured anew."""
@@ -133,7 +145,7 @@ class Cache:
     @staticmethod
     def key(device: torch.device, rows: int, cols: int, tokens: int, dtype: torch.dtype) -> str:
         """GPU, versions, shape and types."""
-        versions = f"cuSPARSELt {torch.backends.cusparselt.version()}, torch {torch.__version__}"
+        versions = f"cuSPARSELt {loaded_version()}, torch {torch.__version__}"
         kind = str(dtype).removeprefix("torch.")
         return f"{torch.cuda.get_device_name(device)}, {versions}: {rows} x {cols} x {tokens}, e4m3 to {kind}"
 

@@ -25,6 +25,12 @@ def submit(
     lead: Annotated[
         int, typer.Option(help="Seconds before the time limit at which the run saves and is requeued.")
     ] = 300,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="auto, never, or a checkpoint of the run, which counts in the job's first attempt."
+        ),
+    ] = "auto",
     sbatch: Annotated[
         str, typer.Option(help="More options for sbatch, e.g. '--partition=gpu --account=mine'.")
     ] = "",
@@ -40,7 +46,7 @@ def submit(
     run_submit(
         Request(
             config, overrides or [], nodes, gpus_per_node, ranks_per_node, time, sbatch, print_only,
-            cpus_per_rank, lead,
+            cpus_per_rank, lead, resume,
         ),
         as_json,
     )  # fmt: skip

@@ -71,12 +71,12 @@ def _check_budget(old: Config, new: Config, step: int) -> None:
     if first is not None and _course(old, first - 1) < _course(new, first - 1):
         raise UserError(
             f"{both}; {what} since step {first} and {here}: give the old value back, or go on from a checkpoint of "
-            f"step {first - 1} or before (`stepline train ... --resume PATH`, once)"
+            f"step {first - 1} or before (`--resume PATH`, once)"
         )
     if step >= old.total_steps():  # at the last step more may happen than the update: DiLoCo averages all
         raise UserError(
             f"{both}; its last step is done: give the old value back, or go on from an earlier checkpoint "
-            "(`stepline train ... --resume PATH`, once)"
+            "(`--resume PATH`, once)"
         )
     if step >= new.total_steps():
         raise UserError(f"{both}, which ends at step {new.total_steps()}, and {here}: give more than that")

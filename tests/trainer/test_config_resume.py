@@ -60,13 +60,13 @@ FROM_TO = "the budget was budget.steps=20 in runs/a and is now budget.{}"
             18,
             {"steps": 30},
             "; the learning rate has decayed since step 18 and the checkpoint is of step 18: give the old value back, "
-            "or go on from a checkpoint of step 17 or before (`stepline train ... --resume PATH`, once)",
+            "or go on from a checkpoint of step 17 or before (`--resume PATH`, once)",
         ),
         (
             20,
             {"tokens": 3000},
             "; the learning rate has decayed since step 18 and the checkpoint is of step 20: give the old value back, "
-            "or go on from a checkpoint of step 17 or before (`stepline train ... --resume PATH`, once)",
+            "or go on from a checkpoint of step 17 or before (`--resume PATH`, once)",
         ),
         (10, {"steps": 10}, ", which ends at step 10, and the checkpoint is of step 10: give more than that"),
         (
@@ -91,7 +91,7 @@ def test_steps_that_were_dense():
         resumed(11, {"steps": 30}, sparse=dense)
     assert str(caught.value) == FROM_TO.format("steps=30") + (
         "; steps have been dense (sparse.dense_fraction) since step 11 and the checkpoint is of step 11: give the old "
-        "value back, or go on from a checkpoint of step 10 or before (`stepline train ... --resume PATH`, once)"
+        "value back, or go on from a checkpoint of step 10 or before (`--resume PATH`, once)"
     )
 
 
@@ -100,7 +100,7 @@ def test_a_finished_run_whose_decay_rounds_to_no_step():
         resumed(2, {"steps": 9}, steps=2)
     assert str(caught.value) == (
         "the budget was budget.steps=2 in runs/a and is now budget.steps=9; its last step is done: give the old value "
-        "back, or go on from an earlier checkpoint (`stepline train ... --resume PATH`, once)"
+        "back, or go on from an earlier checkpoint (`--resume PATH`, once)"
     )
 
 

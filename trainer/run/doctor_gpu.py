@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from stepline.kernels.sparse_mm import loaded_version
 from stepline.trainer.run.doctor_report import Check, reason
 from stepline.trainer.run.doctor_software import run_tool
 from stepline.trainer.watch.peaks import peak_flops
@@ -211,7 +212,7 @@ def fp8_product_is_right(kind: torch.dtype, device: torch.device) -> bool:
 
 def check_sparse(device: torch.device) -> Check:
     """Tries 2:4 sparse products of cuSPARSELt in bf16 and E4M3 against exact ones."""
-    name, version = "2:4 sparsity", torch.backends.cusparselt.version()
+    name, version = "2:4 sparsity", loaded_version()
     if device.type != "cuda":
         return Check(name, "missing", None, "no GPU here: 2:4 products need one of compute capability 8.0")
     if not torch.backends.cusparselt.is_available():

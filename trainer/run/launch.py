@@ -38,6 +38,7 @@ from stepline.trainer.run.start import Job, launched_world, start_job
 
 LOCK = ".training.lock"
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
+ALONE_S = 5.0  # more than ranks of one node part while they start
 SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
 TIMEOUT_SPARE_S = (
     30.0  # so that the watchdog, which writes the stacks, comes before the process group's own limit
@@ -75,7 +76,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if world.rank == 0:  # a folder with nothing else is no run's, to a rank that starts later
                 keep_tokenizer(job.folder, job.metas[0].tokenizer_path)
         except UserError as error:
-            if says:
+            if says or _alone(stop):
                 print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
         try:
@@ -86,6 +87,17 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             raise
         dist.destroy_process_group()
         return code
+
+
+def _alone(stop: StopSignal) -> bool:
+    """Whether a mistake is this rank's own, as on a GPU smaller than the others: where one rank ends, torchrun at once
+    stops the rest, so none that found the same is still here a little later."""
+    deadline = time.monotonic() + ALONE_S
+    while "TORCHELASTIC_RUN_ID" in os.environ and stop.received is None:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:

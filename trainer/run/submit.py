@@ -48,6 +48,9 @@ class Request:
     cpus_per_rank: int | None = None
     lead: int = 300
     """Seconds before the time limit at which the run is told to save."""
+    resume: str = "auto"
+    """As `stepline train` takes it. A named checkpoint counts in the first attempt; never: the folder holds no run when
+    the job is handed in."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def run_submit(ask: Request, as_json: bool) -> None:
     config, origins = load_config(ask.config, ask.overrides)
     layout = layout_of(ask, config.run.device)
     run = config.run.folder.absolute()
-    check_run(config, origins, ask.nodes * layout.ranks, layout.ranks, "cuda" if layout.gpus else "cpu")
+    check_run(config, origins, layout, ask)
     script = render(ask, layout, run)
     path, job = None, None
     if not ask.print_only:
@@ -124,11 +127,11 @@ def layout_of(ask: Request, device: str) -> Layout:
     return Layout(gpus, gpus or ranks or 1, ask.cpus_per_rank or (CPUS_OF_A_GPU if gpus else 1))
 
 
-def check_run(config: Config, origins: Origins, ranks: int, node_ranks: int, device: str) -> None:
+def check_run(config: Config, origins: Origins, layout: Layout, ask: Request) -> None:
     """Raises UserError for what would end the job at its start; looks at files only."""
     folder = config.run.folder
     check_folder(folder)
-    resume_from, _ = checkpoint_to_resume(folder, "auto")
+    resume_from, _ = checkpoint_to_resume(folder, ask.resume)
     if resume_from is not None:
         config, origins = merge_for_resume(read_run_config(folder), config, origins, step_of(resume_from))
     elif config.run.init_from is not None:
@@ -138,7 +141,9 @@ def check_run(config: Config, origins: Origins, ranks: int, node_ranks: int, dev
     check_held_out(sources, metas, config.logging.eval_split)
     check_windows(sources, metas, config.data.seq_len)
     corpus = sum(meta.splits["train"].tokens for meta in metas)
-    resolve(config, origins, Machine(ranks, device, bf16=device == "cuda", node_ranks=node_ranks), corpus)
+    device = "cuda" if layout.gpus else "cpu"
+    machine = Machine(ask.nodes * layout.ranks, device, bf16=layout.gpus > 0, node_ranks=layout.ranks)
+    resolve(config, origins, machine, corpus)
 
 
 def render(ask: Request, layout: Layout, run: Path) -> str:
@@ -146,6 +151,7 @@ def render(ask: Request, layout: Layout, run: Path) -> str:
     logs, options = run / "logs" / "slurm", option_lines(ask.sbatch_options)
     if layout.gpus:
         options = f"#SBATCH --gpus-per-node={layout.gpus}\n{options}"
+    resume = [] if ask.resume in ("auto", "never") else ["--resume", ask.resume]  # a requeued job must go on
     values = {
         "name": directive(f"stepline-{run.name}"),
         "nodes": ask.nodes,
@@ -161,6 +167,6 @@ def render(ask: Request, layout: Layout, run: Path) -> str:
         "threads": layout.cpus_per_rank,
         "grace": max(ask.lead - HAND_OVER_S, ask.lead // 2),
         "ranks": layout.ranks,
-        "command": shlex.join(["train", ask.config, *ask.overrides]),
+        "command": shlex.join(["train", ask.config, *ask.overrides, *resume]),
     }
     return fill(template("train.sbatch"), values)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 
 import pytest
 import yaml
@@ -15,7 +14,6 @@ from stepline.trainer.run.eval_command import evaluate_run
 from stepline.trainer.run.folder import check_folder
 from stepline.trainer.run.generate import generate_text
 from stepline.trainer.run.launch import dry_run, run_training
-from stepline.trainer.run.start import pick_device, start_job
 from stepline.trainer.watch.metrics import read_metrics
 
 ONE = World(0, 1, 0, 1)
@@ -121,30 +119,6 @@ def test_folders_that_may_hold_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variables", "sentence"),
-    [
-        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; it must be a whole number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 but there are 2 ranks"),
-        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
-        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "ports end at 65535"),
-        (
-            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
-            "2 ranks but the environment has no MASTER_PORT",
-        ),
-    ],
-)
-def test_mistakes_in_the_environment(tiny_config, tmp_path, capsys, monkeypatch, variables, sentence):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert run_training(str(tiny_config), [f"run.folder={tmp_path / 'run'}"], "auto") == 2
-    error = capsys.readouterr().err
-    assert sentence in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
     "options",
     [{"top_p": 0.0}, {"top_p": 1.5}, {"seed": 10**22}, {"seed": -1}, {"temperature": float("inf")}],
 )
@@ -184,61 +158,6 @@ def test_a_damaged_checkpoint(tiny_config, tiny_data, tmp_path, capsys):
     text = "".join(generate_text(earlier, "", max_tokens=60, temperature=2.0))
     assert text
     assert "\ufffd" not in text
-
-
-def test_more_shards_than_ranks_and_no_divisor(tiny_config):
-    with pytest.raises(UserError, match="does not divide the 4 ranks"):
-        start_job(str(tiny_config), ["parallel.shard=3"], "never", World(0, 4, 0, 4))
-
-
-def test_only_one_rank_of_a_node_speaks(tiny_config, capsys, monkeypatch):
-    for rank, said in (("0", 1), ("1", 0)):
-        for name in ("RANK", "LOCAL_RANK"):
-            monkeypatch.setenv(name, rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert run_training(str(tiny_config), ["parallel.shard=3"], "never") == 2
-        assert capsys.readouterr().err.count("\n") == said
-
-
-def test_a_port_in_use(tiny_config, tmp_path, capsys, monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for name, value in {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }.items():
-            monkeypatch.setenv(name, str(value))
-        assert run_training(str(tiny_config), [f"run.folder={tmp_path / 'run'}"], "never") == 2
-    error = capsys.readouterr().err
-    assert f"port 127.0.0.1:{port} is in use" in error
-    assert error.count("\n") == 1
-
-
-def test_device_choice_says_what_it_does_instead(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    four = World(3, 4, 3, 4)
-    device, notes = pick_device("auto", four)
-    assert device.type == "cpu"
-    assert notes == ["2 GPUs cannot serve 4 ranks: this run uses the CPU"]
-    with pytest.raises(UserError, match="has 2 GPUs for 4 ranks; start 2 ranks"):
-        pick_device("cuda", four)
-    assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device("cuda", 1)
-    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_GPUS_PER_TASK"):  # each task sees its own alone
-        monkeypatch.setenv(name, "1")
-    assert pick_device("auto", four) == pick_device("cuda", four) == (torch.device("cuda", 0), [])
-    assert pick_device("cpu", four) == (torch.device("cpu"), [])
-    assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device(
-        "cuda", 1
-    )  # by --gpu-bind=none, all of them
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
-    assert pick_device("auto", four)[0].type == "cpu"
 
 
 def test_a_folder_that_holds_a_run(tiny_config, tmp_path, capsys):
@@ -293,22 +212,3 @@ def test_saved_config_is_complete(tiny_config, tmp_path):
     ]
     for name in ("metrics.jsonl", "environment.json", "outcome.json", "logs/attempt-1/rank-0.log"):
         assert (folder / name).is_file(), name
-
-
-@pytest.mark.parametrize(
-    ("world", "overrides", "sentence"),
-    [
-        (4, ["model.moe.experts=6", "parallel.experts=4"], "6 experts cannot be dealt evenly to 4 ranks"),
-        (4, ["model.moe.experts=6", "parallel.experts=4"], "the nearest possible: 2"),
-        (6, ["parallel.experts=4"], "does not divide the 6 ranks of a replica; the nearest that does: 3"),
-        (
-            4,
-            ["model.moe.experts=6", "parallel.experts=2", "optimizer.name=muon"],
-            "sharded evenly over 2 more",
-        ),
-    ],
-)
-def test_experts_that_ranks_cannot_share(tiny_config, tmp_path, world, overrides, sentence):
-    options = [f"run.folder={tmp_path / 'run'}", *MIXTURE, *overrides]
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        start_job(str(tiny_config), options, "never", World(0, world, 0, world))

@@ -38,7 +38,7 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path, mon
     assert str(caught.value) == (
         f"the budget was budget.steps=20 in {folder} and is now budget.steps=30; the learning rate has decayed since "
         "step 18 and the checkpoint is of step 20: give the old value back, or go on from a checkpoint of step 17 or "
-        "before (`stepline train ... --resume PATH`, once)"
+        "before (`--resume PATH`, once)"
     )
     longer = train(1, tiny_config, folder, *thirty, resume="step-000012")
 

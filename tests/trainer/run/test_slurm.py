@@ -1,13 +1,14 @@
 """What `stepline submit` writes, and when a job is requeued; real jobs are in tests/e2e/slurm."""
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.requeue import decide
 from stepline.trainer.run.slurm import directive, option_lines, seconds_of
-from stepline.trainer.run.submit import Request, check_numbers, layout_of, render
+from stepline.trainer.run.submit import Request, check_numbers, layout_of, render, run_submit
 
 DONE = {"status": "done", "exit_code": 0}
 CONTINUE = {"status": "continue", "exit_code": 75, "message": "SIGUSR1: step 9 is saved"}
@@ -89,3 +90,29 @@ def test_the_script(tmp_path):
         assert f"#SBATCH {line}\n" in script
     assert "train dense-1b 'data.path=my data'" in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("resume", "command"),
+    [("auto", ""), ("never", ""), ("step-000002", " --resume step-000002"), ("a b", " --resume 'a b'")],
+)
+def test_a_checkpoint_to_go_on_from_stands_in_the_script(tmp_path, resume, command):
+    """Not `never`, with which a requeued job would refuse its own run: that is checked when the job is handed in."""
+    ask = Request("dense-1b", [], resume=resume)
+    assert f"train dense-1b{command}\n" in render(ask, layout_of(ask, "auto"), tmp_path)
+
+
+def test_what_cannot_be_resumed_is_not_handed_in(train, tiny_config, tmp_path, capsys):
+    few = ["budget.steps=4", "checkpoint.every=2"]
+    train(1, tiny_config, tmp_path / "run", *few)
+    ask = Request(
+        str(tiny_config), [f"run.folder={tmp_path / 'run'}", *few], ranks_per_node=1, print_only=True
+    )
+    for resume, sentence in (
+        ("never", "holds a run already"),
+        ("step-000003", "is no complete checkpoint of .*; it has step-000002, step-000004"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run_submit(replace(ask, resume=resume), as_json=False)
+    run_submit(replace(ask, resume="step-000002"), as_json=False)
+    assert "--resume step-000002\n" in capsys.readouterr().out

@@ -1,0 +1,130 @@
+"""Mistakes in how ranks are started, and which of them says so."""
+
+import re
+import signal
+import socket
+
+import pytest
+import torch
+
+from stepline.comm.mesh import World
+from stepline.trainer.errors import UserError
+from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.signals import StopSignal
+from stepline.trainer.run.start import pick_device, start_job
+
+MIXTURE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=48"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; it must be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 but there are 2 ranks"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "ports end at 65535"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            "2 ranks but the environment has no MASTER_PORT",
+        ),
+    ],
+)
+def test_mistakes_in_the_environment(tiny_config, tmp_path, capsys, monkeypatch, variables, sentence):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_training(str(tiny_config), [f"run.folder={tmp_path / 'run'}"], "auto") == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_shards_than_ranks_and_no_divisor(tiny_config):
+    with pytest.raises(UserError, match="does not divide the 4 ranks"):
+        start_job(str(tiny_config), ["parallel.shard=3"], "never", World(0, 4, 0, 4))
+
+
+def test_only_one_rank_of_a_node_speaks(tiny_config, capsys, monkeypatch):
+    for rank, said in (("0", 1), ("1", 0)):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert run_training(str(tiny_config), ["parallel.shard=3"], "never") == 2
+        assert capsys.readouterr().err.count("\n") == said
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_rank_alone_with_its_mistake_speaks(tiny_config, capsys, monkeypatch, stopped):
+    """As on a GPU smaller than the first one's: torchrun, which stops all where one ends, leaves it be."""
+    for name, value in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("stepline.trainer.run.launch.ALONE_S", 0.2)
+    stop = StopSignal()
+    if stopped:
+        stop.note(signal.SIGTERM)
+    assert run_training(str(tiny_config), ["parallel.shard=3"], "never", stop) == 2
+    assert capsys.readouterr().err.count("\n") == (not stopped)
+
+
+def test_a_port_in_use(tiny_config, tmp_path, capsys, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        assert run_training(str(tiny_config), [f"run.folder={tmp_path / 'run'}"], "never") == 2
+    error = capsys.readouterr().err
+    assert f"port 127.0.0.1:{port} is in use" in error
+    assert error.count("\n") == 1
+
+
+def test_device_choice_says_what_it_does_instead(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    four = World(3, 4, 3, 4)
+    device, notes = pick_device("auto", four)
+    assert device.type == "cpu"
+    assert notes == ["2 GPUs cannot serve 4 ranks: this run uses the CPU"]
+    with pytest.raises(UserError, match="has 2 GPUs for 4 ranks; start 2 ranks"):
+        pick_device("cuda", four)
+    assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device("cuda", 1)
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_GPUS_PER_TASK"):  # each task sees its own alone
+        monkeypatch.setenv(name, "1")
+    assert pick_device("auto", four) == pick_device("cuda", four) == (torch.device("cuda", 0), [])
+    assert pick_device("cpu", four) == (torch.device("cpu"), [])
+    assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device(
+        "cuda", 1
+    )  # by --gpu-bind=none, all of them
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
+    assert pick_device("auto", four)[0].type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "sentence"),
+    [
+        (4, ["model.moe.experts=6", "parallel.experts=4"], "6 experts cannot be dealt evenly to 4 ranks"),
+        (4, ["model.moe.experts=6", "parallel.experts=4"], "the nearest possible: 2"),
+        (6, ["parallel.experts=4"], "does not divide the 6 ranks of a replica; the nearest that does: 3"),
+        (
+            4,
+            ["model.moe.experts=6", "parallel.experts=2", "optimizer.name=muon"],
+            "sharded evenly over 2 more",
+        ),
+    ],
+)
+def test_experts_that_ranks_cannot_share(tiny_config, tmp_path, world, overrides, sentence):
+    options = [f"run.folder={tmp_path / 'run'}", *MIXTURE, *overrides]
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        start_job(str(tiny_config), options, "never", World(0, world, 0, world))
