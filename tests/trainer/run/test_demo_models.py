@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ STEPS, REPLICAS, LR = 20, 2, 5e-3
 MOE = {"ffn": "moe", "moe": {"experts": 4, "shared_size": 8, "bias_rate": 0.05}}
 REVFFN = {"hidden_size": 32, "blocks": "revffn"}
 MODELS = {"moe": MOE, "revffn": REVFFN, "both": MOE | REVFFN}
+MODELS |= {f"sparse {name}": model for name, model in MODELS.items()}
 DEMOS = {
     # chunks of the divisors; the lengths are even, whose cosines are never zero: a sign of zero is a sign of rounding
     "faithful": {"faithful": True, "chunk": 8, "kept": 4, "beta": 0.9},
@@ -43,6 +45,7 @@ def config_of(model: str, demo: str) -> Config:
     config = Config(
         model=ModelConfig(**shape | MODELS[model]),
         parallel={"sync": "demo", "demo": DEMOS[demo], "shard": 1},
+        sparse={"mode": "s-ste" if model.startswith("sparse") else "none"},
     )
     config.run.compile, config.optimizer.weight_decay, config.precision.compute = False, 0.1, "fp64"
     return config
@@ -63,8 +66,10 @@ def run(model: str, demo: str) -> list[tuple[float, dict[str, torch.Tensor]]]:
     cpu, config = torch.device("cpu"), config_of(model, demo)
     state, seen = Trainee.build(config, cpu, build_mesh(cpu, REPLICAS, 1)), []
     for step in range(STEPS):
+        state.sparsity.begin(step, watched=False)
         loss = train_step(state, batch(step, dist.get_rank()), LR).loss.item()
-        seen.append((loss, {n: t.detach().clone() for n, t in state.model.state_dict().items()}))
+        values = {n: t for n, t in state.model.state_dict().items() if not n.endswith("beta")}
+        seen.append((loss, {n: t.detach().clone() for n, t in values.items()}))
     return seen
 
 
@@ -76,6 +81,10 @@ class Reference:
         self.model = Transformer(self.config.model).double()
         init_model(self.model, self.config.model, self.config.run.seed)
         self.p = {n: p.data for n, p in self.model.named_parameters()}
+        sparse = [n for n in self.p if model.startswith("sparse") and re.search(r"ffn\..*w[123]", n)]
+        self.betas = {
+            n: float(self.p[n].ravel() @ s / (s @ s)) for n in sparse for s in [soft(self.p[n]).ravel()]
+        }
         zeros = [{n: torch.zeros_like(t) for n, t in self.p.items()} for _ in range(REPLICAS)]
         self.delta, self.squares, self.dense = (
             zeros,
@@ -87,6 +96,9 @@ class Reference:
         """The loss of all, and of each replica its clipped gradient: the mean over its own tokens."""
         total, found, tokens = 0.0, [], sum(b.targets.numel() for b in batches)
         stored = functools.partial(run_reversible, stored=True)
+        dense = {n: self.p[n].clone() for n in self.betas}
+        for n, beta in self.betas.items():  # the gradient of what multiplies is taken for the weight's
+            self.p[n].copy_(beta * soft(self.p[n]))
         for own in batches:
             self.model.zero_grad()
             scale = torch.tensor(1 / own.targets.numel(), dtype=torch.float64)
@@ -99,6 +111,8 @@ class Reference:
             norm = math.sqrt(sum(t.square().sum().item() for t in g.values()))
             shrink = min(1.0, self.config.optimizer.grad_clip / (norm + 1e-6))
             found.append({n: t * shrink for n, t in g.items()})
+        for n, w in dense.items():
+            self.p[n].copy_(w)
         return total, found
 
     def step(self, batches: list[Batch]) -> float:
@@ -181,6 +195,13 @@ class Reference:
         return (down.T @ mean.view(h, w) @ across)[:rows, :cols]
 
 
+def soft(w: torch.Tensor) -> torch.Tensor:
+    """Of each four neighbours the two largest, less the third of them in size."""
+    fours = w.reshape(-1, 4)
+    t = fours.abs().sort(-1).values[:, 1:2]
+    return (fours.sign() * (fours.abs() - t).clamp(min=0)).reshape(w.shape)
+
+
 def views(shape: torch.Size, plain: bool) -> tuple[int, int, int]:
     """(matrices, rows, columns); what is not transformed is one row."""
     if plain or len(shape) == 1:
@@ -213,13 +234,16 @@ def basis(size: int) -> torch.Tensor:
     [
         ("moe", "updates"),
         ("revffn", "updates"),
-        *(pytest.param(model, "faithful", marks=pytest.mark.e2e) for model in MODELS),
-        pytest.param("both", "updates", marks=pytest.mark.e2e),
+        *(pytest.param(model, "faithful", marks=pytest.mark.e2e) for model in ("moe", "revffn", "both")),
+        *(pytest.param(model, "updates", marks=pytest.mark.e2e) for model in list(MODELS)[2:]),
     ],
 )
 def test_demo_is_a_plain_loop_over_replicas(pool, model, demo):
     ranks, reference = pool.run(REPLICAS, run, model, demo), Reference(model, demo)
     assert ranks[0][-1][0] < ranks[0][0][0] - 0.05
+    assert len(reference.betas) == model.startswith("sparse") * 2 * (
+        6 if model.endswith(("moe", "both")) else 3
+    )
     for step in range(STEPS):
         loss = reference.step([batch(step, replica) for replica in range(REPLICAS)])
         expected = reference.model.state_dict()
@@ -228,7 +252,7 @@ def test_demo_is_a_plain_loop_over_replicas(pool, model, demo):
             assert seen[step][1].keys() == expected.keys()
             for name, mine in seen[step][1].items():
                 assert (mine - expected[name]).abs().max() < 1e-12, (step, name)
-    if model != "revffn":
+    if not model.endswith("revffn"):
         biases = [seen[step][1]["layers.1.ffn.router.balance_bias"] for step in range(STEPS)]
         assert torch.stack(biases).abs().max() > 0.05
 

@@ -35,6 +35,17 @@ def test_ranks_compile_and_recompute_give_the_same_curve(train, tiny_config, tin
 
 
 @pytest.mark.e2e
+def test_dealt_experts_give_the_same_curve(train, tiny_config, tmp_path, column):
+    """With Muon and confined attention."""
+    common = [*ROWS, *MOE, "optimizer.name=muon", "data.confine_attention=true"]
+    one = train(1, tiny_config, tmp_path / "one", *common, "parallel.micro_batch=6")
+    two = train(2, tiny_config, tmp_path / "two", *common, "parallel.micro_batch=3", "parallel.experts=2")
+    assert column(two)[0] == pytest.approx(column(one)[0].item(), rel=1e-6)
+    assert (column(two) / column(one) - 1).abs().max() < 2e-2
+    assert column(two)[-1] < column(two)[0] - 0.3
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "options", [["parallel.sync=demo"], ["model.blocks=revffn", *MOE, "model.hidden_size=64"]]
 )

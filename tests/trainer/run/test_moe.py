@@ -100,7 +100,7 @@ def test_resume_with_other_ranks_for_the_experts(train, tiny_config, tmp_path, c
 
 @pytest.mark.e2e
 def test_compiled_attention_gives_the_same_curve(train, tiny_config, tmp_path, column):
-    options = [*MOE, "model.num_layers=1", "budget.steps=8"]
+    options = [*MOE, "model.num_layers=1"]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
     compiled = train(
         2, tiny_config, tmp_path / "compiled", "run.compile=true", "run.recompute=full", *options

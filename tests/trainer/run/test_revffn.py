@@ -71,7 +71,7 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
     "ffn", [["model.num_layers=2"], [*MOE, "model.num_layers=1"]], ids=["dense", "a mixture"]
 )
 def test_compiled_halves_give_the_same_curve(train, tiny_config, tmp_path, column, ffn):
-    options = [*REVFFN, *ffn, "budget.steps=8"]
+    options = [*REVFFN, *ffn]
     plain = train(1, tiny_config, tmp_path / "plain", *options)
     compiled = train(2, tiny_config, tmp_path / "compiled", "run.compile=true", *options)
     assert (column(compiled) / column(plain) - 1).abs().max() < 1e-5

@@ -18,6 +18,11 @@ from stepline.trainer.run.state import Trainee
 SPARSE = ["sparse.mode=s-ste", "model.hidden_size=48", "model.ffn_size=64"]
 FP8 = [*SPARSE, "precision.fp8=true", "model.head_dim=16"]
 MOE = ["model.ffn=moe", "model.ffn_size=32", "model.moe.experts=4", "model.moe.shared_size=16"]
+REVFFN = ["model.blocks=revffn", "model.num_heads=2"]
+TOGETHER = [  # HSDP, accumulation, Muon, confined attention, weights that stay gathered
+    "parallel.shard=2", "parallel.micro_batch=1", "optimizer.name=muon", "data.confine_attention=true",
+    "parallel.reshard_after_forward=false",
+]  # fmt: skip
 
 
 @pytest.mark.e2e
@@ -29,8 +34,9 @@ MOE = ["model.ffn=moe", "model.ffn_size=32", "model.moe.experts=4", "model.moe.s
         (2, ["parallel.reshard_after_forward=false", "data.confine_attention=true"]),
         (4, ["parallel.shard=2", "parallel.micro_batch=1", "run.recompute=full", "optimizer.name=muon"]),
         (4, ["parallel.experts=2", "parallel.micro_batch=1", *MOE]),
-        (2, ["model.blocks=revffn", *MOE]),
-        (2, ["model.blocks=revffn", "parallel.reshard_after_forward=false"]),
+        (4, [*TOGETHER, "run.recompute=full", *MOE]),
+        (4, [*TOGETHER, *REVFFN]),
+        (4, [*TOGETHER, "parallel.experts=2", *REVFFN, *MOE]),
     ],
 )
 def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_path, world, options, column):
@@ -51,13 +57,20 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("what", "recompute", "tolerance"),
-    [(SPARSE, "none", 1e-5), (SPARSE, "full", 1e-5), ([*FP8, "sparse.grad_weight=mvue"], "full", 1e-2)],
+    [
+        (SPARSE, "none", 1e-5),
+        (SPARSE, "full", 1e-5),
+        ([*SPARSE, *MOE], "none", 1e-5),
+        ([*SPARSE, *REVFFN], "none", 1e-5),
+        ([*SPARSE, *REVFFN, *MOE], "none", 1e-5),
+        ([*FP8, "sparse.grad_weight=mvue"], "full", 1e-2),
+    ],
 )
 def test_compiled_blocks_give_the_same_curve(
     train, tiny_config, tmp_path, column, what, recompute, tolerance
 ):
     """FP8 layers on as many ranks, with the same draws and scales; a rounding may fall to the other side."""
-    options, world = [*what, "model.num_layers=1", "budget.steps=6"], 1 if what is SPARSE else 2
+    options, world = [*what, "model.num_layers=1"], 2 if "precision.fp8=true" in what else 1
     plain = train(world, tiny_config, tmp_path / "plain", *options)
     compiled = ["run.compile=true", f"run.recompute={recompute}"]
     rows = train(2, tiny_config, tmp_path / "compiled", *options, *compiled)
@@ -65,19 +78,32 @@ def test_compiled_blocks_give_the_same_curve(
 
 
 @pytest.mark.e2e
-def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(train, tiny_config, tmp_path, column):
-    """Activations are scaled by a micro-batch's own largest value: alike in the first loss, close afterwards."""
-    one = train(1, tiny_config, tmp_path / "one", *FP8, "parallel.micro_batch=6")
-    two = train(2, tiny_config, tmp_path / "two", *FP8, "parallel.micro_batch=3")
+@pytest.mark.parametrize(
+    "options",
+    [[], [*MOE, "parallel.experts=2", "optimizer.name=muon", "data.confine_attention=true"]],
+    ids=["dense", "experts dealt"],
+)
+def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(
+    train, tiny_config, tmp_path, column, options
+):
+    """Activations are scaled by a micro-batch's own largest value."""
+    dealt, common = "parallel.experts=2", [*FP8, *(o for o in options if not o.startswith("parallel"))]
+    one = train(1, tiny_config, tmp_path / "one", *common, "parallel.micro_batch=6")
+    two = train(2, tiny_config, tmp_path / "two", *common, "parallel.micro_batch=3", *{dealt} & set(options))
     assert (column(two) / column(one) - 1).abs().max() < 2e-2
     assert column(two)[-1] < column(two)[0] - 0.3
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("sync", ["all_reduce", "demo"])
-def test_a_resume_repeats_draws_and_keeps_betas(interrupted, sync):
-    options = [*FP8, "sparse.grad_weight=mvue", "checkpoint.every=5", f"parallel.sync={sync}"]
-    straight, again = interrupted(2, *options)
+@pytest.mark.parametrize(
+    ("sync", "model"),
+    [
+        *(("all_reduce", [*FP8, "sparse.grad_weight=mvue"]), ("demo", [*FP8, "sparse.grad_weight=mvue"])),
+        *(("demo", [*SPARSE, *more]) for more in (MOE, REVFFN, [*REVFFN, *MOE])),
+    ],
+)
+def test_a_resume_repeats_draws_and_keeps_betas(interrupted, sync, model):
+    straight, again = interrupted(2, *model, "checkpoint.every=5", f"parallel.sync={sync}")
     for key in ("loss", "grad_norm", "flip_rate", "beta_min", "beta_max", "val_loss"):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
