@@ -1,5 +1,6 @@
 """Runs of two ranks that are disturbed while they go, and an undisturbed one to compare them with."""
 
+import functools
 import json
 import os
 import signal
@@ -181,28 +182,26 @@ def start(data, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def straight(sh, data, tmp_path_factory) -> Path:
-    """The folder of the undisturbed run of two ranks."""
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    sh(
-        *launch,
-        "-m",
-        "stepline.trainer",
-        "train",
-        "tiny",
-        f"data.path={data}",
-        *SMALL,
-        f"run.folder={folder}",
-    )
-    return folder
+def undisturbed(sh, data, tmp_path_factory):
+    """The folder of a run of two ranks with these options that nobody disturbs; made once."""
+
+    @functools.cache
+    def run(*options: str) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        train = ["-m", "stepline.trainer", "train", "tiny", f"data.path={data}", *SMALL, *options]
+        sh(*launch, *train, f"run.folder={folder}")
+        return folder
+
+    return run
 
 
 @pytest.fixture
-def same(straight):
+def same(undisturbed):
     """Asserts that a finished run is the undisturbed one: every step once, every number and the data alike."""
 
     def check(folder: Path) -> None:
+        straight = undisturbed()
         assert rows(folder) == rows(straight)
         assert cursor(folder) == cursor(straight)
         assert json.loads((folder / "outcome.json").read_text())["status"] == "done"

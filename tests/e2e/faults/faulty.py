@@ -5,6 +5,8 @@
 {"hang": {"15": 1}}              rank 1 sleeps for ever before step 15, once
 {"kill_in_save": {"20": 1}}      rank 1 dies by SIGKILL while it writes the checkpoint of step 20, once
 {"sleep": {"step": 0.1, "verify": 3, "first_step": 2, "validation": 0.2, "save": 1}}   seconds, added to each of them
+{"awake": "FILE"}                no sleep of a step lasts, and none begins, once this file is there
+{"lock_wait": 2}                 seconds that a run waits for another one to leave its folder
 {"clock": {"20": 86400}}         the wall clock jumps so many seconds at step 20
 {"free_bytes": 1e12}             what the system says of the disk's free space
 {"once": "FILE"}                 marks that a fault of the "once" kind has happened
@@ -42,9 +44,9 @@ def first_time() -> bool:
 
 def faulty_step(train_step, state, batch, lr):
     step = state.step
-    time.sleep(FAULTS.get("sleep", {}).get("step", 0))
+    doze(FAULTS.get("sleep", {}).get("step", 0))
     if step == 0:
-        time.sleep(FAULTS.get("sleep", {}).get("first_step", 0))
+        doze(FAULTS.get("sleep", {}).get("first_step", 0))
     if here("hang", step) and first_time():
         time.sleep(100_000)
     if str(step) in FAULTS.get("clock", {}):
@@ -57,6 +59,13 @@ def faulty_step(train_step, state, batch, lr):
         return train_step(state, batch, lr)
     finally:
         hook.remove()
+
+
+def doze(seconds: float) -> None:
+    """Sleeps, unless or until the file of "awake" is there."""
+    deadline, awake = time.monotonic() + seconds, FAULTS.get("awake")
+    while time.monotonic() < deadline and not (awake and Path(awake).exists()):
+        time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
 
 
 def jump(seconds: float) -> None:
@@ -95,8 +104,7 @@ def faulty_save(save, staged, storage_writer, **options):
 
 def main() -> int:
     from stepline.trainer.data import verify
-    from stepline.trainer.run import attempt, checkpoint, loop
-    from stepline.trainer.run.launch import run_training
+    from stepline.trainer.run import attempt, checkpoint, launch, loop
 
     loop.train_step = functools.partial(faulty_step, loop.train_step)
     checkpoint.dcp.save = functools.partial(faulty_save, checkpoint.dcp.save)
@@ -106,8 +114,9 @@ def main() -> int:
         verify.check_file = functools.partial(slow_check, verify.check_file)
     if "free_bytes" in FAULTS:
         shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, int(FAULTS["free_bytes"]))
+    launch.LOCK_WAIT_S = FAULTS.get("lock_wait", launch.LOCK_WAIT_S)
     config, *overrides = sys.argv[2:]
-    return run_training(config, overrides, "auto", STOP)
+    return launch.run_training(config, overrides, "auto", STOP)
 
 
 if __name__ == "__main__":

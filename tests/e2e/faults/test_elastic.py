@@ -24,12 +24,12 @@ def world_size(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("leaves", ["killed", "told to stop"])
-def test_a_node_leaves_and_comes_back(start, tmp_path, leaves):
+def test_a_node_leaves_and_comes_back(start, undisturbed, tmp_path, leaves):
     """2 -> 1 -> 2 ranks at the same global batch: the curve of two ranks that nobody disturbed, every step once.
 
     The node that hosts the rendezvous stays: with it the job would end.
     """
-    folder, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    folder, all_there = tmp_path / "run", tmp_path / "all-there"
     options = [f"budget.steps={STEPS}", "logging.eval_every=0"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,7 +44,7 @@ def test_a_node_leaves_and_comes_back(start, tmp_path, leaves):
             *options,
             ranks=1,
             torchrun=[*elastic, conf],
-            faults={"sleep": {"step": 0.15}},
+            faults={"sleep": {"step": 0.15}, "awake": str(all_there)},
             # A store of its own for each membership: in the shared one a node that comes later waits in vain.
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
@@ -61,10 +61,10 @@ def test_a_node_leaves_and_comes_back(start, tmp_path, leaves):
     first.until(lambda: world_size(folder) == 1).reach(40)
     third = node(0)
     first.until(lambda: world_size(folder) == 2)
+    all_there.touch()
     assert first.end() == [0], first.text()
     assert third.end() == [0], third.text()
-    assert start(undisturbed, *options).end() == [0, 0]
-    mine, theirs = losses(folder), losses(undisturbed)
+    mine, theirs = losses(folder), losses(undisturbed(*options))
     assert [step for step, _ in mine] == list(range(1, STEPS + 1))
     for (step, loss), (_, expected) in zip(mine, theirs, strict=True):
         assert loss == pytest.approx(expected, rel=1e-5), step

@@ -39,10 +39,12 @@ def test_a_rank_dies_while_it_writes_a_checkpoint(start, same, tmp_path):
 
 
 def test_the_whole_job_dies(start, same, tmp_path):
-    folder = tmp_path / "run"
-    start(folder).reach(33).kill()
+    """SIGKILL to the launcher and its ranks; the same command again."""
+    folder, standalone = tmp_path / "run", ["--standalone"]
+    start(folder, torchrun=standalone).reach(33).kill()
     assert not (folder / "outcome.json").exists()
-    assert start(folder).end() == [0, 0]
+    assert start(folder, torchrun=standalone).end() == [0]
+    assert (folder / "logs" / "attempt-2" / "rank-1.log").is_file()
     same(folder)
 
 
@@ -240,11 +242,13 @@ def test_a_clock_that_jumps(start, same, tmp_path):
 
 def test_two_runs_in_one_folder(start, same, tmp_path):
     folder = tmp_path / "run"
-    first = start(folder, faults={"sleep": {"first_step": 40}})
+    second_gave_up = tmp_path / "gave-up"
+    first = start(folder, faults={"sleep": {"first_step": 50}, "awake": str(second_gave_up)})
     first.until((folder / "heartbeat.json").exists)
-    second = start(folder, ranks=1)
-    assert second.processes[0].wait(60) == 2
+    second = start(folder, ranks=1, faults={"lock_wait": 2})
+    assert second.processes[0].wait(90) == 2
     assert "another process trains in" in second.text()
+    second_gave_up.touch()
     assert first.end() == [0, 0]
     same(folder)
 

@@ -59,7 +59,7 @@ def test_all_ranks_save_and_leave(start, same, tmp_path, number, who, moment, st
     [
         (signal.SIGTERM, "agent", []),
         (signal.SIGUSR1, "agent", ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"]),
-        (signal.SIGUSR1, "rank", ["--max-restarts=3"]),
+        (signal.SIGUSR1, "rank", ["--max-restarts=1"]),
         (signal.SIGKILL, "agent", []),
     ],
 )
