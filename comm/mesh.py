@@ -6,12 +6,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from stepline.comm import slurm
 from stepline.comm.rendezvous import attempt_store
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+HOST_S = 1800.0
+"""How long the host's own groups wait at least: one rank may read its share of a checkpoint for that much longer."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,15 @@ def start_process_group(world: World, device: torch.device, timeout_s: float) ->
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, **options)
     else:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
+
+
+def limit_groups(timeout_s: float) -> None:
+    """Collectives of every process group that is there end after `timeout_s`; those of CPU tensors alone are given at
+    least HOST_S. By itself torch gives the groups of a mesh 10 minutes on GPUs, whatever the default group has.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        seconds = timeout_s if "nccl" in dist.get_backend_config(group) else max(timeout_s, HOST_S)
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def build_mesh(device: torch.device, world_size: int, shard: int) -> DeviceMesh:

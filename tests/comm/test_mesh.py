@@ -2,11 +2,14 @@
 
 import os
 import socket
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from stepline.comm.mesh import World, start_process_group
+from stepline.comm import mesh
+from stepline.comm.mesh import World, build_mesh, limit_groups, start_process_group
 from stepline.comm.probe import Meeting
 
 
@@ -30,3 +33,23 @@ def test_rank_0_opens_the_store(pool):
     answers = pool.run(3, without_a_launcher, ports, init=False)
     assert [total for total, _ in answers] == [6.0] * 3
     assert answers[0][1] == ["rank 0", "rank 1", "rank 2"]
+
+
+def alone_in_a_collective() -> str:
+    """Rank 0's error, while rank 1 is there but does not come."""
+    groups, store = build_mesh(torch.device("cpu"), 2, 2), dist.distributed_c10d._get_default_store()
+    with mock.patch.object(mesh, "HOST_S", 1.0):
+        limit_groups(1.0)
+    said = ""
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError) as error:
+            dist.all_reduce(torch.ones(()), group=groups["shard"].get_group())
+        said = str(error.value)
+        store.set("over", "yes")
+    store.wait(["over"])
+    return said
+
+
+def test_groups_of_a_mesh_have_the_limit_that_is_set(pool):
+    """By itself torch would let them wait for half an hour."""
+    assert "Timed out waiting" in pool.run(2, alone_in_a_collective)[0]

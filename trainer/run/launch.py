@@ -35,14 +35,12 @@ from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_o
 from stepline.trainer.run.outcome import forget_outcome, told_launchers, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, launched_world, start_job
+from stepline.trainer.run.watchdog import SPARE_S
 
 LOCK = ".training.lock"
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
 ALONE_S = 5.0  # more than ranks of one node part while they start
 SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
-TIMEOUT_SPARE_S = (
-    30.0  # so that the watchdog, which writes the stacks, comes before the process group's own limit
-)
 
 log = logging.getLogger("stepline")
 
@@ -149,7 +147,7 @@ def _only_one(folder: Path):
 def _join(job: Job) -> None:
     """Starts the process group; raises UserError where that cannot be."""
     try:
-        start_process_group(job.world, job.device, job.config.parallel.timeout_s + TIMEOUT_SPARE_S)
+        start_process_group(job.world, job.device, job.config.parallel.timeout_s + SPARE_S)
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         taken = "EADDRINUSE" in str(error)

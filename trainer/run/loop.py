@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from stepline.comm.mesh import build_mesh
+from stepline.comm.mesh import build_mesh, limit_groups
 from stepline.models.flops import parameter_counts
 from stepline.models.revffn import streams_of, take_max
 from stepline.models.transformer import Transformer
@@ -27,6 +27,7 @@ from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepMeasures, all_max, train_step
+from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.watch.loggers import run_id
 
 log = logging.getLogger("stepline")
@@ -56,6 +57,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     verifier = start_verifying(config, job.metas, world.rank, world.size)
     refuse_damaged_data(verifier, group)
     state = TrainState.create(config, device, mesh, world.rank, job.fingerprints)
+    limit_groups(config.parallel.timeout_s + SPARE_S)
     if job.resume_from is not None:
         go_on(job, state, group)
     elif config.run.init_from is not None:

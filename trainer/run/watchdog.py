@@ -12,6 +12,8 @@ from typing import TextIO
 log = logging.getLogger("stepline")
 
 HUNG = 1
+SPARE_S = 30.0
+"""How much later the process groups' own limit comes, which writes no stacks."""
 GRACE_S = 3.0  # so that the other ranks, which wait for this one, write their stacks too
 
 
