@@ -15,10 +15,13 @@ optimizer, and they are applied as they arrive.
 
     delta <- beta delta + update(g);  delta <- delta - IDCT(q)
     p     <- p - lr wd p + IDCT(mean of q over all replicas)
+
+A step late (`delay`) the mean is applied after the next step's gradients have been taken. With `ahead` a replica takes
+them where the parameters are about to be as far as it knows: at p + IDCT(q), with its own update in the mean's place.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -27,38 +30,16 @@ from torch import Tensor, nn
 
 from stepline.comm.chunking import Chunking
 from stepline.comm.chunks import Chunks, Rule
+from stepline.comm.codec import dequantise
+from stepline.comm.demo_settings import DeMoSettings
 from stepline.comm.exchange import Flight, PacketExchange
 from stepline.comm.fsdp import local
 from stepline.comm.packets import Batch, PacketFormat, Quantised, make_batches
+from stepline.comm.shared import SharedModel
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
 from stepline.comm.waiting import MakeOptimizer, Waiting
 
 Direction = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class DeMoSettings:
-    """How DeMo works; the defaults are those of the config."""
-
-    accumulate: str = "updates"
-    """What waits to be sent: `updates` of the optimizer, or `gradients` as published."""
-    version: int = 1
-    faithful: bool = False
-    """The published algorithm: divisor chunks, every parameter transformed."""
-    chunk: int = 32
-    density: float = 1 / 50
-    kept: int | None = None
-    """Coefficients of a chunk, instead of the density."""
-    beta: float = 0.999
-    alpha: float = 1.0
-    """Version 2: how much of what was sent leaves the momentum."""
-    phi: str = "sign"
-    codec: str = "sign"
-    delay: int = 0
-    """Steps by which the update lags, so that the exchange overlaps the next forward and backward."""
-    owner_reduce_above: int = 8
-    """Replicas beyond which owners reduce, so that what a rank receives no longer grows."""
-    weight_decay: float = 0.0
 
 
 class DeMo(Synchronizer):
@@ -70,8 +51,8 @@ class DeMo(Synchronizer):
     kernels: of comm/chunks.py, for a device that has some.
     """
 
-    left_behind = (".delta", ".owed.")
-    optional = (".landed",)
+    left_behind = (".delta", ".owed.", ".own", ".looked")
+    optional = (".landed", ".own", ".looked")
 
     def __init__(
         self, named_parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None, settings: DeMoSettings,
@@ -109,6 +90,9 @@ class DeMo(Synchronizer):
         self.landed = torch.zeros((), dtype=torch.int64)
         """Whether `pending` holds an update: the first step has none to apply, not one of zeros, which would count as
         a step of `dense` and take from its moments."""
+        self.shared = SharedModel(self.parameters) if settings.looks_ahead else None
+        self.looked = torch.zeros((), dtype=torch.int64)
+        """Of a checkpoint: whether it holds this replica's own parameters."""
 
     def _cut(self, plain: list[str]) -> list[Batch]:
         """Batches of the momenta's chunks, of the waiting updates' and of those that are not transformed."""
@@ -128,7 +112,9 @@ class DeMo(Synchronizer):
         """One update; `skip` is read by the host, as a packet must not leave with what is skipped."""
         if skip is not None and bool(skip):
             return StepResult(0, 0, skip)
-        packets = self._encode(lr)
+        if self.shared is not None:
+            self.shared.give()
+        sent, packets = self._encode(lr)
         before, self.flight = self.flight, None
         if before is not None:
             before.land()
@@ -141,6 +127,9 @@ class DeMo(Synchronizer):
             elif self.landed:
                 self._apply({n: local(update) for n, update in self.pending.items()}, lr)
             self.flight = flight
+        if self.shared is not None:
+            self.shared.take()
+            self._look_ahead(sent)
         return StepResult(*self.exchange.num_bytes, skip)
 
     @torch.no_grad()
@@ -150,8 +139,16 @@ class DeMo(Synchronizer):
             self.flight = self.exchange.pass_on(self.flight)
 
     @torch.no_grad()
-    def _encode(self, lr: float) -> list[Tensor]:
-        """Takes the gradients into what waits, and what is sent out of it; returns a packet for each share."""
+    def _look_ahead(self, sent: Sequence[Quantised]) -> None:
+        """Adds to the parameters what this replica has sent, in the place of the mean that is under way."""
+        parameters = {n: local(p.data) for n, p in self.parameters.items()}
+        for batch, (indices, numbers, scale) in zip(self.batches, sent, strict=True):
+            own = indices[None], dequantise(numbers, scale, self.sample.dtype)[None]
+            self.chunks.apply(batch, own, parameters, lambda _: Rule())
+
+    @torch.no_grad()
+    def _encode(self, lr: float) -> tuple[list[Quantised], list[Tensor]]:
+        """Takes the gradients into what waits, and what is sent out of it; returns this and a packet for each share."""
         settings, form = self.settings, self.form
         gain = lr if settings.version == 1 else 1 - settings.beta
         for name, delta in self.momentum.items():
@@ -164,7 +161,7 @@ class DeMo(Synchronizer):
             alpha = settings.alpha if batch.published and settings.version == 2 else 1.0
             sent.append(self.chunks.encode(batch, delta, alpha))
         vectors = torch.cat([self.sample.new_zeros(0), *(self.gradient(n).reshape(-1) for n in self.vectors)])
-        return [form.write(share, *self._share(share, sent, vectors)) for share in range(form.shares)]
+        return sent, [form.write(share, *self._share(share, sent, vectors)) for share in range(form.shares)]
 
     def _share(self, share: int, sent: Sequence[Quantised], dense: Tensor) -> tuple[list[Quantised], Tensor]:
         """What of a whole step belongs to one owner."""
@@ -245,16 +242,38 @@ class DeMo(Synchronizer):
         own |= self.waiting.state_dict() | self.exchange.state_dict()
         if self.settings.delay:
             own["landed"] = self.landed
+        if self.shared is not None:
+            own |= {f"{n}.own": p.data for n, p in self.parameters.items()} | {"looked": self.looked.fill_(1)}
         state = {f"replica{replica}.optimizer.{n}": t for n, t in own.items()}
         if self.dense is not None:
             state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}
         return state | {f"optimizer.{n}.pending": t for n, t in self.pending.items()}
 
     def to_load(self, replicas_before: int) -> dict[str, Tensor]:
-        """As above; a checkpoint that does not tell whether an update has landed holds one."""
+        """As above; a checkpoint that does not tell whether an update has landed holds one, and one without this
+        replica's own parameters is taken for the shared model."""
         state = super().to_load(replicas_before)
         self.landed.fill_(1)
+        self.looked.zero_()
         return state
+
+    def loaded(self) -> None:
+        """Goes on from the shared model where the checkpoint has none of this replica's own."""
+        if self.shared is not None and not self.looked:
+            self.shared.give()
+
+    def adopt(self) -> None:
+        """The parameters as they are become the shared model."""
+        if self.shared is not None:
+            self.shared.take()
+
+    def shared_parameters(self) -> dict[str, Tensor]:
+        """Without what a replica has added to look ahead."""
+        return super().shared_parameters() if self.shared is None else dict(self.shared.values)
+
+    def shared_model(self) -> AbstractContextManager[None]:
+        """The parameters are those within."""
+        return super().shared_model() if self.shared is None else self.shared.given()
 
     def resized(self, replicas_before: int) -> str:
         """The sentence for the log."""

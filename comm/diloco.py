@@ -7,8 +7,8 @@ model that take turns, Streaming DiLoCo (arXiv 2501.18512).
     anchor <- anchor - outer_lr (d + mu m);  p <- anchor
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 from stepline.comm.codec import ChunkCodec
 from stepline.comm.exchange import all_gather
 from stepline.comm.fsdp import local
+from stepline.comm.shared import SharedModel
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
 from stepline.comm.traffic import ring_bytes
 
@@ -54,7 +55,8 @@ class DiLoCo(Synchronizer):
     ) -> None:  # fmt: skip
         super().__init__(named_parameters, group)
         self.settings, self.inner = settings, inner
-        self.anchor = {n: p.data.clone() for n, p in self.parameters.items()}
+        self.shared = SharedModel(self.parameters)
+        self.anchor = self.shared.values
         self.momentum = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
         self.steps = torch.zeros((), dtype=torch.int64)
         self.fragments = _cut(self.parameters, settings.fragments)
@@ -109,24 +111,15 @@ class DiLoCo(Synchronizer):
 
     def adopt(self) -> None:
         """Starts from the parameters as they are."""
-        for name, parameter in self.parameters.items():
-            local(self.anchor[name]).copy_(local(parameter.data))
+        self.shared.take()
 
     def shared_parameters(self) -> dict[str, Tensor]:
         """The anchors."""
         return dict(self.anchor)
 
-    @contextlib.contextmanager
-    def shared_model(self) -> Iterator[None]:
+    def shared_model(self) -> AbstractContextManager[None]:
         """The parameters are the anchors within."""
-        own = {n: local(p.data).clone() for n, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            local(parameter.data).copy_(local(self.anchor[name]))
-        try:
-            yield
-        finally:
-            for name, parameter in self.parameters.items():
-                local(parameter.data).copy_(own[name])
+        return self.shared.given()
 
     def describe(self) -> dict[str, str]:
         """The inner optimizer's words."""
@@ -141,8 +134,7 @@ class DiLoCo(Synchronizer):
 
     def resized(self, replicas_before: int) -> str:
         """All replicas continue from the anchor."""
-        for name, parameter in self.parameters.items():
-            local(parameter.data).copy_(local(self.anchor[name]))
+        self.shared.give()
         return (
             f"{replicas_before} replicas became {self.replicas}: all begin at the average of the last exchange, with "
             "the inner optimizer's state of a replica that was there"

@@ -18,6 +18,7 @@ def _identity(offset: torch.Tensor):
 def _own_group():
     assert not dist.is_initialized()
     dist.init_process_group("gloo")
+    dist.barrier()  # a rank that ended at once would leave before the other has connected
     return dist.get_world_size()
 
 

@@ -34,6 +34,10 @@ class DeMoConfig(Section):
     delay: Literal[0, 1] = 0
     """1: updates are applied a step late (the first step applies none), so that the exchange overlaps the next forward
     and backward."""
+    ahead: bool = True
+    """With delay 1, of updates: gradients are taken where the parameters are about to be as far as a replica knows: its
+    own update stands in for the mean under way. This takes a copy of the parameters and saves most of the loss that a
+    delay costs."""
     owner_reduce_above: int = Field(8, ge=1)
     """Replicas beyond which each reduces a share of the chunks and sends the largest of the sum: what a rank receives
     then no longer grows with the replicas."""

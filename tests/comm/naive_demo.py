@@ -92,6 +92,8 @@ class Reference:
         self.sent: list[dict] = [{} for _ in range(replicas)]
         self.owners, self.owed = replicas > self.settings.owner_reduce_above, {}
         self.late = []
+        self.ahead: list[dict] = [{} for _ in range(replicas)]
+        """What a replica that looks ahead adds to the parameters until the next step: what it has sent, decoded."""
 
     def published(self, name: str) -> bool:
         """Whether momentum of gradients waits, not updates."""
@@ -111,7 +113,10 @@ class Reference:
                 gain = rate(step) if s.version == 1 else 1 - s.beta
             for delta, g in zip(self.delta, gradients, strict=True):
                 delta[name] = s.beta * delta[name] + gain * g
+            before = [delta[name].clone() for delta in self.delta]
             arrived[name] = self.exchanged(name, landed.get(name))
+            for ahead, delta, whole in zip(self.ahead, self.delta, before, strict=True):
+                ahead[name] = whole - delta[name]
         self.late.append(arrived)
         if len(self.late) > s.delay:
             for name, update in self.late.pop(0).items():

@@ -29,8 +29,8 @@ class Listening(DeMo):
     """Keeps the packets that it sends."""
 
     def _encode(self, lr):
-        self.packets = super()._encode(lr)
-        return self.packets
+        sent, self.packets = super()._encode(lr)
+        return sent, self.packets
 
 
 def waiting_adamw(parameters: dict[str, nn.Parameter]) -> Optimizer:
@@ -99,10 +99,11 @@ def replicas_alike(settings: dict, steps: int) -> list:
         result = sync.step(LR)
         sizes.append((result.bytes_sent, result.bytes_received))
     assert sync.first_difference() is None
+    shared = sync.shared_parameters()
     if dist.get_rank() == 1:
-        named["odd"].data[3, 3] += 1e-10
-        named["odd"].data[3, 4] -= 1e-10
-    moved = {n: (p.detach() - start(n)).abs().max().item() for n, p in named.items()}
+        shared["odd"][3, 3] += 1e-10
+        shared["odd"][3, 4] -= 1e-10
+    moved = {n: (p - start(n)).abs().max().item() for n, p in shared.items()}
     return [moved, sizes, sync.first_difference()]
 
 

@@ -25,8 +25,8 @@ class Listening(DeMo):
     """Keeps the packets that it sends, and the indices that it receives from owners, by parameter."""
 
     def _encode(self, lr):
-        self.packets = super()._encode(lr)
-        return self.packets
+        sent, self.packets = super()._encode(lr)
+        return sent, self.packets
 
     def listen(self) -> list[dict[str, list]]:
         receive, landed = self.exchange.receive, []
@@ -51,7 +51,8 @@ class Listening(DeMo):
 
 
 def run(shard: int, settings: dict) -> tuple[list, list, dict]:
-    """By step: parameters, what waits, and what was sent; the indices of all that landed; what is still to be applied.
+    """By step: shared parameters, what waits, what was sent, own parameters; the indices of all that landed; what is
+    still to be applied.
 
     All of this rank alone.
     """
@@ -76,8 +77,11 @@ def run(shard: int, settings: dict) -> tuple[list, list, dict]:
         sync.midway()
         sync.step(rate(step))
         waiting = {n: local(t) for n, t in sync.momentum.items()} | sync.waiting.local()
-        parameters = {n: local(p.data).clone() for n, p in named.items()}
-        seen.append((parameters, {n: t.clone() for n, t in waiting.items()}, sync.sent()))
+        shared, own = (
+            {n: local(t).clone() for n, t in tensors.items()}
+            for tensors in (sync.shared_parameters(), {n: p.data for n, p in named.items()})
+        )
+        seen.append((shared, {n: t.clone() for n, t in waiting.items()}, sync.sent(), own))
     sync.state_dict(0)  # with a delay, what is under way lands
     return seen, landed, {n: local(t) for n, t in sync.pending.items()}
 
@@ -97,9 +101,11 @@ def compare(ranks: list, replicas: int, shard: int, settings: dict) -> None:
         for step in range(STEPS):
             reference.step(step, mine[0][1][step])
             for replica, (seen, _, _) in enumerate(mine):
-                p, delta, sent = seen[step]
+                p, delta, sent, own = seen[step]
                 for name in SHAPES:
                     close(p[name], reference.p[name])
+                    ahead = DeMoSettings(**settings).looks_ahead and name != "vector"
+                    close(own[name], reference.p[name] + (reference.ahead[replica][name] if ahead else 0))
                 for name, waits in delta.items():
                     close(waits, reference.delta[replica][name])
                     expected = reference.sent[replica][name]
@@ -120,6 +126,7 @@ FAITHFUL = {"faithful": True, "codec": "fp32", "kept": 3, "chunk": 5}
 CASES = {
     "updates": {"codec": "fp32"},
     "updates, int8, late": {"codec": "int8", "delay": 1},
+    "updates, fp32, late, not ahead": {"codec": "fp32", "delay": 1, "ahead": False},
     "updates, sign": {"codec": "sign"},
     "updates, owners": {"codec": "fp32", **OWNERS},
     "updates, sign, owners, late": {"codec": "sign", **OWNERS, "delay": 1},

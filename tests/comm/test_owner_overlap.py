@@ -38,7 +38,7 @@ def batch(step: int, accumulation: int) -> Batch:
 def saved(state: Trainee) -> dict[str, torch.Tensor]:
     """What a checkpoint holds, this rank's part."""
     found = state.synchronizer.state_dict(state.synchronizer.replica)
-    found |= {f"model.{n}": p.data for n, p in state.model.named_parameters()}
+    found |= {f"model.{n}": p for n, p in state.synchronizer.shared_parameters().items()}
     return {n: local(t).clone() for n, t in found.items()}
 
 
@@ -83,7 +83,7 @@ def run(shard: int, accumulation: int, beside: bool, again: bool = False) -> tup
             if step == SKIPPED and again:
                 before, state = saved(state), trainee(shard)
                 found = state.synchronizer.state_dict(state.synchronizer.replica)
-                found |= {f"model.{n}": p.data for n, p in state.model.named_parameters()}
+                found |= {f"model.{n}": p for n, p in state.synchronizer.shared_parameters().items()}
                 for name, tensor in found.items():
                     local(tensor).copy_(before[name])
             seen.append({n: local(p.data).clone() for n, p in state.model.named_parameters()})

@@ -51,7 +51,8 @@ class SyncMemory:
             owed = sum(batch.elements for batch in self.batches()) * self.item // self.replicas
         if demo.accumulate == "gradients":
             waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item) + ends
-        return dense + waits + owed + (self.whole if demo.delay else 0)
+        late = (2 if demo.ahead and demo.accumulate == "updates" else 1) if demo.delay else 0
+        return dense + waits + owed + late * self.whole  # the update that has landed, the shared model
 
     def temporaries(self) -> int:
         """Most bytes that the update holds beside the state."""

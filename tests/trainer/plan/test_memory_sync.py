@@ -33,6 +33,7 @@ SYNCS = {
     "demo": {},
     "demo, gradients": {"demo": {"accumulate": "gradients"}},
     "demo, a step late": {"demo": {"delay": 1}},
+    "demo, not ahead": {"demo": {"delay": 1, "ahead": False}},
     "demo, owners": {"demo": {"owner_reduce_above": 1, "chunk": 8}},
     "demo, faithful": {"demo": {"faithful": True}},
     "diloco": {},
@@ -55,8 +56,8 @@ def synchronizer_bytes(sync: str, sections: dict) -> tuple[int, int]:
         for t in synchronizer.state_dict(0).values()
         if t.data_ptr() not in parameters
     )
-    if sync == "diloco":
-        held += sum(t.untyped_storage().nbytes() for t in synchronizer.shared_parameters().values())
+    shared = synchronizer.shared_parameters().values()
+    held += sum(t.untyped_storage().nbytes() for t in shared if t.data_ptr() not in parameters)
     return planned.state(), held
 
 
