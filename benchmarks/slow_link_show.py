@@ -24,7 +24,7 @@ def show(output: Path, methods: Sequence[str]) -> None:
         show_times(times)
         plot_times(times, output / "slow_link_time.png")
     if final:
-        runs = {method: final[method] for method in methods if method in final}
+        runs = {m: sorted(final[m], key=lambda run: run["seed"]) for m in methods if m in final}
         show_losses(runs)
         plot_losses(runs, times["methods"], output / "slow_link_loss.png")
     if not times["methods"] and not final:

@@ -50,6 +50,11 @@ class DeMoConfig(Section):
         """Largest side of a chunk."""
         return self.chunk or (64 if self.faithful else 32)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the parameters between two steps are each replica's own."""
+        return bool(self.delay and self.ahead) and self.accumulate == "updates" and not self.faithful
+
     @model_validator(mode="after")
     def _published(self) -> "DeMoConfig":
         fields = type(self).model_fields

@@ -14,7 +14,7 @@ from stepline.models.config import ModelConfig
 from stepline.trainer.config import Config
 from stepline.trainer.plan.demo_memory import batches, fixed_kept
 from stepline.trainer.plan.resolve import whole_matrices
-from stepline.trainer.plan.sync_measured import CODEC_CPU_S, demo_loss
+from stepline.trainer.plan.sync_measured import CODEC_CPU_S, DECODE_CPU_S, demo_loss
 from stepline.trainer.plan.tensors import Shape, block_group, root_group
 
 INT8_CHUNK = 4096
@@ -181,7 +181,7 @@ class SyncBytes:
         kept = fixed_kept(setting)
         label = f"demo {packet.codec}, {share(kept / setting.side**2 if kept else setting.density)}"
         options = ("parallel.sync=demo",)
-        codec_s = CODEC_CPU_S * sum(self.sizes)
+        codec_s = (CODEC_CPU_S + (DECODE_CPU_S if setting.looks_ahead else 0)) * sum(self.sizes)
         if setting.faithful or self.replicas <= setting.owner_reduce_above:
             size = others * packet.num_bytes(0, 1)
             beside = size if setting.delay else 0

@@ -51,8 +51,8 @@ class SyncMemory:
             owed = sum(batch.elements for batch in self.batches()) * self.item // self.replicas
         if demo.accumulate == "gradients":
             waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item) + ends
-        late = (2 if demo.ahead and demo.accumulate == "updates" else 1) if demo.delay else 0
-        return dense + waits + owed + late * self.whole  # the update that has landed, the shared model
+        copies = demo.delay + demo.looks_ahead  # of the update that has landed, of the shared model
+        return dense + waits + owed + copies * self.whole
 
     def temporaries(self) -> int:
         """Most bytes that the update holds beside the state."""
