@@ -76,7 +76,7 @@ def one_round(trainee: Trainee, batch: Batch, replicas: int, cuda: bool) -> tupl
     demo.zero_grad()
     passes, _ = timed(lambda: accumulate(trainee.model, batch, trainee.device, 0.0), cuda)
     demo.waiting.accumulate = lambda lr: inner.append(timed(lambda: accumulate_updates(lr), cuda)[0])
-    encode, packets = timed(lambda: demo._encode(lr), cuda)
+    encode, (_, packets) = timed(lambda: demo._encode(lr), cuda)
     demo.waiting.accumulate = accumulate_updates
     flight = Flight(packets[0].expand(replicas, -1).contiguous(), None)
     decode, _ = timed(lambda: demo._land(flight, lr), cuda)

@@ -148,7 +148,8 @@ class DeMo(Synchronizer):
 
     @torch.no_grad()
     def _encode(self, lr: float) -> tuple[list[Quantised], list[Tensor]]:
-        """Takes the gradients into what waits, and what is sent out of it; returns this and a packet for each share."""
+        """Takes the gradients into what waits, and what is sent out of it; returns a packet for each share, and before
+        them, to look ahead, what was sent."""
         settings, form = self.settings, self.form
         gain = lr if settings.version == 1 else 1 - settings.beta
         for name, delta in self.momentum.items():
@@ -161,7 +162,8 @@ class DeMo(Synchronizer):
             alpha = settings.alpha if batch.published and settings.version == 2 else 1.0
             sent.append(self.chunks.encode(batch, delta, alpha))
         vectors = torch.cat([self.sample.new_zeros(0), *(self.gradient(n).reshape(-1) for n in self.vectors)])
-        return sent, [form.write(share, *self._share(share, sent, vectors)) for share in range(form.shares)]
+        packets = [form.write(share, *self._share(share, sent, vectors)) for share in range(form.shares)]
+        return ([] if self.shared is None else sent), packets
 
     def _share(self, share: int, sent: Sequence[Quantised], dense: Tensor) -> tuple[list[Quantised], Tensor]:
         """What of a whole step belongs to one owner."""

@@ -14,7 +14,7 @@ from stepline.comm.rendezvous import attempt_store
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 HOST_S = 1800.0
-"""How long the host's own groups wait at least: one rank may read its share of a checkpoint for that much longer."""
+"""How long the host's own bookkeeping waits at least: one rank may read its share of a file for that much longer."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ def start_process_group(world: World, device: torch.device, timeout_s: float) ->
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
 
 
-def limit_groups(timeout_s: float) -> None:
-    """Collectives of every process group that is there end after `timeout_s`; those of CPU tensors alone are given at
-    least HOST_S. By itself torch gives the groups of a mesh 10 minutes on GPUs, whatever the default group has.
+def limit_groups(timeout_s: float, host: dist.ProcessGroup) -> None:
+    """Collectives of the process groups that are there end after `timeout_s`; those of `host`, the bookkeeping's, have
+    HOST_S at least. By itself torch gives a mesh's groups 10 minutes on GPUs and 30 on CPUs, whatever the default's is.
     """
     for group in list(distributed_c10d._world.pg_map):
-        seconds = timeout_s if "nccl" in dist.get_backend_config(group) else max(timeout_s, HOST_S)
+        seconds = max(timeout_s, HOST_S) if group is host else timeout_s
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

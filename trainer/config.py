@@ -279,6 +279,7 @@ MAY_CHANGE_ON_RESUME = (
     "parallel.micro_batch",
     "parallel.reshard_after_forward",
     "parallel.timeout_s",
+    "parallel.demo.ahead",
     "sparse.forward",
     "sparse.force",
     "data.path",

@@ -37,7 +37,7 @@ class DeMoConfig(Section):
     ahead: bool = True
     """With delay 1, of updates: gradients are taken where the parameters are about to be as far as a replica knows: its
     own update stands in for the mean under way. This takes a copy of the parameters and saves most of the loss that a
-    delay costs."""
+    delay costs (measured with two replicas)."""
     owner_reduce_above: int = Field(8, ge=1)
     """Replicas beyond which each reduces a share of the chunks and sends the largest of the sum: what a rank receives
     then no longer grows with the replicas."""

@@ -57,7 +57,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     verifier = start_verifying(config, job.metas, world.rank, world.size)
     refuse_damaged_data(verifier, group)
     state = TrainState.create(config, device, mesh, world.rank, job.fingerprints)
-    limit_groups(config.parallel.timeout_s + SPARE_S)
+    limit_groups(config.parallel.timeout_s + SPARE_S, group)
     if job.resume_from is not None:
         go_on(job, state, group)
     elif config.run.init_from is not None:

@@ -149,7 +149,7 @@ def test_sparse_products_are_really_tried(monkeypatch):
 
     monkeypatch.setattr(doctor_gpu, "sparse_product_is_right", refused)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 801)
+    monkeypatch.setattr(doctor_gpu, "loaded_version", lambda: 801)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     check = doctor_gpu.check_sparse(torch.device("cuda", 0))
     assert check.status == "warning"
