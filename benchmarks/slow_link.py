@@ -41,6 +41,11 @@ METHODS = {
     "all-reduce bf16": ["precision.reduce=bf16"],
     "DeMo 1/50": ["parallel.sync=demo"],
     "DeMo 1/50, a step late": ["parallel.sync=demo", "parallel.demo.delay=1"],
+    "DeMo 1/50, late, not ahead": [
+        "parallel.sync=demo",
+        "parallel.demo.delay=1",
+        "parallel.demo.ahead=false",
+    ],
     "DeMo 1/100": ["parallel.sync=demo", "parallel.demo.density=0.01"],
     "DeMo 1/400": ["parallel.sync=demo", "parallel.demo.density=0.0025"],
     "DeMo int8 1/128": ["parallel.sync=demo", "parallel.demo.codec=int8", "parallel.demo.density=0.0078125"],
@@ -220,9 +225,10 @@ LOSS_METHODS = (
     "DiLoCo int8, H = 50",
     "random-k 1/100",
     "DeMo 1/50, a step late",
+    "DeMo 1/50, late, not ahead",
     "DeMo 1/400",
 )
-WINNERS = ("all-reduce fp32", "DeMo 1/50", "DeMo 1/100")
+WINNERS = ("all-reduce fp32", "DeMo 1/50", "DeMo 1/100", "DeMo 1/50, a step late")
 """Trained with all seeds."""
 
 

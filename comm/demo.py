@@ -90,7 +90,7 @@ class DeMo(Synchronizer):
         self.landed = torch.zeros((), dtype=torch.int64)
         """Whether `pending` holds an update: the first step has none to apply, not one of zeros, which would count as
         a step of `dense` and take from its moments."""
-        self.shared = SharedModel(self.parameters) if settings.looks_ahead else None
+        self.shared = SharedModel(self.parameters) if settings.ahead else None
         self.looked = torch.zeros((), dtype=torch.int64)
         """Of a checkpoint: whether it holds this replica's own parameters."""
 

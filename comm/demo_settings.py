@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DeMoSettings:
-    """The defaults are those of the config."""
+    """The defaults are those of the config, which looks ahead where that can be."""
 
     accumulate: str = "updates"
     """What waits to be sent: `updates` of the optimizer, or `gradients` as published."""
@@ -23,13 +23,12 @@ class DeMoSettings:
     codec: str = "sign"
     delay: int = 0
     """Steps by which the update lags, so that the exchange overlaps the next forward and backward."""
-    ahead: bool = True
+    ahead: bool = False
     """A step late, of updates: gradients are taken with this replica's update in the place of the mean under way."""
     owner_reduce_above: int = 8
     """Replicas beyond which owners reduce, so that what a rank receives no longer grows."""
     weight_decay: float = 0.0
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the parameters between two steps are this replica's own."""
-        return bool(self.delay and self.ahead) and self.accumulate == "updates" and not self.faithful
+    def __post_init__(self) -> None:
+        if self.ahead and (not self.delay or self.accumulate != "updates" or self.faithful):
+            raise ValueError("only updates that are a step late can be looked ahead to")

@@ -236,7 +236,8 @@ def steps(
 
 STEPS = (
     {"codec": "int8"},
-    {"codec": "fp32", "delay": 1},
+    {"codec": "fp32", "delay": 1, "ahead": True},
+    {"codec": "sign", "delay": 1},
     {"codec": "fp32", "version": 2, "accumulate": "gradients"},
 )
 
@@ -252,7 +253,10 @@ def check_steps(device: str) -> None:
             assert apart.median() < 1e-6, settings
             # near the threshold another coefficient may be the larger one, near zero a sign the other one
             assert (apart > 1e-5).float().mean() < 0.02, settings
-    for settings in ({"codec": "sign"}, {"codec": "int8", "accumulate": "gradients", "phi": "identity"}):
+    for settings in (
+        {"codec": "sign", "ahead": True},
+        {"codec": "int8", "accumulate": "gradients", "phi": "identity"},
+    ):
         runs = [steps(device, triton_demo, 40, 4, saved, delay=1, **settings) for saved in (0, 2)]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), settings
 

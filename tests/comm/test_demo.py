@@ -111,7 +111,7 @@ def replicas_alike(settings: dict, steps: int) -> list:
 @pytest.mark.parametrize("owner_reduce_above", [8, 1])
 def test_replicas_stay_bit_identical_and_a_difference_is_named(pool, delay, owner_reduce_above):
     for moved, _, difference in pool.run(
-        4, replicas_alike, {"delay": delay, "owner_reduce_above": owner_reduce_above}, 5
+        4, replicas_alike, {"delay": delay, "ahead": bool(delay), "owner_reduce_above": owner_reduce_above}, 5
     ):
         assert difference == "odd"
         assert all(value > LR for value in moved.values()), moved

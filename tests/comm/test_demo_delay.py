@@ -122,6 +122,14 @@ def test_what_looks_ahead_shares_the_model_of_what_does_not():
         assert last["ahead"].abs().max() > 0.1 * RATES[step]
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"delay": 1, "accumulate": "gradients"}, {"delay": 1, "faithful": True}]
+)
+def test_only_updates_that_are_late_can_be_looked_ahead_to(settings):
+    with pytest.raises(ValueError, match="only updates that are a step late"):
+        DeMoSettings(ahead=True, **settings)
+
+
 @pytest.mark.parametrize("gone", [("own", "looked"), ("own", "looked", "landed")])
 def test_a_checkpoint_without_own_parameters_goes_on_from_the_shared_model(gone):
     sync, named = build(ahead=True)

@@ -47,7 +47,7 @@ def build_synchronizer(
             parameters, group, settings, decayed=decayed, dense=_adamw(config, vectors),
             make_optimizer=functools.partial(waiting_optimizer, config),
         )  # fmt: skip
-    demo = parallel.demo.model_dump() | {"chunk": parallel.demo.side}
+    demo = parallel.demo.model_dump() | {"chunk": parallel.demo.side, "ahead": parallel.demo.looks_ahead}
     if demo["faithful"]:
         world = 1 if mesh is None else mesh.size()
         demo |= {"codec": "fp32", "owner_reduce_above": world, "kept": demo["kept"] or PUBLISHED_KEPT}

@@ -223,6 +223,38 @@ def test_a_skipped_step_changes_nothing_on_any_rank(pool, tiny_config, tmp_path,
         assert result == ([0.0, 1.0, 0.0], 1, True)
 
 
+def held_bytes(config: str, options: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """(counted from shapes, found in DeepSpeed) before the first step, by part."""
+    from stepline.trainer.plan.zero_memory import ZeroReplay
+    from stepline.trainer.run.zero import build_zero
+
+    def size(*tensors: torch.Tensor) -> int:
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    job = start_job(config, options, "never", World.from_environment())
+    mesh = build_mesh(job.device, job.world.size, job.config.parallel.shard)
+    zero = build_zero(job.config, build_model(job.config, job.device, mesh), job.device)
+    states = [t for optimizer in zero.optimizers for t in optimizer.state().values()]
+    weights = [zero.zero.lp_param_buffer] if zero.settings.stage == 3 else zero.zero.bit16_groups_flat
+    found = {"parameters": size(*zero.flat, *weights), "optimizer": size(*states)}
+    if zero.settings.stage == 3:
+        found["gradients"] = size(zero.zero.grad_partitions_flat_buffer)
+        found["all-gather"] = size(*(b.buffer for b in zero.zero.ipg_buckets.values()))
+    replay = ZeroReplay(job.config, 2, 2, 1, 1)
+    replay.hold()
+    return {key: replay.tally.live[key] for key in found}, found
+
+
+@pytest.mark.parametrize(
+    ("number", "options"), [(1, []), (2, ["precision.compute=bf16"]), (3, ["precision.compute=bf16"])]
+)
+def test_the_planner_knows_what_deepspeed_holds(pool, tiny_config, tmp_path, number, options):
+    options = [f"run.folder={tmp_path / 'r'}", *stage(number), *MODELS["moe"], *options]
+    for counted, found in pool.run(2, held_bytes, str(tiny_config), options):
+        for key, size in found.items():
+            assert counted[key] == pytest.approx(size, rel=0.01), key
+
+
 @pytest.mark.e2e
 def test_options_that_must_not_change_the_numbers(close):
     """Offload (on a CPU both memories are one), small buckets, one rank."""
