@@ -1,9 +1,9 @@
 """Settings and fixtures of the whole suite."""
 
+import ast
 import functools
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +19,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 
 def pytest_configure() -> None:
-    import torch
     from hypothesis import settings
 
-    torch.set_num_threads(1)
     settings.register_profile("untimed", deadline=None)  # a busy machine must not fail a test
     settings.load_profile("untimed")
 
@@ -38,21 +36,36 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Of two workers (`-n 2`) one has the pool of processes, and every file whose tests ask for it."""
+    """The first worker (of `-n 2`) begins with the tests that ask for the pool of processes, the others with the rest.
+
+    A worker that finds nothing of its kind left helps with the other kind, so that none ends long before another.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByPool(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return "pool" if uses_pool(config.rootpath / file) else file
+            file, test = nodeid.split("::")[:2]
+            return f"pool {file}" if test.split("[")[0] in users_of_pool(config.rootpath / file) else file
+
+        def _assign_work_unit(self, node: object) -> None:
+            first = node is self.nodes[0]
+            mine = [scope for scope in self.workqueue if scope.startswith("pool ") == first]
+            if mine:
+                self.workqueue.move_to_end(mine[0], last=False)
+            super()._assign_work_unit(node)
 
     return ByPool(config, log)
 
 
 @functools.cache
-def uses_pool(file: Path) -> bool:
-    """Whether a test in `file` takes a fixture that leads to the pool."""
-    return bool(re.search(r"def \w+\([^)]*\b(pool|train|interrupted)\b", file.read_text(encoding="utf-8")))
+def users_of_pool(file: Path) -> set[str]:
+    """The functions of `file` that take a fixture that leads to the pool."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    takes = {f.name: {a.arg for a in f.args.args} for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+    found = {"pool", "train", "interrupted"}
+    while more := {name for name, arguments in takes.items() if arguments & found} - found:
+        found |= more
+    return found
 
 
 @pytest.fixture(scope="session")
