@@ -118,6 +118,7 @@ def global_norm(gradients: list[torch.Tensor], mesh: DeviceMesh | None) -> torch
     """
     norms = torch._foreach_norm([local(g) for g in gradients])
     squares = torch.stack(norms).square().sum()
-    if mesh is not None and mesh["shard"].size() > 1:
-        torch.distributed.all_reduce(squares, group=mesh["shard"].get_group())
+    # not mesh["shard"], which is a mesh made anew each time
+    if mesh is not None and mesh.size(mesh.mesh_dim_names.index("shard")) > 1:
+        torch.distributed.all_reduce(squares, group=mesh.get_group("shard"))
     return squares.sqrt()

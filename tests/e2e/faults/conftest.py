@@ -16,6 +16,7 @@ import pytest
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 SMALL = [
     "parallel.timeout_s=60",
+    "parallel.micro_batch=8",  # one micro-batch on each of two ranks
     "checkpoint.every=10",
     "logging.eval_every=20",
     "logging.eval_windows=16",

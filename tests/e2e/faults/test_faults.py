@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 RESTARTING = ["--standalone", "--max-restarts=3"]
+UNHURRIED = {"sleep": {"step": 0.05}}
+"""So that a fault strikes before the run has ended, on a fast machine too."""
 
 
 def attempts(folder: Path) -> list[str]:
@@ -21,7 +23,7 @@ def attempts(folder: Path) -> list[str]:
 def test_a_rank_dies_in_a_step(start, same, tmp_path):
     """SIGKILL to one of torchrun's ranks: it starts them again, and they go on from the last checkpoint."""
     folder = tmp_path / "run"
-    run = start(folder, torchrun=RESTARTING).reach(25)
+    run = start(folder, torchrun=RESTARTING, faults=UNHURRIED).reach(25)
     os.kill(run.ranks()[1], signal.SIGKILL)
     run.until(lambda: len(attempts(folder)) == 2).reach(25)
     assert run.end() == [0], run.text()
@@ -41,7 +43,7 @@ def test_a_rank_dies_while_it_writes_a_checkpoint(start, same, tmp_path):
 def test_the_whole_job_dies(start, same, tmp_path):
     """SIGKILL to the launcher and its ranks; the same command again."""
     folder, standalone = tmp_path / "run", ["--standalone"]
-    start(folder, torchrun=standalone).reach(33).kill()
+    start(folder, torchrun=standalone, faults=UNHURRIED).reach(33).kill()
     assert not (folder / "outcome.json").exists()
     assert start(folder, torchrun=standalone).end() == [0]
     assert (folder / "logs" / "attempt-2" / "rank-1.log").is_file()
@@ -68,7 +70,7 @@ def test_losses_that_are_nan_or_spike(start, tmp_path):
     options = ["optimizer.guard.window=16"]
     undisturbed, killed, elsewhere = (tmp_path / name for name in ("undisturbed", "killed", "elsewhere"))
     assert start(undisturbed, *options, faults=faults).end() == [0, 0]
-    start(killed, *options, faults=faults).reach(43).kill()
+    start(killed, *options, faults=faults | UNHURRIED).reach(43).kill()
     assert start(killed, *options, faults=faults).end() == [0, 0]
     others = {"nan": {"7": 0, "41": 1}, "spike": {"45": 1}}
     assert start(elsewhere, *options, faults=others).end() == [0, 0]
@@ -92,10 +94,22 @@ def flip(path: Path, offset: int = -1000) -> None:
     path.write_bytes(content)
 
 
-def test_checkpoints_with_a_short_and_a_changed_file(start, same, tmp_path):
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("killed") / "run"
+
+
+@pytest.fixture
+def killed(start, killed_once, tmp_path) -> Path:
+    """The folder of a run that was killed after step 43."""
+    if not killed_once.exists():
+        start(killed_once, faults=UNHURRIED).reach(43).kill()
+    return Path(shutil.copytree(killed_once, tmp_path / "run"))
+
+
+def test_checkpoints_with_a_short_and_a_changed_file(start, same, killed):
     """Size and checksum tell; each damaged one is named, the last sound one is used."""
-    folder = tmp_path / "run"
-    start(folder).reach(43).kill()
+    folder = killed
     shard = folder / "checkpoints" / "step-000040" / "__1_0.distcp"
     size = shard.stat().st_size
     os.truncate(shard, size - 10)
@@ -111,9 +125,8 @@ def test_checkpoints_with_a_short_and_a_changed_file(start, same, tmp_path):
     same(folder)
 
 
-def test_every_checkpoint_is_damaged(start, tmp_path):
-    folder = tmp_path / "run"
-    start(folder).reach(23).kill()
+def test_every_checkpoint_is_damaged(start, killed):
+    folder = killed
     for shard in folder.glob("checkpoints/*/__0_0.distcp"):
         flip(shard)
     run = start(folder)
@@ -128,13 +141,15 @@ def test_every_checkpoint_is_damaged(start, tmp_path):
 
 
 def test_a_damaged_shard_of_data(start, same, data, tmp_path):
-    """Found before it is read; with the right file back the run goes on as if nothing had been."""
+    """Found before it is read, or by the check in the background, after steps that may have read it: their checkpoints
+    no longer count. With the right file back the run goes on as if nothing had been."""
     folder, copy = tmp_path / "run", tmp_path / "data"
     shutil.copytree(data, copy)
     option = f"data.path={copy}"
-    run = start(folder, option).reach(15)
+    run = start(folder, option, faults=UNHURRIED).reach(15)
     run.send(signal.SIGTERM)
     assert run.end() == [75, 75]
+    sound = max(p.parent.name for p in folder.glob("checkpoints/step-*/COMPLETE"))
     (shard, *_) = sorted(copy.glob("train*.bin"))
     right = shard.read_bytes()
     flip(shard)
@@ -142,30 +157,14 @@ def test_a_damaged_shard_of_data(start, same, data, tmp_path):
     assert run.end() == [2, 2]
     assert f"{shard} is damaged" in run.text()
     assert run.outcome()["status"] == "stopped"
-    shard.write_bytes(right)
-    assert start(folder, option).end() == [0, 0]
-    same(folder)
-
-
-def test_a_damaged_shard_that_is_found_while_training(start, same, data, tmp_path):
-    """By the check in the background, after steps that may have read it: their checkpoints no longer count."""
-    folder, copy = tmp_path / "run", tmp_path / "data"
-    shutil.copytree(data, copy)
-    options = [f"data.path={copy}", "data.verify=background"]
-    run = start(folder, *options).reach(15)
-    run.send(signal.SIGTERM)
-    assert run.end() == [75, 75]
-    sound = max(p.parent.name for p in folder.glob("checkpoints/step-*/COMPLETE"))
-    (shard, *_) = sorted(copy.glob("train*.bin"))
-    right = shard.read_bytes()
-    flip(shard)
-    run = start(folder, *options, faults={"sleep": {"verify": 3, "step": 0.1}})
+    later = {"sleep": {"verify": 3, "step": 0.1}}
+    run = start(folder, option, "data.verify=background", faults=later)
     assert run.end() == [2, 2]
     assert f"what was trained since step {int(sound.removeprefix('step-'))} is given up" in run.text()
     assert max(p.parent.name for p in folder.glob("checkpoints/step-*/COMPLETE")) == sound
     assert list(folder.glob("checkpoints/step-*/SUPERSEDED")), "no step was made before it was found"
     shard.write_bytes(right)
-    assert start(folder, *options).end() == [0, 0]
+    assert start(folder, option, "data.verify=background").end() == [0, 0]
     same(folder)
 
 
@@ -192,7 +191,7 @@ def fill(disk: Path) -> Path:
 def test_a_full_disk(start, same, small_disk, honest):
     """Saving fails, training goes on; with room again all is written, the rows in between too."""
     folder = small_disk / "run"
-    run = start(folder, faults={} if honest else {"free_bytes": 1e12}).reach(12)
+    run = start(folder, faults=UNHURRIED | ({} if honest else {"free_bytes": 1e12})).reach(12)
     filler = fill(small_disk)
     run.until(lambda: "step-000020 could not be saved" in run.text())
     newest = sorted(p.parent.name for p in folder.glob("checkpoints/step-*/COMPLETE"))
@@ -205,7 +204,7 @@ def test_a_full_disk(start, same, small_disk, honest):
 def test_a_disk_that_stays_full(start, same, small_disk):
     """The last checkpoint cannot be saved: exit code 1 and one sentence; afterwards the same command ends the run."""
     folder = small_disk / "run"
-    run = start(folder, faults={}).reach(12)
+    run = start(folder, faults=UNHURRIED).reach(12)
     filler = fill(small_disk)
     assert run.end() == [1, 1]
     assert "the checkpoint of step 60 could not be saved" in run.text()
@@ -218,7 +217,7 @@ def test_a_disk_that_stays_full(start, same, small_disk):
 def test_a_folder_that_becomes_read_only(start, same, small_disk, mount):
     """A mount over the folder: what is opened from now on cannot be written."""
     folder = small_disk / "run"
-    run = start(folder).reach(12)
+    run = start(folder, faults=UNHURRIED).reach(12)
     mount("--bind", folder, folder)
     mount("-o", "remount,bind,ro", folder)
     run.until(lambda: "step-000020 could not be saved (Read-only file system)" in run.output.read_text())
@@ -272,7 +271,7 @@ def test_ephemeral_checkpoints_come_by_time_and_go(start, same, tmp_path):
     """Every .6 s here; the newest two stay beside the permanent ones, and a killed run goes on from the newest."""
     folder = tmp_path / "run"
     options = ["checkpoint.every=60", "checkpoint.ephemeral_minutes=0.01"]
-    faults = {"sleep": {"validation": 0.2}}
+    faults = {"sleep": {"step": 0.05, "validation": 0.2}}
     run = start(folder, *options, faults=faults).reach(45)
     kinds = {}
     for path in folder.glob("checkpoints/step-*/manifest.json"):

@@ -25,7 +25,7 @@ STANDALONE = ["--standalone"]
 def test_all_ranks_save_and_leave(start, same, tmp_path, number, who, moment, step):
     folder = tmp_path / "run"
     slow = {"validation": {"validation": 0.3}, "save": {"save": 1.5}, "first_step": {"first_step": 3}}
-    run = start(folder, faults={"sleep": slow.get(moment, {})})
+    run = start(folder, faults={"sleep": slow.get(moment, {"step": 0.05})})
     if moment == "start":  # before torch is imported
         time.sleep(1.0)
     elif moment == "first_step":
@@ -66,7 +66,8 @@ def test_all_ranks_save_and_leave(start, same, tmp_path, number, who, moment, st
 def test_under_torchrun(start, same, tmp_path, number, who, options):
     """Whoever gets the signal; ranks outlive their agent only until they have saved, and are not restarted."""
     folder = tmp_path / "run"
-    run = start(folder, torchrun=[*STANDALONE, *options]).reach(15)
+    faults = {"sleep": {"step": 0.05}} if who == "rank" else None  # time to find the rank
+    run = start(folder, torchrun=[*STANDALONE, *options], faults=faults).reach(15)
     if who == "agent":
         run.send(number)
     else:

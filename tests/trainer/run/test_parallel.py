@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from stepline.comm.fsdp import local
 from stepline.comm.mesh import World, build_mesh
 from stepline.trainer.run.build import build_model
 from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
 
 
@@ -62,8 +64,8 @@ def test_one_two_and_four_ranks_give_the_same_loss_curve(
 def test_hsdp_equals_fsdp(train, tiny_config, tmp_path):
     options = [
         "precision.compute=fp64",
-        "budget.batch_tokens=512",
-        "parallel.micro_batch=1",  # 4 micro-batches
+        "budget.batch_tokens=384",
+        "parallel.micro_batch=1",  # 3 micro-batches
         "budget.steps=8",
     ]
     fsdp = losses(train(4, tiny_config, tmp_path / "fsdp", "parallel.shard=4", *options))
@@ -81,14 +83,10 @@ def test_accumulation_equals_a_larger_micro_batch(train, tiny_config, tmp_path):
 
 def test_what_must_not_change_the_numbers(train, tiny_config, tmp_path):
     plain = losses(train(2, tiny_config, tmp_path / "plain"))
-    for option in (
-        "run.recompute=full",
-        "run.recompute=selective",
-        "parallel.reshard_after_forward=false",
-        "data.prefetch=7",
-        "run.deterministic=true",
-    ):
-        assert torch.equal(plain, losses(train(2, tiny_config, tmp_path / option, option))), option
+    full = ["run.recompute=full", "parallel.reshard_after_forward=false", "data.prefetch=7"]
+    selective = ["run.recompute=selective", "run.deterministic=true"]
+    for name, options in (("full", full), ("selective", selective)):
+        assert torch.equal(plain, losses(train(2, tiny_config, tmp_path / name, *options))), options
 
 
 def test_compiled_blocks_give_the_same_curve(train, tiny_config, tmp_path):
@@ -124,24 +122,12 @@ def test_everything_at_once_equals_one_plain_rank(
     assert (losses(train(4, tiny_config, tmp_path / "all", *together)) / plain - 1).abs().max() < tolerance
 
 
-def test_everything_at_once_resumes_bitwise(train, tiny_config, tmp_path):
-    options = [
-        *TOGETHER,
-        "parallel.shard=2",
-        "parallel.micro_batch=1",
-        "checkpoint.every=3",
-        "checkpoint.keep=9",
-    ]
+def test_everything_at_once_resumes_bitwise(interrupted):
+    options = [*TOGETHER, "parallel.shard=2", "parallel.micro_batch=1", "checkpoint.every=3"]
     options += ["run.recompute=full", "run.compile=true", "model.num_layers=1"]
-    straight = train(4, tiny_config, tmp_path / "straight", *options)
-    folder = tmp_path / "resumed"
-    train(4, tiny_config, folder, *options)
-    for path in (folder / "checkpoints").glob("step-*"):
-        if path.name != "step-000003":
-            (path / "COMPLETE").unlink()
-    rows = train(4, tiny_config, folder, *options, resume="auto")
+    straight, again = interrupted(4, *options)
     for key in ("loss", "grad_norm"):
-        assert [r.get(key) for r in rows] == [r.get(key) for r in straight], key
+        assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
 
 def test_the_curve_is_that_of_transformers_and_torch_adamw(train, tiny_config, tmp_path):
@@ -188,30 +174,23 @@ def test_the_curve_is_that_of_transformers_and_torch_adamw(train, tiny_config, t
     loader.close()
 
 
-def test_resume_is_bitwise_at_the_same_world_size(train, tiny_config, tmp_path):
-    options = ["optimizer.name=muon", "data.confine_attention=true", "checkpoint.every=7"]
-    straight = train(2, tiny_config, tmp_path / "straight", *options)
-    folder = tmp_path / "resumed"
-    train(2, tiny_config, folder, *options)
-    for path in (folder / "checkpoints").glob("step-*"):
-        if path.name != "step-000014":
-            (path / "COMPLETE").unlink()  # as if the run had died after step 14
-    rows = train(2, tiny_config, folder, *options, resume="auto")
+def test_resume_is_bitwise_at_the_same_world_size(interrupted):
+    straight, again = interrupted(
+        2, "optimizer.name=muon", "data.confine_attention=true", "checkpoint.every=7"
+    )
     for key in ("loss", "grad_norm", "lr", "tokens", "val_loss"):
-        assert [r.get(key) for r in rows] == [r.get(key) for r in straight], key
-    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 21))
+        assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
+    assert [r["step"] for r in again if "loss" in r] == list(range(1, 21))
 
 
 def test_resume_on_other_numbers_of_ranks(train, tiny_config, tmp_path):
     """2 -> 1 -> 4 processes: the curve of an undisturbed run, no window twice or never."""
-    straight = losses(train(2, tiny_config, tmp_path / "straight", "checkpoint.every=6"))
-    folder = tmp_path / "resized"
-    options = ["checkpoint.every=6", "checkpoint.keep=10"]
-    train(2, tiny_config, folder, *options)
+    folder, options = tmp_path / "run", ["checkpoint.every=6", "checkpoint.keep=10"]
+    straight = losses(train(2, tiny_config, folder, *options))
     for world, keep_until in ((1, 6), (4, 12)):
-        for path in (folder / "checkpoints").glob("step-*"):
+        for path in complete_checkpoints(folder):
             if int(path.name.removeprefix("step-")) > keep_until:
-                (path / "COMPLETE").unlink()
+                shutil.rmtree(path)
         rows = train(world, tiny_config, folder, *options, "parallel.shard=auto", resume="auto")
     assert (losses(rows) / straight - 1).abs().max() < 1e-6
 

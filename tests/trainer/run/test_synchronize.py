@@ -58,8 +58,9 @@ def test_the_layout_of_a_replica_does_not_matter_and_training_learns(train, tiny
 def test_resume_is_bitwise_at_the_same_world_size(interrupted, sync):
     options = [
         *SYNCS[sync],
+        "model.num_layers=1",
         "parallel.shard=2",
-        "budget.steps=16",
+        "budget.steps=12",
         "checkpoint.every=5",
         "logging.eval_every=4",
     ]
@@ -84,7 +85,7 @@ def two_by_two(tmp_path_factory):
     return copy
 
 
-RESIZED = ["precision.compute=fp64", "budget.steps=30", "checkpoint.every=20"]
+RESIZED = ["model.num_layers=1", "precision.compute=fp64", "budget.steps=30", "checkpoint.every=20"]
 
 
 @pytest.mark.parametrize(
