@@ -61,10 +61,11 @@ STEPLINE = (sys.executable, "-m", "stepline.trainer")
 
 
 def run(
-    data: Path, folder: Path, options: list[str], shape: dict, node_of=None, program: Sequence[str] = STEPLINE
-) -> list[dict]:
-    """Trains with two ranks; the rows of metrics.jsonl. node_of: (namespace, interface, address) of each rank; program:
-    that takes stepline's arguments."""
+    data: Path, folder: Path, options: list[str], shape: dict, nodes=None, program: Sequence[str] = STEPLINE,
+    per_node: int = 1,
+) -> list[dict]:  # fmt: skip
+    """Trains with two nodes of `per_node` ranks; the rows of metrics.jsonl. nodes: (namespace, interface, address) of
+    each; program: that takes stepline's arguments."""
     shutil.rmtree(folder, ignore_errors=True)
     program = [*program, "train", "quickstart", f"data.path={data}", *SHAPE]
     program += [f"model.{key}={value}" for key, value in shape.items()] + options + [f"run.folder={folder}"]
@@ -72,11 +73,12 @@ def run(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = []
-    for rank in range(2):
-        namespace, interface, _ = node_of[rank] if node_of else (None, "lo", None)
+    for rank in range(2 * per_node):
+        namespace, interface, _ = nodes[rank // per_node] if nodes else (None, "lo", None)
         env = os.environ | {
-            "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": node_of[0][2] if node_of else "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(2 * per_node), "RANK": str(rank),
+            "LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node),
+            "MASTER_ADDR": nodes[0][2] if nodes else "127.0.0.1", "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": interface,
         }  # fmt: skip
         enter = ["ip", "netns", "exec", namespace] if namespace else []

@@ -101,9 +101,10 @@ def killed_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def killed(start, killed_once, tmp_path) -> Path:
-    """The folder of a run that was killed after step 43."""
+    """The folder of a run that was killed with the checkpoint of step 40."""
     if not killed_once.exists():
-        start(killed_once, faults=UNHURRIED).reach(43).kill()
+        checkpoint = killed_once / "checkpoints" / "step-000040"
+        start(killed_once, faults=UNHURRIED).until((checkpoint / "COMPLETE").exists).kill()
     return Path(shutil.copytree(killed_once, tmp_path / "run"))
 
 
