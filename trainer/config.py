@@ -169,8 +169,8 @@ class ParallelConfig(Section):
     random_k: RandomKConfig = RandomKConfig()
     """Of sync random_k."""
     check_replicas_every: Count = Field(100, ge=0)
-    """Steps between comparisons of the replicas bit by bit, which end the run where they differ; the last step and
-    those of permanent checkpoints are compared too. 0: only at the start."""
+    """Steps between comparisons of the replicas bit by bit, which end the run where they differ; they are
+    compared before every checkpoint too. 0: only at the start."""
     micro_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
     """Windows of one forward-backward on one rank; auto: up to 16,384 tokens on a GPU, 8,192 on a CPU, fewer where
     the memory does not hold them."""

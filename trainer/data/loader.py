@@ -3,7 +3,7 @@
 import math
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +73,14 @@ class TrainLoader:
         confine_attention: bool = False,
         prefetch: int = 2,
         split: str = "train",
+        on_damage: Callable[[str], None] | None = None,
     ) -> None:
-        """`sources`: (data folder, mixture weight). Raises UserError when a folder is none or too small."""
+        """`sources`: (data folder, mixture weight). Raises UserError when a folder is none or too small.
+
+        on_damage: told of damaged data in place of an exception, while batches without targets are handed out: a rank
+        that ended alone would leave the others in a collective.
+        """
+        self.on_damage = on_damage
         self.splits = [TokenSplit(path, split) for path, _ in sources]
         if not sources:
             raise UserError("data.sources is empty; name at least one data folder")
@@ -182,14 +188,22 @@ class TrainLoader:
             if self.prefetch > 0:
                 self._thread = threading.Thread(target=self._fill, args=(self._producer,), daemon=True)
                 self._thread.start()
-        if self._thread is None:
-            item = next(self._producer)
-        else:
-            item = self._ready.get()
-            self._room.put(None)
-        if isinstance(item, Exception):
+        try:
+            if self._thread is None:
+                item = next(self._producer)
+            else:
+                item = self._ready.get()
+                self._room.put(None)
+            if isinstance(item, Exception):
+                raise item
+        except Exception as error:
             self._join()
-            raise item
+            if self.on_damage is None or not isinstance(error, UserError):
+                raise
+            self.on_damage(str(error))
+            nothing = np.empty((0, self.seq_len + 1), np.int64)
+            shape = (self.accum, self.micro_batch)
+            return to_batch(nothing, shape, self.splits[0].eod_id, self.confine_attention, self.state_dict())
         self._sample, self._counts = item.state["sample"], item.state["counts"]
         return item
 
@@ -225,8 +239,10 @@ class ValidationLoader:
         world_size: int = 1,
         max_windows: int | None = None,
         confine_attention: bool = False,
+        on_damage: Callable[[str], None] | None = None,
     ) -> None:
-        """Open the split; UserError when it holds fewer than two tokens."""
+        """Open the split; UserError when it holds fewer than two tokens. on_damage: as TrainLoader's."""
+        self.on_damage = on_damage
         self.tokens = TokenSplit(path, split)
         num_targets = self.tokens.num_tokens - 1
         if num_targets < 1:
@@ -263,10 +279,19 @@ class ValidationLoader:
             tokens = np.zeros((len(rows), size + 1), np.int64)
             short = []
             for row, window in enumerate(rows):
-                part = self.tokens.read(int(window) * size, size + 1)
+                part = self._read(int(window) * size, size + 1)
                 tokens[row, : len(part)] = part
                 short.append(len(part))
             batch = to_batch(tokens, (1, self.micro_batch), self.tokens.eod_id, self.confine_attention, {})
             for row, length in enumerate(short):
-                batch.targets[0, row, length - 1 :] = IGNORE
+                batch.targets[0, row, max(length - 1, 0) :] = IGNORE
             yield batch
+
+    def _read(self, start: int, length: int) -> np.ndarray:
+        try:
+            return self.tokens.read(start, length)
+        except UserError as error:
+            if self.on_damage is None:
+                raise
+            self.on_damage(str(error))
+            return np.zeros(0, np.int64)

@@ -119,6 +119,10 @@ class Verifier:
         """
         return self._problem
 
+    def report(self, problem: str) -> None:
+        """Takes note of what a loader has found wrong."""
+        self._problem = self._problem or problem
+
     @property
     def done(self) -> bool:
         """Whether every file was checked, up to the first that is wrong."""

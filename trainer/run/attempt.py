@@ -104,8 +104,13 @@ class Attempt:
         return self.told_to_stop()
 
     def told_to_stop(self) -> int:
-        """The signal that any of all ranks has received, or 0; waits for them."""
-        return self.consensus.settle([self.stop.number, 0, 0])[0]
+        """The signal that any of all ranks has received, or 0; waits for them. Raises UserError for damaged data."""
+        number, _, damaged = self.consensus.settle(
+            [self.stop.number, 0, int(self.verifier.problem() is not None)]
+        )
+        if damaged:
+            self.refuse_damaged_data()
+        return number
 
     def owes_validation(self) -> bool:
         """Whether all ranks must validate before the next step: a run that is told to stop in a validation has none."""
@@ -253,6 +258,7 @@ def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) ->
             world_size=dist.get_world_size(),
             max_windows=None if whole else config.logging.eval_windows,
             confine_attention=config.data.confine_attention,
+            on_damage=state.loader.on_damage,
         )
         score = evaluate(state.model, loader, state.device, interrupted)
         if score is None:

@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,10 @@ def sound_checkpoint(
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     notes: list[str] = []
-    candidates = [p for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]
-    for checkpoint in reversed(candidates):
+    # Rank 0's list: a node may see what another has written a while later.
+    candidates = [[p for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]]
+    dist.broadcast_object_list(candidates, src=0, group=group)
+    for checkpoint in reversed(candidates[0]):
         found: list = [None] * ranks
         dist.all_gather_object(found, damages(checkpoint, rank, ranks), group=group)
         problems = sorted({problem for part in found for problem in part})
@@ -217,10 +219,7 @@ class Checkpointer:
                 # all is on the host: with a copy ahead torch would wait for the training's stream
                 writer = dcp.FileSystemWriter(path, sync_files=True, per_thread_copy_ahead=0)
                 dcp.save(staged, storage_writer=writer, process_group=self.group)
-                mine = {p.name: file_entry(p) for p in path.glob(f"__{rank}_*.distcp")}
-                parts: list = [None] * dist.get_world_size()
-                dist.all_gather_object(parts, mine, group=self.group)
-                files = {name: entry for part in parts for name, entry in part.items()}
+                files = self._entries(path.glob(f"__{rank}_*.distcp"))
                 self._on_rank_0(lambda: self._complete(pending, files))
             except (SaveFailed, OSError, CheckpointException):
                 if rank == 0:
@@ -228,6 +227,19 @@ class Checkpointer:
                 raise
         except BaseException as error:
             pending.error = error
+
+    def _entries(self, mine: Iterable[Path]) -> dict[str, dict[str, int]]:
+        """What the manifest says of the files of all ranks; a file that cannot be read again is the failure of all."""
+        entries: dict[str, dict[str, int]] | str
+        try:
+            entries = {p.name: file_entry(p) for p in mine}
+        except OSError as error:
+            entries = _reason(error)
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, entries, group=self.group)
+        if failures := [part for part in parts if isinstance(part, str)]:
+            raise SaveFailed(failures[0])
+        return {name: entry for part in parts for name, entry in part.items()}
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
         """Rank 0's part; its failure is the failure of all."""
@@ -264,12 +276,15 @@ class Checkpointer:
         self._remove_ephemeral(complete_checkpoints(self.run), keep=self.keep)
 
     def _remove_ephemeral(self, checkpoints: list[Path], keep: int) -> int:
-        """Removes all but the newest `keep` of the ephemeral ones; returns how many."""
-        ephemeral = [p for p in checkpoints if _kind(p) == EPHEMERAL]
-        old = ephemeral[: max(len(ephemeral) - keep, 0)]
-        for checkpoint in old:
-            remove(checkpoint)
-        return len(old)
+        """Removes all but the newest `keep` of the ephemeral ones; returns how many. What cannot be removed stays."""
+        ephemeral, removed = [p for p in checkpoints if _kind(p) == EPHEMERAL], 0
+        for checkpoint in ephemeral[: max(len(ephemeral) - keep, 0)]:
+            try:
+                remove(checkpoint)
+                removed += 1
+            except OSError as error:
+                log.warning("the old checkpoint %s cannot be removed (%s)", checkpoint, error.strerror)
+        return removed
 
 
 def _kind(checkpoint: Path) -> str:

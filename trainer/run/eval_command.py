@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stepline.comm.mesh import World, build_mesh, start_process_group
+from stepline.comm.mesh import World, build_mesh
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
 from stepline.trainer.data.dataset import check_held_out, load_meta, source_names
@@ -28,8 +28,8 @@ from stepline.trainer.data.units import discover
 from stepline.trainer.errors import USER_ERROR, UserError
 from stepline.trainer.run.evaluate import Score, evaluate
 from stepline.trainer.run.infer import load_run, tokenizer_path
-from stepline.trainer.run.manifest import find_checkpoint, run_of
-from stepline.trainer.run.start import launched_world, pick_device
+from stepline.trainer.run.manifest import damaged, damages, find_checkpoint, run_of
+from stepline.trainer.run.start import join, launched_world, pick_device
 
 TOKENS_AT_ONCE = 8192
 """Of a micro-batch."""
@@ -54,12 +54,13 @@ def run_eval(path: Path, data: Sequence[Path], splits: Sequence[str], text_key: 
     """
     world = launched_world()
     with _said_once(world):
-        checkpoint = find_checkpoint(path, checksums=world.local_rank == 0)
+        checkpoint = find_checkpoint(path, checksums=world.size == 1)
         config = read_run_config(run_of(checkpoint))
         sources = find_sources(config, data, splits)
         device, notes = pick_device("auto", world)
-    if world.size > 1:
-        start_process_group(world, device, config.parallel.timeout_s)
+        if world.size > 1:
+            join(world, device, config.parallel.timeout_s)
+            checkpoint = _same_checkpoint(checkpoint, world)
     scores = score(checkpoint, config, sources, device, world, text_key)
     if world.size > 1:  # after an error the other ranks may be gone
         dist.destroy_process_group()
@@ -193,6 +194,16 @@ def tokenised(
         if world.local_rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
+
+
+def _same_checkpoint(found: Path, world: World) -> Path:
+    """Rank 0's on all ranks, as a run that is still training makes new ones; its files read and found sound by all of
+    them together. Raises UserError."""
+    checkpoint = _gather(found, world)[0]
+    parts = _gather(damages(checkpoint, world.rank, world.size), world)
+    if problems := sorted({problem for part in parts for problem in part}):
+        raise damaged(checkpoint, problems[0])
+    return checkpoint
 
 
 def _gather(value: Any, world: World) -> list[Any]:

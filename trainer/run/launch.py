@@ -14,7 +14,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from stepline.comm.mesh import World, start_process_group
+from stepline.comm.mesh import World
 from stepline.trainer.errors import (
     DONE,
     FAILED,
@@ -31,11 +31,10 @@ from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
 from stepline.trainer.run.malloc import keep_freed_memory
-from stepline.trainer.run.manifest import incomplete_checkpoints, remove, step_of
+from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import forget_outcome, told_launchers, write_outcome
 from stepline.trainer.run.signals import StopSignal
-from stepline.trainer.run.start import Job, launched_world, start_job
-from stepline.trainer.run.watchdog import SPARE_S
+from stepline.trainer.run.start import Job, join, launched_world, start_job
 
 LOCK = ".training.lock"
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
@@ -64,7 +63,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
                 keep_freed_memory()
             if world.rank == 0:
                 held.enter_context(_only_one(job.folder))
-            _join(job)
+            join(world, job.device, job.config.parallel.timeout_s)
             if _has_moved_on(job, resume):
                 job = start_job(config, overrides, resume, world)
             if (code := _nothing_to_do(job, stop.launcher)) is not None:
@@ -103,14 +102,19 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
 
     launcher: of this rank; with it all ranks ask each other whether one of theirs was told to stop.
     """
-    steps, code, says = job.config.total_steps(), None, ""
-    if job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps):
-        code, says = DONE, f"{job.folder} is finished; choose another run.folder for a new run"
-    elif launcher is not None:
+    steps, code, says, told = job.config.total_steps(), None, "", False
+    finished = (
+        job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
+    )
+    if launcher is not None:
         here: list = [None] * job.world.size
-        dist.all_gather_object(here, (launcher, told_launchers(job.folder)))
-        if {name for name, _ in here} & {name for _, told in here for name in told}:
-            code, says = TO_BE_CONTINUED, f"{job.folder} was told to stop and has saved; start it again"
+        dist.all_gather_object(here, (finished, launcher, told_launchers(job.folder)))
+        finished = here[0][0]  # another node may see the end of the run a while later
+        told = bool({name for _, name, _ in here} & {name for _, _, told in here for name in told})
+    if finished:
+        code, says = DONE, f"{job.folder} is finished; choose another run.folder for a new run"
+    elif told:
+        code, says = TO_BE_CONTINUED, f"{job.folder} was told to stop and has saved; start it again"
     if code is not None and job.world.rank == 0:
         print(says, file=sys.stderr)
     return code
@@ -118,14 +122,24 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
 
 def _has_moved_on(job: Job, resume: str) -> bool:
     """Whether a rank would now choose another checkpoint than when it started: the attempt before may have saved while
-    this one waited for its end. A collective, while rank 0 keeps others out of the folder."""
+    this one waited for its end. A collective, while rank 0 keeps others out of the folder; a node that does not see
+    rank 0's choice yet waits for it."""
     seen: list = [None] * job.world.size
     try:
         now = checkpoint_to_resume(job.folder, resume)[0] if job.world.rank == 0 else job.resume_from
     except UserError:  # which start_job raises on all ranks
         now = "refused"
     dist.all_gather_object(seen, (now, job.resume_from))
-    return any(chosen != seen[0][0] for _, chosen in seen)
+    newest, moved = seen[0][0], any(chosen != seen[0][0] for _, chosen in seen)
+    deadline = time.monotonic() + SLOW_FOLDER_S
+    while (
+        moved
+        and isinstance(newest, Path)
+        and not (newest / COMPLETE).exists()
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.2)
+    return moved
 
 
 @contextlib.contextmanager
@@ -144,24 +158,6 @@ def _only_one(folder: Path):
         time.sleep(0.5)
 
 
-def _join(job: Job) -> None:
-    """Starts the process group; raises UserError where that cannot be."""
-    try:
-        start_process_group(job.world, job.device, job.config.parallel.timeout_s + SPARE_S)
-    except dist.DistNetworkError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        taken = "EADDRINUSE" in str(error)
-        reason = "is in use" if taken else f"cannot be used ({str(error).splitlines()[0]})"
-        raise UserError(
-            f"port {address} {reason}; choose another with --master-port or MASTER_PORT"
-        ) from error
-    except dist.DistStoreError as error:
-        raise UserError(
-            f"not all {job.world.size} ranks came within {job.config.parallel.timeout_s:g} s (parallel.timeout_s): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-
-
 def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
     from stepline.trainer.run.loop import train
 
@@ -177,6 +173,8 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         outcome |= {"message": str(error)}
         if code == TO_BE_CONTINUED:
             outcome["told"] = error.told
+        if code == FAILED and error.diverged:
+            outcome["diverged"] = True
         log.error("%s%s", "" if code == TO_BE_CONTINUED else "error: ", error)
     except BaseException as error:
         outcome |= {"message": f"rank {job.world.rank}: {type(error).__name__}: {error}"}
@@ -200,8 +198,8 @@ def _start_logs(job: Job) -> tuple[int, TextIO]:
         forget_outcome(job.folder)
         for left in incomplete_checkpoints(job.folder):
             remove(left)
-        earlier = [int(p.name.removeprefix("attempt-")) for p in (job.folder / "logs").glob("attempt-*")]
-        attempt = [max(earlier, default=0) + 1]
+        named = (p.name.removeprefix("attempt-") for p in (job.folder / "logs").glob("attempt-*"))
+        attempt = [max((int(number) for number in named if number.isdigit()), default=0) + 1]
         (job.folder / "logs" / f"attempt-{attempt[0]}").mkdir(parents=True)
     dist.broadcast_object_list(attempt, src=0)
     folder = job.folder / "logs" / f"attempt-{attempt[0]}"

@@ -57,6 +57,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     verifier = start_verifying(config, job.metas, world.rank, world.size)
     refuse_damaged_data(verifier, group)
     state = TrainState.create(config, device, mesh, world.rank, job.fingerprints)
+    state.loader.on_damage = verifier.report
     limit_groups(config.parallel.timeout_s + SPARE_S, group)
     if job.resume_from is not None:
         go_on(job, state, group)
@@ -85,8 +86,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 validation = attempt.validate(whole=state.step == steps)
                 stopping = attempt.told_to_stop()
             while state.step < steps and not stopping:
-                consensus.begin(attempt.wishes())
                 batch = next(state.loader)
+                consensus.begin(attempt.wishes())
                 lr = config.optimizer.lr * learning_rate_multiplier(config, state.step)
                 state.sparsity.begin(state.step, watched=is_logged(state.step + 1, config))
                 result = train_step(state, batch, lr)
@@ -103,16 +104,16 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                     watch.log(row)
                     stop_after_skips(row["skipped_in_a_row"], config)
 
-                every = config.parallel.check_replicas_every
-                if every and (permanent or state.step % every == 0):  # what stays on disk is what all hold
-                    stop_where_replicas_differ(state)
-
                 if validation_due(state.step, config) and not stopping:
                     validation = attempt.validate(whole=last)
                     stopping = attempt.told_to_stop() if validation is None else 0
 
                 attempt.saver.poll()
-                if permanent or agreed.save or stopping:
+                saves = permanent or agreed.save or stopping
+                every = config.parallel.check_replicas_every
+                if every and (saves or state.step % every == 0):  # what is on disk is what all hold
+                    stop_where_replicas_differ(state)
+                if saves:
                     attempt.save(permanent)
                 watch.beat(state.step, "training", tokens=state.tokens, **attempt.saved())
             attempt.finish_saving()
@@ -185,8 +186,9 @@ def stop_after_skips(in_a_row: int, config: Config) -> None:
     """Ends the run, on all ranks alike, when the guard keeps skipping."""
     if in_a_row >= config.optimizer.guard.max_skipped:
         raise TrainingStopped(
-            f"{in_a_row} steps in a row had a NaN or a spike and were skipped; lower optimizer.lr, or resume from "
-            "an earlier checkpoint with another data order (run.seed)"
+            f"{in_a_row} steps in a row had a NaN or a spike and were skipped; start a new run.folder with a lower "
+            "optimizer.lr; run.init_from may give it the weights of an earlier checkpoint",
+            diverged=True,
         )
 
 
@@ -195,8 +197,8 @@ def stop_where_replicas_differ(state: TrainState) -> None:
     name = state.synchronizer.first_difference()
     if name is not None:
         raise TrainingStopped(
-            f"at step {state.step} the replicas differ in {name}; look for a faulty device, and resume from the last "
-            "permanent checkpoint, before which they were compared"
+            f"at step {state.step} the replicas differ in {name}; look for a faulty device; the same command goes on "
+            "from the last checkpoint, before which they were compared"
         )
 
 

@@ -1,6 +1,7 @@
 """Which checkpoints a run has, and whether their files are what was written."""
 
 import json
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -24,16 +25,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def _folders(run: Path) -> list[Path]:
+    """Those of checkpoints, whole or not, oldest first; a copy that someone keeps under another name is none."""
+    named = (p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+    return sorted(named, key=step_of)
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first; one without COMPLETE is never among them."""
-    return sorted((p.parent for p in (run / "checkpoints").glob(f"step-*/{COMPLETE}")), key=step_of)
+    return [p for p in _folders(run) if (p / COMPLETE).exists()]
 
 
 def incomplete_checkpoints(run: Path) -> list[Path]:
     """What attempts that died while saving have left, oldest first."""
     marks = (COMPLETE, DAMAGED, SUPERSEDED)
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted((p for p in folders if not any((p / m).exists() for m in marks)), key=step_of)
+    return [p for p in _folders(run) if not any((p / m).exists() for m in marks)]
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -129,7 +135,7 @@ def none_left(checkpoint: Path, problem: str) -> UserError:
 
 def damaged_checkpoints(run: Path) -> list[Path]:
     """Those that were found damaged, oldest first."""
-    return sorted((p.parent for p in (run / "checkpoints").glob(f"step-*/{DAMAGED}")), key=step_of)
+    return [p for p in _folders(run) if (p / DAMAGED).exists()]
 
 
 def remove(checkpoint: Path) -> None:

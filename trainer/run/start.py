@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stepline.comm import slurm
-from stepline.comm.mesh import World, check_rendezvous
+from stepline.comm.mesh import World, check_rendezvous, start_process_group
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, read_run_config
 from stepline.trainer.config_resume import merge_for_resume
@@ -30,6 +31,7 @@ from stepline.trainer.run.manifest import read_state, step_of
 from stepline.trainer.run.outcome import started_again
 from stepline.trainer.run.products import check_products_of_batch, products_done_instead
 from stepline.trainer.run.state import check_weights
+from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.run.zero import check_installed
 
 
@@ -100,6 +102,25 @@ def launched_world(*, rendezvous: bool = True) -> World:
     except ValueError as error:
         raise UserError(str(error)) from error
     return world
+
+
+def join(world: World, device: torch.device, timeout_s: float) -> None:
+    """Starts the process group, whose collectives end after `timeout_s` seconds and some more. Raises UserError where
+    that cannot be."""
+    try:
+        start_process_group(world, device, timeout_s + SPARE_S)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        taken = "EADDRINUSE" in str(error)
+        reason = "is in use" if taken else f"cannot be used ({str(error).splitlines()[0]})"
+        raise UserError(
+            f"port {address} {reason}; choose another with --master-port or MASTER_PORT"
+        ) from error
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"not all {world.size} ranks came within {timeout_s:g} s (parallel.timeout_s): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry: bool = False) -> Job:

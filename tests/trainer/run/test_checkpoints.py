@@ -2,14 +2,17 @@
 
 import json
 import random
+import shutil
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from stepline.trainer.errors import UserError
+from stepline.trainer.run import checkpoint
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, load_tensors
 from stepline.trainer.run.manifest import (
     SUPERSEDED,
@@ -51,6 +54,18 @@ def test_the_newest_ephemeral_ones_and_all_permanent_ones_are_kept(pool, tmp_pat
         assert read["rank1.own"].tolist() == [1.0] * 3
 
 
+def test_an_old_one_that_cannot_be_removed_stays_and_the_new_one_counts(pool, tmp_path):
+    assert pool.run(1, saved_where_nothing_goes, str(tmp_path)) == [
+        ["step-000001", "step-000002", "step-000003"]
+    ]
+
+
+def saved_where_nothing_goes(folder: str) -> list[str]:
+    refused = PermissionError(1, "Operation not permitted")
+    with mock.patch.object(checkpoint, "remove", side_effect=refused):
+        return saved(folder, "eee", 1)
+
+
 def test_any_changed_byte_of_any_file_is_found(pool, tmp_path):
     pool.run(2, saved, str(tmp_path), "pp", 2)
     newest = tmp_path / "checkpoints" / "step-000002"
@@ -77,6 +92,8 @@ def test_what_counts(pool, tmp_path):
     first, second, third = complete_checkpoints(tmp_path)
     (third / "COMPLETE").unlink()
     retire(second, SUPERSEDED)
+    assert complete_checkpoints(tmp_path) == [first]
+    shutil.copytree(first, third.with_name("step-000009.bak"))  # that someone keeps
     assert complete_checkpoints(tmp_path) == [first]
     assert incomplete_checkpoints(tmp_path) == [third]
     assert find_checkpoint(tmp_path) == first

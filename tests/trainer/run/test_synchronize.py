@@ -206,7 +206,8 @@ def one_replica_differs(config: str, options: list[str], at: int) -> int:
         (0, [], 2, "start from different weights"),
         (2, ["parallel.check_replicas_every=4"], 1, "at step 4 the replicas"),
         (3, ["budget.steps=5"], 1, "at step 5 the replicas"),  # the last
-        (2, ["checkpoint.every=3"], 1, "at step 3 the replicas"),  # before it is on disk for good
+        (2, ["checkpoint.every=3"], 1, "at step 3 the replicas"),  # before it is on disk
+        (1, ["checkpoint.ephemeral_minutes=1e-9"], 1, "at step 1 the replicas"),
     ],
 )
 def test_replicas_that_differ_end_the_run(pool, tiny_config, tmp_path, at, options, code, said):

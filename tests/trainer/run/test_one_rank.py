@@ -1,0 +1,114 @@
+"""What one rank alone finds is said by all, and ends or spares them alike."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from stepline.trainer.data.loader import TrainLoader
+from stepline.trainer.run import checkpoint, eval_command
+from stepline.trainer.run.checkpoint import EPHEMERAL, Checkpointer
+from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, step_of
+
+
+def one_rank(config: str, options: list[str], resume: str = "never") -> int:
+    sys.argv = ["stepline"]
+    return run_training(config, options, resume)
+
+
+@pytest.fixture
+def copied(tiny_data, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def spoil(shard: Path, token: int) -> None:
+    """No vocabulary has such a token."""
+    content = np.fromfile(shard, np.uint16)
+    content[token] = 65535
+    content.tofile(shard)
+
+
+def test_a_token_that_no_vocabulary_has(pool, tiny_config, copied, tmp_path):
+    """In a window of rank 1's sixth step: what was trained on this data before no longer counts."""
+    loader = TrainLoader(
+        [(copied, 1.0)], seq_len=32, batch_windows=6, micro_batch=2, rank=1, world_size=2, prefetch=0
+    )
+    (split,), read = loader.splits, []
+    with mock.patch.object(split, "gather", side_effect=split.gather) as gather:
+        for _ in range(6):
+            next(loader)
+        read = [call.args[0] for call in gather.call_args_list]
+    spoil(copied / "train-00000.bin", int(read[5][0]) * 32 + 3)
+    folder = tmp_path / "run"
+    options = [f"data.path={copied}", "data.verify=off", "checkpoint.every=2", f"run.folder={folder}"]
+    assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [2, 2]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["status"] == "stopped"
+    assert "train-00000.bin is damaged (it holds token 65535" in outcome["message"]
+    assert "what was trained since step 0 is given up" in outcome["message"]
+    assert complete_checkpoints(folder) == []
+    assert sorted(step_of(p.parent) for p in folder.glob(f"checkpoints/*/{SUPERSEDED}")) == [2, 4]
+
+
+def test_a_token_that_no_vocabulary_has_in_a_validation(pool, tiny_config, copied, tmp_path):
+    folder = tmp_path / "run"
+    spoil(copied / "val-00000.bin", 5)
+    options = [f"data.path={copied}", "data.verify=off", "logging.eval_every=4", f"run.folder={folder}"]
+    assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [2, 2]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert "val-00000.bin is damaged (it holds token 65535" in outcome["message"]
+    assert not any("val_loss" in line for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def evaluated(run: Path, behind: int | None) -> str:
+    """What `stepline eval --json` prints; rank `behind` sees the run's first checkpoint as its newest."""
+    out, older = io.StringIO(), complete_checkpoints(run)[0]
+    late = int(os.environ.get("RANK", 0)) == behind
+    find = mock.patch.object(eval_command, "find_checkpoint", return_value=older)
+    with contextlib.redirect_stdout(out), find if late else contextlib.nullcontext():
+        eval_command.run_eval(run, [], ["val"], "text", True)
+    return out.getvalue()
+
+
+def test_ranks_evaluate_the_checkpoint_of_rank_0(pool, tiny_config, tmp_path):
+    """A run that trains meanwhile has another newest one from moment to moment."""
+    folder = tmp_path / "run"
+    options = [f"run.folder={folder}", "budget.steps=4", "checkpoint.every=2", "precision.compute=fp64"]
+    assert one_rank(str(tiny_config), options) == 0
+    alone = json.loads(evaluated(folder, None))
+    said = json.loads(pool.run(2, evaluated, folder, 1, init=False)[0])
+    assert said["checkpoint"] == alone["checkpoint"] == str(folder / "checkpoints/step-000004")
+    assert said["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-12)
+
+
+def saves(folder: str, unreadable: int) -> tuple[list[bool], list[str]]:
+    """Three checkpoints, of which rank 1 cannot read the one of step `unreadable` again."""
+    saver, done = Checkpointer(Path(folder), 9, torch.device("cpu")), []
+    honest = checkpoint.file_entry
+
+    def entry(path: Path) -> dict[str, int]:
+        if path.name.startswith("__1_") and f"step-{unreadable:06}" in str(path):
+            raise OSError(5, "Input/output error")
+        return honest(path)
+
+    with mock.patch.object(checkpoint, "file_entry", entry):
+        for step in (1, 2, 3):
+            saver.save(step, {f"of{dist.get_rank()}": torch.ones(3)}, {"step": step}, EPHEMERAL)
+            done.append(saver.finish())
+    return done, [p.name for p in complete_checkpoints(Path(folder))]
+
+
+def test_a_file_that_cannot_be_read_again_costs_that_checkpoint_alone(pool, tmp_path):
+    for done, left in pool.run(2, saves, str(tmp_path), 2):
+        assert done == [True, False, True]
+        assert left == ["step-000001", "step-000003"]
