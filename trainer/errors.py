@@ -46,7 +46,14 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 class TrainingStopped(Exception):
-    """The run ended itself on all ranks (too many skipped steps): one sentence, exit code 1."""
+    """The run ended itself on all ranks (too many skipped steps): one sentence, exit code 1.
+
+    diverged: what it was asked to train leads there again, on any machine.
+    """
+
+    def __init__(self, sentence: str, *, diverged: bool = False) -> None:
+        super().__init__(sentence)
+        self.diverged = diverged
 
 
 class ToBeContinued(Exception):

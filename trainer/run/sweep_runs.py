@@ -21,7 +21,8 @@ from stepline.trainer.files import locked, write_whole
 from stepline.trainer.plan.expect import held_out_text
 from stepline.trainer.plan.runs import COLUMNS
 from stepline.trainer.plan.sweep import SweepRun
-from stepline.trainer.watch.metrics import read_metrics
+from stepline.trainer.run.outcome import read_outcome
+from stepline.trainer.watch.metrics import iter_metrics
 
 
 @dataclass(frozen=True)
@@ -120,24 +121,30 @@ def read_result(folder: Path) -> Result:
     Diverged: stopped by the guard, a held-out loss that is not finite, or one above the first step's loss.
     Anything else that is not `done` raises RunFailed.
     """
-    path = folder / "outcome.json"
-    if not path.is_file():
-        raise RunFailed(last_line(folder / "output.log") or "it left no outcome and no log")
-    outcome = json.loads(path.read_text(encoding="utf-8"))
-    seconds = outcome["seconds"]
-    if outcome["status"] == "stopped" and outcome["exit_code"] == 1:
+    outcome = read_outcome(folder)
+    seconds = outcome.get("seconds", 0.0)  # not there where the watchdog ended the run
+    if outcome.get("diverged"):
         return Result(None, True, seconds, outcome["message"])
-    if outcome["status"] != "done" or "val_loss" not in outcome:
-        raise RunFailed(outcome.get("message") or last_line(folder / "output.log"))
+    if outcome.get("status") != "done" or "val_loss" not in outcome:
+        last = outcome.get("message") or last_line(folder / "output.log")
+        raise RunFailed(last or "it left no outcome and no log")
     loss = outcome["val_loss"]
     if not math.isfinite(loss):
         return Result(None, True, seconds, "the held-out loss is not finite")
-    first = next((row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row), None)
+    first = first_loss(folder / "metrics.jsonl")
     if first is not None and loss > first:
         return Result(
             None, True, seconds, f"the held-out loss {loss:.3f} is above the first loss {first:.3f}"
         )
     return Result(loss, False, seconds)
+
+
+def first_loss(path: Path) -> float | None:
+    """The loss of the first step; None where it was not finite or there are no rows, as after a full disk."""
+    try:
+        return next((row["loss"] for row in iter_metrics(path) if "loss" in row), None)
+    except UserError:
+        return None
 
 
 def last_line(path: Path) -> str:

@@ -254,7 +254,9 @@ def test_a_run_that_only_skips_stops_with_a_sentence(pool, tiny_config, tmp_path
     assert pool.run(2, only_skips, str(tiny_config), options, init=False) == [1, 1]
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["exit_code"] == 1
+    assert outcome["diverged"]
     assert "3 steps in a row" in outcome["message"]
+    assert "start a new run.folder with a lower optimizer.lr" in outcome["message"]
 
 
 def test_overfits_one_batch(pool, tiny_config, tmp_path):

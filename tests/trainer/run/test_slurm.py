@@ -13,6 +13,7 @@ from stepline.trainer.run.submit import Request, check_numbers, layout_of, rende
 DONE = {"status": "done", "exit_code": 0}
 CONTINUE = {"status": "continue", "exit_code": 75, "message": "SIGUSR1: step 9 is saved"}
 MISTAKE = {"status": "stopped", "exit_code": 2, "message": "no data"}
+DIVERGED = {"status": "failed", "exit_code": 1, "diverged": True, "message": "10 steps in a row had a NaN"}
 FAILED = {"status": "failed", "exit_code": 1, "message": "rank 1: RuntimeError"}
 
 
@@ -25,6 +26,8 @@ FAILED = {"status": "failed", "exit_code": 1, "message": "rank 1: RuntimeError"}
         (1, CONTINUE, False, False, (1, False)),  # it would go on for ever
         (1, MISTAKE, False, False, (2, False)),
         (1, FAILED, True, False, (75, True)),
+        (1, DIVERGED, True, False, (1, False)),  # as would every later attempt
+        (1, DIVERGED, True, True, (1, False)),
         (1, FAILED, False, False, (1, False)),
         (137, {}, False, True, (75, True)),
         (137, {}, False, False, (137, False)),

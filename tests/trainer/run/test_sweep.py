@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_result_a_divergence_and_a_failure_are_three_things(tmp_path):
     for name, values in {
         "nan": {"val_loss": float("nan")},
         "above": {"val_loss": 6.01},
-        "guard": {"status": "stopped", "exit_code": 1, "message": "10 steps in a row had a NaN"},
+        "guard": {"status": "failed", "exit_code": 1, "diverged": True, "message": "10 steps had a NaN"},
     }.items():
         bad = read_result(outcome(tmp_path / name, **values))
         assert (bad.loss, bad.diverged) == (None, True)
@@ -40,14 +41,18 @@ def test_a_result_a_divergence_and_a_failure_are_three_things(tmp_path):
     for name, values in {
         "crash": {"status": "failed", "exit_code": 1, "message": "RuntimeError: boom"},
         "mistake": {"status": "stopped", "exit_code": 2, "message": "choose another"},
-        "saved": {"status": "saved", "exit_code": 75, "message": "to be continued"},
+        "saved": {"status": "continue", "exit_code": 75, "message": "to be continued"},
     }.items():
         with pytest.raises(RunFailed, match=values["message"]):
             read_result(outcome(tmp_path / name, **values))
+    full = outcome(tmp_path / "full", val_loss=4.25)
+    (full / "metrics.jsonl").unlink()
+    assert read_result(full).loss == 4.25
     killed = tmp_path / "killed"
     killed.mkdir()
     with pytest.raises(RunFailed, match="no outcome and no log"):
         read_result(killed)
+    (killed / "outcome.json").write_text("{")
     (killed / "output.log").write_text("Traceback\nKilled by something\n\n")
     with pytest.raises(RunFailed, match="Killed by something"):
         read_result(killed)
@@ -161,6 +166,52 @@ def test_a_crash_is_told_and_the_others_are_done(runner):
     runner.program = DONE
     assert runner.do(runner.sweep.missing()).done == 4  # the report goes on
     assert len((runner.sweep.path / "runs.csv").read_text().splitlines()) == 5
+
+
+HUNG = """
+import json
+hung = {"status": "failed", "exit_code": 1, "attempt": 1, "message": "rank 0: no progress for 600 s"}
+open(folder + "/outcome.json", "w").write(json.dumps(hung))
+raise SystemExit(1)
+"""
+
+
+def test_a_run_that_the_watchdog_has_ended_is_told_and_done_again(runner, request_of, capsys):
+    runner.program = DONE + "if lr > 1.5e-3:\n" + textwrap.indent(HUNG, "    ")
+    report = runner.do(runner.sweep.missing())
+    assert report.done == 2
+    assert [reason for _, reason in report.failed] == ["rank 0: no progress for 600 s"] * 2
+    assert run_sweep(request_of(config=None, collect=True), as_json=True) == 0
+    assert len(runner.sweep.missing()) == 2
+    runner.program = DONE
+    runner.do(runner.sweep.missing())
+    assert not runner.sweep.missing()
+
+
+class Pooled(LocalRunner):
+    """Does a run in the pool, before the process starts that stands for it."""
+
+    def command(self, run):
+        self.train([str(self.sweep.config), *run.overrides(), f"run.folder={self.sweep.folder(run)}"])
+        return [sys.executable, "-c", ""]
+
+
+def trained(words: list[str]) -> int:
+    return run_training(words[0], words[1:], "never")
+
+
+def test_a_run_that_the_guard_stops_is_data(request_of, tmp_path, capsys, pool):
+    skips = ["model.z_loss=1e38", "optimizer.guard.max_skipped=3"]
+    run_sweep(request_of(*skips, slurm=True, print_only=True, grid={"sizes": (0.5,)}), as_json=False)
+    runner = Pooled(open_sweep(tmp_path / "sweep"), jobs=1, threads=1, gpus=[], rate=None, say=print)
+    runner.train = lambda words: pool.run(1, trained, words, init=False)
+    report = runner.do(runner.sweep.missing())
+    assert (report.done, report.diverged, report.failed) == (2, 2, [])
+    assert not runner.sweep.missing()
+    rows = list(csv.DictReader((tmp_path / "sweep" / "runs.csv").read_text().splitlines()))
+    assert [(row["loss"], row["diverged"]) for row in rows] == [("", "1")] * 2
+    assert float(rows[0]["seconds"]) > 0
+    assert "diverged: 3 steps in a row had a NaN or a spike" in capsys.readouterr().out
 
 
 def test_a_sweep_that_only_fails_ends_early(runner):
