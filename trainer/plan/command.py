@@ -11,9 +11,16 @@ from stepline.trainer.plan.cost import Hardware, asked_hardware, iso_loss, run_c
 from stepline.trainer.plan.explain import plan_json, show
 from stepline.trainer.plan.law_file import named_law
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
-from stepline.trainer.plan.memory import Layout, Memory, estimate, gigabytes
+from stepline.trainer.plan.memory import Layout, Memory, estimate, gigabytes, slow_link_shard
 from stepline.trainer.plan.planner import Inputs, Plan, check_range, law_values, make_plan
-from stepline.trainer.plan.resolve import Machine, auto_micro_batch, check_layout, config_inputs, config_law
+from stepline.trainer.plan.resolve import (
+    Machine,
+    auto_micro_batch,
+    check_run,
+    config_inputs,
+    config_law,
+    settle_machine,
+)
 from stepline.trainer.plan.screen import screen
 from stepline.trainer.plan.sync_choice import Choice, Link, asked_layout
 
@@ -71,14 +78,14 @@ def run_plan(ask: Request, as_json: bool) -> None:
         config.parallel.shard = layout[1]
     memory = None if config is None else step_memory(config, plan)
     if as_json:
-        more = {"memory": memory and memory.json(), "sync": sync and sync.json()}
+        told = None if memory is None else memory[0].json(memory[1])
+        more = {"memory": told, "sync": sync and sync.json()}
         print(json.dumps(plan_json(plan, machine, cost, trade) | more))
         return
     console = screen()
     show(plan, machine, cost, trade, console)
     if memory is not None:
-        text = f"memory: {gigabytes(memory.total)} on each device at the peak, in the {memory.moment}"
-        console.print(text, highlight=False)
+        console.print(memory_text(*memory, config), soft_wrap=True, highlight=False)
     if sync is not None:
         sync.show(console)
 
@@ -97,23 +104,34 @@ def step_link(
     return Link(mbit, replicas, shard, compute_s, backward_s, said, cpu=machine.peak < CPU_PEAK)
 
 
-def step_memory(config: Config, plan: Plan) -> Memory | None:
+def assumed_machine(config: Config, world: int) -> Machine:
+    """Ranks on GPUs that compute in bf16, or on CPUs where the config says so."""
+    device = "cpu" if config.run.device == "cpu" else "cuda"
+    return Machine(world, device, bf16=device == "cuda")
+
+
+def step_memory(config: Config, plan: Plan) -> tuple[Memory, Layout] | None:
     """What a step takes on each device, sharded over all ranks where the config says `auto`; None when the number
     of ranks is not known."""
     world, micro_batch = plan.inputs.world_size, plan.inputs.micro_batch
     if world is None or micro_batch is None:
         return None
-    run, shard = config.run, config.parallel.shard
-    run.device = "cpu" if run.device == "cpu" else "cuda"
-    run.compile = run.device == "cuda" if run.compile == "auto" else run.compile
-    if config.precision.compute == "auto":
-        config.precision.compute = "bf16" if run.device == "cuda" else "fp32"
-    if shard != "auto":
-        check_layout(shard, world)
+    shard = config.parallel.shard
     if shard == "auto":
-        shard = world if config.parallel.sync == "all_reduce" else 1
+        shard = world if config.parallel.sync == "all_reduce" else slow_link_shard(config, world)
     layout = Layout(world, shard, micro_batch, plan.grad_accumulation)
-    return estimate(config, layout)
+    return estimate(config, layout), layout
+
+
+def memory_text(memory: Memory, layout: Layout, config: Config) -> str:
+    """The sentence of the memory: of which layout it is, and whether `train` may take another."""
+    over = f"all {layout.shard}" if layout.shard == layout.world else f"{layout.shard} of {layout.world}"
+    ranks = "not sharded" if layout.shard == 1 else f"sharded over {over} ranks"
+    text = f"memory: {gigabytes(memory.total)} on each device at the peak, in the {memory.moment} "
+    text += f"({ranks}, micro-batch {layout.micro_batch}, {config.precision.compute})"
+    if config.parallel.shard == "auto" and config.run.device == "cuda" and 1 < layout.shard == layout.world:
+        text += "; train shards over as few ranks as the devices' memory allows"
+    return text
 
 
 def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Config]:
@@ -126,6 +144,10 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
         if getattr(ask, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} does not go with a config: it comes from {key}")
     config, _ = load_config(ask.config, ask.overrides)
+    if ask.world_size is None:
+        check_run(config, None)
+    else:
+        settle_machine(config, {}, assumed_machine(config, ask.world_size))
     if ask.tokens is not None:
         config.budget.tokens, config.budget.steps = ask.tokens, None
     if ask.micro_batch is not None:
@@ -135,10 +157,8 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
     if ask.world_size is not None and config.parallel.micro_batch == "auto":
         inputs = config_inputs(config, ask.world_size, corpus)
         batch = inputs.batch_tokens or law_values(law, inputs.params, inputs.tokens)[1]
-        device = "cpu" if config.run.device == "cpu" else "cuda"
-        config.parallel.micro_batch = auto_micro_batch(
-            config, batch, Machine(ask.world_size, device, device == "cuda")
-        )
+        machine = assumed_machine(config, ask.world_size)
+        config.parallel.micro_batch = auto_micro_batch(config, batch, machine)
     inputs = config_inputs(config, ask.world_size, corpus)
     return inputs, law, flops_per_token(config.model, config.data.seq_len).total, config
 

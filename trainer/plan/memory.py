@@ -57,9 +57,10 @@ class Memory:
         """The peak."""
         return sum(self.parts.values())
 
-    def json(self, device_bytes: int | None = None) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self) | {"total": self.total, "device_bytes": device_bytes}
+    def json(self, layout: Layout, device_bytes: int | None = None) -> dict[str, Any]:
+        """For `--json`; layout: what it is the memory of."""
+        told = {"total": self.total, "device_bytes": device_bytes, "layout": asdict(layout)}
+        return asdict(self) | told
 
 
 def estimate(config: Config, layout: Layout) -> Memory:
@@ -92,7 +93,7 @@ def fit_layout(
     shards = [world] if auto_shard else [parallel.shard]
     slow_links = auto_shard and parallel.sync != "all_reduce"
     if slow_links:
-        shards = [math.lcm(parallel.experts, math.gcd(world, node) if node < world else 1)]
+        shards = [slow_link_shard(config, world, node)]
     if memory_bytes is None:
         return shards[-1], micro_batch, []
     if auto_shard and device == "cuda" and not slow_links:
@@ -132,6 +133,12 @@ def fit_layout(
     if auto_micro_batch:
         raise DoesNotFit(f"{sentence}, or set parallel.micro_batch=1 to try it all the same")
     return shard, micro_batch, [sentence]
+
+
+def slow_link_shard(config: Config, world: int, node: int = 1) -> int:
+    """Ranks of a replica where replicas do not exchange gradients: those of a node, on one node 1, and enough for the
+    parts that experts are dealt to."""
+    return math.lcm(config.parallel.experts, math.gcd(world, node) if node < world else 1)
 
 
 def gigabytes(size: float) -> str:

@@ -3,17 +3,17 @@
 import math
 from dataclasses import dataclass, replace
 
-from stepline.models.config import nearest_divisor, nearest_multiple
+from stepline.models.config import nearest_divisor
 from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins
-from stepline.trainer.config_multiples import product_multiples
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.kind import kind_of
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
 from stepline.trainer.plan.planner import Inputs, Plan, law_values, make_plan
-from stepline.trainer.plan.zero import settle_zero
+from stepline.trainer.plan.product_checks import check_products
+from stepline.trainer.plan.zero import Settle, settle_zero
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
 """Tokens beyond which a larger micro-batch is not faster."""
@@ -91,27 +91,9 @@ def resolve(
     a layout that the ranks cannot make.
     """
 
-    def settle(section: str, key: str, value: object, origin: str) -> bool:
-        part = getattr(config, section)
-        if getattr(part, key) not in ("auto", None):
-            return False
-        setattr(part, key, value)
-        origins[f"{section}.{key}"] = origin
-        return True
-
+    settle = settler(config, origins)
     world, budget, parallel = machine.world_size, config.budget, config.parallel
-    settle("run", "device", machine.device, "machine")
-    settle("precision", "compute", "bf16" if machine.device == "cuda" and machine.bf16 else "fp32", "machine")
-    if parallel.backend == "zero":
-        settle_zero(config, machine, settle)
-    settle("run", "compile", machine.device == "cuda", "machine")
-    if parallel.shard != "auto":
-        check_layout(parallel.shard, world)
-    check_experts(config, world)
-    check_products(config)
-    if config.model.blocks == "revffn" and config.run.recompute != "none":
-        raise UserError("reversible blocks recompute their activations themselves; set run.recompute to none")
-
+    settle_machine(config, origins, machine)
     law = config_law(config)
     inputs = config_inputs(config, world, corpus_tokens)
     if budget.steps is None:
@@ -148,6 +130,44 @@ def resolve(
     return plan, crowded + (list(plan.warnings) if planned else [])
 
 
+def settler(config: Config, origins: Origins) -> Settle:
+    """Sets a key that is still open, and notes its origin; says whether it did."""
+
+    def settle(section: str, key: str, value: object, origin: str) -> bool:
+        part = getattr(config, section)
+        if getattr(part, key) not in ("auto", None):
+            return False
+        setattr(part, key, value)
+        origins[f"{section}.{key}"] = origin
+        return True
+
+    return settle
+
+
+def settle_machine(config: Config, origins: Origins, machine: Machine) -> None:
+    """Fills what follows from the machine alone and checks what is left: for `plan` as for `train`.
+
+    Raises UserError for what no run of the config can do on it.
+    """
+    settle = settler(config, origins)
+    settle("run", "device", machine.device, "machine")
+    settle("precision", "compute", "bf16" if machine.device == "cuda" and machine.bf16 else "fp32", "machine")
+    if config.parallel.backend == "zero":
+        settle_zero(config, machine, settle)
+    settle("run", "compile", machine.device == "cuda", "machine")
+    check_run(config, machine.world_size)
+
+
+def check_run(config: Config, world: int | None) -> None:
+    """Raises UserError for what no run of the config on `world` ranks can do; None: on any number of them."""
+    if world is not None and config.parallel.shard != "auto":
+        check_layout(config.parallel.shard, world)
+    check_experts(config, world)
+    check_products(config)
+    if config.model.blocks == "revffn" and config.run.recompute != "none":
+        raise UserError("reversible blocks recompute their activations themselves; set run.recompute to none")
+
+
 def check_layout(shard: int, world: int) -> None:
     """Raises UserError for a number of shards that the ranks cannot make."""
     if shard > world:
@@ -159,14 +179,17 @@ def check_layout(shard: int, world: int) -> None:
         raise UserError(f"parallel.shard {shard} does not divide the {world} ranks; choose a divisor")
 
 
-def check_experts(config: Config, world: int) -> None:
-    """Raises UserError for a number of parts that the experts, or the ranks of a replica, cannot make."""
+def check_experts(config: Config, world: int | None) -> None:
+    """Raises UserError for a number of parts that the experts, or the ranks of a replica, cannot make.
+
+    world: None where it is not known; a replica is then taken to have no more ranks than parts.
+    """
     parts, shard = config.parallel.experts, config.parallel.shard
     if parts == 1:
         return
     if config.model.ffn != "moe":
         raise UserError("parallel.experts deals a mixture's experts; set it to 1, or model.ffn to moe")
-    ranks = world if shard == "auto" else shard
+    ranks = (world or parts) if shard == "auto" else shard
     if ranks % parts:
         raise UserError(
             f"parallel.experts {parts} does not divide the {ranks} ranks of a replica; the nearest that does: "
@@ -185,80 +208,6 @@ def check_experts(config: Config, world: int) -> None:
             f"the {held} experts that each of {parts} ranks holds (parallel.experts) cannot be sharded evenly over "
             f"{rest} more; set parallel.experts to {nearest_divisor(math.gcd(ranks, config.model.moe.experts), ranks)}"
         )
-
-
-def check_products(config: Config) -> None:
-    """Raises UserError for layers that cannot be 2:4 sparse or multiplied in FP8."""
-    model, sparse, fp8 = config.model, config.sparse.mode == "s-ste", config.precision.fp8
-    ignored = [
-        key
-        for key, set_ in (
-            ("forward", config.sparse.forward != "auto"),
-            ("force", config.sparse.force),
-            ("grad_weight", config.sparse.grad_weight == "mvue"),
-            ("dense_fraction", config.sparse.dense_fraction > 0),
-        )
-        if set_
-    ]
-    if ignored and not sparse:
-        raise UserError(f"sparse.{ignored[0]} needs sparse layers; set sparse.mode to s-ste, or leave it out")
-    if model.ffn == "moe" and config.sparse.grad_weight == "mvue":
-        raise UserError(
-            "sparse.grad_weight=mvue is not made for experts, whose products are grouped; set it to dense"
-        )
-    if fp8 and config.precision.compute == "fp64":
-        raise UserError(
-            "precision.fp8 rounds to 8 bits, which fp64 is not for; set precision.compute to bf16 or fp32"
-        )
-    if config.precision.fp8_scales == "row":
-        check_row_scales(fp8, sparse)
-    forced = check_forward(config)
-    multiple, of_keys = product_multiples(config.precision, config.sparse)
-    kind = "2:4 sparse FP8 products" if forced else "FP8 products" if fp8 else "2:4 sparse layers"
-    # what is refused: key, its value, and the width that it gives
-    widths = [
-        ("hidden_size", model.hidden_size, "layers", model.inner_size),
-        ("ffn_size", model.ffn_size, "layers", model.ffn_size),
-    ]
-    if model.ffn == "moe" and model.moe.shared_size:
-        widths.append(("moe.shared_size", model.moe.shared_size, "layers", model.moe.shared_size))
-    if fp8:
-        name = "hidden_size" if model.head_dim is None else "head_dim"
-        widths.append((name, getattr(model, name), "attention's keys", model.dim_per_head * model.kv_heads))
-    units = {"moe.shared_size": multiple} | model.units(multiple, of_keys)
-    for name, value, what, width in widths:
-        if width % multiple:
-            key = "width" if value == width else name
-            raise UserError(
-                f"model.{name} gives {what} a width of {width}, and {kind} take multiples of {multiple}; the nearest "
-                f"{key}: {nearest_multiple(value, units[name])}"
-            )
-
-
-def check_row_scales(fp8: bool, sparse: bool) -> None:
-    """Raises UserError where precision.fp8_scales=row has no product that takes them."""
-    if not fp8:
-        raise UserError("precision.fp8_scales=row scales FP8; set precision.fp8=true, or leave it out")
-    if sparse:
-        raise UserError(
-            "precision.fp8_scales=row is for dense layers, as 2:4 sparse products take one scale for all tokens; set "
-            "it to tensor, or sparse.mode to none"
-        )
-
-
-def check_forward(config: Config) -> bool:
-    """Whether products are to be sparse whatever is faster; raises UserError where settings contradict that."""
-    sparse, asked = config.sparse, "sparse.force=true" if config.sparse.force else "sparse.forward=sparse"
-    if sparse.force and sparse.forward == "dense":
-        raise UserError("sparse.force=true contradicts sparse.forward=dense; leave one of them out")
-    forced = sparse.force or sparse.forward == "sparse"
-    if forced and not config.precision.fp8:
-        raise UserError(f"{asked} is made for FP8; set precision.fp8=true, or leave it out")
-    if forced and config.model.ffn == "moe" and not config.model.moe.shared_size:
-        raise UserError(
-            f"{asked} has no layer to work on: no grouped 2:4 product exists for experts; leave it out"
-        )
-    return forced
 
 
 def whole_matrices(config: Config) -> bool:

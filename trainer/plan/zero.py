@@ -9,6 +9,8 @@ from stepline.trainer.errors import UserError
 if TYPE_CHECKING:
     from stepline.trainer.plan.resolve import Machine
 
+Settle = Callable[[str, str, object, str], bool]
+"""Sets a section's key to a value of some origin where it is open; whether it did (`resolve.settler`)."""
 BUCKET = 5 * 10**8
 """Elements of DeepSpeed's own reduce_bucket_size, which it allocates in full."""
 
@@ -18,11 +20,8 @@ def reduce_bucket(config: Config, elements: int) -> int:
     return config.parallel.deepspeed.reduce_bucket_size or min(BUCKET, elements)
 
 
-def settle_zero(config: Config, machine: "Machine", settle: Callable[[str, str, object, str], bool]) -> None:
-    """Fills what DeepSpeed leaves no choice for; raises UserError for what it cannot do.
-
-    settle: as in `resolve`, of section, key, value, origin.
-    """
+def settle_zero(config: Config, machine: "Machine", settle: Settle) -> None:
+    """Fills what DeepSpeed leaves no choice for; raises UserError for what it cannot do."""
     parallel, world = config.parallel, machine.world_size
     settle("run", "compile", False, "DeepSpeed's hooks")
     settle("parallel", "shard", world, "ZeRO shards over all ranks")

@@ -1,0 +1,132 @@
+"""`stepline plan CONFIG` refuses what `train` refuses, in the same words, and says which layout its memory is of."""
+
+import json
+
+import pytest
+
+from stepline.trainer.config_io import load_config
+from stepline.trainer.errors import UserError
+from stepline.trainer.plan.command import Request, run_plan
+from stepline.trainer.plan.memory import gigabytes
+from stepline.trainer.plan.resolve import Machine, resolve
+
+ROOM = 1 << 40
+"""Bytes of a device in which everything fits."""
+
+
+def plan(name: str, *overrides: str, world: int | None = 8, as_json: bool = True, **asked) -> None:
+    names = (
+        "params",
+        "tokens",
+        "active_params",
+        "seq_len",
+        "micro_batch",
+        "law",
+        "device",
+        "peak_flops",
+        "mfu",
+    )
+    options = dict.fromkeys(names) | asked
+    run_plan(Request(name, list(overrides), world_size=world, **options), as_json)
+
+
+def train(name: str, *overrides: str, world: int = 8, memory: int | None = ROOM):
+    """The config as `train` would resolve it on so many GPUs, and its plan."""
+    config, origins = load_config(name, list(overrides))
+    return config, resolve(config, origins, Machine(world, "cuda", True, memory), 10**8)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("olmoe-1b-7b parallel.experts=4 parallel.shard=2", "parallel.experts 4 does not divide the 2 ranks"),
+        ("olmoe-1b-7b parallel.experts=6", "parallel.experts 6 does not divide the 8 ranks of a replica"),
+        ("olmoe-1b-7b parallel.experts=4 parallel.shard=3", "parallel.shard 3 does not divide the 8 ranks"),
+        ("dense-125m parallel.experts=2", "parallel.experts deals a mixture's experts"),
+        (
+            "dense-125m model.blocks=revffn run.recompute=full",
+            "reversible blocks recompute their activations",
+        ),
+        ("dense-125m sparse.forward=sparse", "sparse.forward needs sparse layers"),
+        (
+            "dense-125m parallel.backend=zero parallel.sync=demo",
+            "parallel.backend=zero has no parallel.sync=demo",
+        ),
+        ("dense-125m parallel.backend=zero parallel.shard=4", "parallel.shard is 4 and ZeRO shards"),
+    ],
+)
+def test_what_train_refuses(arguments, sentence):
+    with pytest.raises(UserError) as of_train:
+        train(*arguments.split())
+    with pytest.raises(UserError) as of_plan:
+        plan(*arguments.split())
+    assert str(of_plan.value) == str(of_train.value)
+    assert str(of_plan.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("olmoe-1b-7b parallel.experts=6", "the 64 experts cannot be dealt evenly to 6 ranks"),
+        ("olmoe-1b-7b parallel.experts=4 parallel.shard=2", "parallel.experts 4 does not divide the 2 ranks"),
+        (
+            "dense-125m model.blocks=revffn run.recompute=full",
+            "reversible blocks recompute their activations",
+        ),
+    ],
+)
+def test_what_no_number_of_ranks_could_do(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plan(*arguments.split(), world=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shard"),
+    [
+        ("olmoe-1b-7b parallel.experts=4 parallel.sync=diloco", 4),
+        ("moe-tiny budget.tokens=1e6 parallel.experts=2 parallel.sync=demo", 2),
+        ("dense-125m parallel.sync=random_k", 1),
+        ("olmoe-1b-7b parallel.experts=4 parallel.sync=diloco parallel.shard=8", 8),
+    ],
+)
+def test_replicas_on_slow_links_are_as_small_as_train_makes_them(arguments, shard, capsys):
+    plan(*arguments.split())
+    layout = json.loads(capsys.readouterr().out)["memory"]["layout"]
+    config, made = train(*arguments.split())
+    assert layout["shard"] == config.parallel.shard == shard
+    assert (layout["world"], layout["micro_batch"], layout["accumulation"]) == (
+        8,
+        config.parallel.micro_batch,
+        made.grad_accumulation,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            "dense-125m",
+            "(sharded over all 8 ranks, micro-batch 16, bf16); train shards over as few ranks as the devices' memory "
+            "allows",
+        ),
+        ("dense-125m parallel.shard=8", "(sharded over all 8 ranks, micro-batch 16, bf16)"),
+        ("dense-125m parallel.shard=2", "(sharded over 2 of 8 ranks, micro-batch 16, bf16)"),
+        ("dense-125m parallel.sync=demo", "(not sharded, micro-batch 16, bf16)"),
+        ("dense-125m run.device=cpu", "(sharded over all 8 ranks, micro-batch 8, fp32)"),
+    ],
+)
+def test_the_memory_says_of_which_layout_it_is(arguments, told, capsys):
+    plan(*arguments.split())
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    plan(*arguments.split(), as_json=False)
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("memory: "))
+    assert (
+        line
+        == f"memory: {gigabytes(memory['total'])} on each device at the peak, in the {memory['moment']} {told}"
+    )
+
+
+def test_a_replica_that_fits_is_not_sharded_and_takes_more():
+    """What the sentence is for: 8 H200s hold a whole replica each, where the plan's estimate is of one in 8 parts."""
+    config, _ = train("dense-125m", memory=143_000_000_000)
+    assert config.parallel.shard == 1
