@@ -45,10 +45,10 @@ class CellCheck:
 
 
 def check_law(law: StepLaw, table: RunTable) -> list[CellCheck]:
-    """The law on every cell with at least one finished run."""
+    """The law on every cell that has a best loss."""
     checks = []
     for cell in table.cells:
-        if not cell.finished:
+        if not cell.usable:
             continue
         lr, batch = law_values(law, cell.params, cell.tokens)
         best_lr, best_batch, best = cell.best()

@@ -4,13 +4,14 @@ from stepline.trainer.plan.runs import Cell
 
 
 def cell_notes(cell: Cell) -> list[str]:
-    """One sentence when all runs of a cell diverged, or when its best run lies on an edge of its grid.
+    """One sentence when a cell has no best loss, or when its best run lies on an edge of its grid.
 
     A run that diverged is a run: next to a learning rate that diverges, the best one is not on an edge.
     """
-    if not cell.finished:
+    if not cell.usable:
         lowest = min(run.lr for run in cell.runs)
-        return [f"{cell}: all {len(cell.runs)} runs diverged; add runs with lr below {lowest:.3g}"]
+        how = "no point where all seeds finished" if cell.finished else f"all {len(cell.runs)} runs diverged"
+        return [f"{cell}: {how}; add runs with lr below {lowest:.3g}"]
     lr, batch, _ = cell.best()
     points = list(cell.points())
     more = beyond("learning rate", lr, sorted({at[0] for at in points}), ".3g")

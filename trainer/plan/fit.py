@@ -18,7 +18,7 @@ from stepline.trainer.plan.edges import cell_notes
 from stepline.trainer.plan.law_file import FittedPowerLaw, FittedSpread, LawFile
 from stepline.trainer.plan.laws import STEP_LAW
 from stepline.trainer.plan.loss_fit import fit_loss
-from stepline.trainer.plan.runs import Cell, RunTable
+from stepline.trainer.plan.runs import Cell, RunTable, none_usable
 from stepline.trainer.plan.surface import Problem, Surface
 
 LEAST_SIZES, LEAST_RUNS_A_CELL, WIDEST_INTERVAL = 3, 9, 0.15
@@ -50,9 +50,9 @@ class Uncertainty:
 
 def fit_law(table: RunTable, name: str, draws: int = DRAWS, seed: int = 0) -> LawFile:
     """The law of a file of runs; raises UserError with one sentence where the runs do not identify it."""
-    cells = [cell for cell in table.cells if cell.finished]
+    cells = [cell for cell in table.cells if cell.usable]
     if not cells:
-        raise UserError(f"all {table.runs} runs of {table.path} diverged; lower the learning rates")
+        raise UserError(f"{none_usable(table)}; lower the learning rates")
     problem = surface.pack(
         [(c.params, c.tokens, np.array([(r.lr, r.batch_tokens, r.loss) for r in c.finished])) for c in cells],
         [cell.best()[2] for cell in cells],
@@ -203,7 +203,7 @@ def exponents_too(
     table: RunTable, problem: Problem, fitted: Surface, unsure: Uncertainty, skew: bool, draws: int, seed: int
 ) -> tuple[Surface, Uncertainty, str]:
     """Fit and intervals with the exponents free where the runs carry them, as they were otherwise; and why."""
-    cells = [cell for cell in table.cells if cell.finished]
+    cells = [cell for cell in table.cells if cell.usable]
     sizes, budgets = len({c.params for c in cells}), len({c.tokens for c in cells})
     least = min(len(c.finished) for c in cells)
     kept = "two intercepts fitted, Step Law's exponents kept"

@@ -17,7 +17,7 @@ from stepline.trainer.plan.fit import fit_law
 from stepline.trainer.plan.kind import differences
 from stepline.trainer.plan.law_file import LawFile, named_law, problem_of, read_law, write_law
 from stepline.trainer.plan.laws import StepLaw
-from stepline.trainer.plan.runs import read_runs
+from stepline.trainer.plan.runs import none_usable, read_runs
 from stepline.trainer.plan.screen import screen, short
 
 
@@ -36,7 +36,7 @@ def run_fit(runs: str, output: Path, name: str | None, as_json: bool) -> None:
     for note in law.notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
-        print(json.dumps(law.model_dump(mode="json")))
+        print(json.dumps(law.model_dump(mode="json"), allow_nan=False))
         return
     for line in fit_lines(law):
         print(line)
@@ -85,7 +85,7 @@ def run_check(law: str, runs: str, as_json: bool) -> None:
     table = read_runs(runs)
     checks = check_law(which, table)
     if not checks:
-        raise UserError(f"all {table.runs} runs of {table.path} diverged; there is no loss to compare with")
+        raise UserError(f"{none_usable(table)}; there is no loss to compare with")
     # An extrapolated loss may be anything, below the grid's best too: it is shown but not summed up.
     known = [check.regret_percent for check in checks if not check.extrapolated]
     mean, most = (sum(known) / len(known), max(known)) if known else (None, None)
@@ -109,7 +109,7 @@ def run_check(law: str, runs: str, as_json: bool) -> None:
             "cells": [asdict(check) for check in checks],
             "notes": notes,
         }
-        print(json.dumps(told))
+        print(json.dumps(told, allow_nan=False))
         return
     show_checks(checks, screen())
     if known:

@@ -80,6 +80,11 @@ class Cell:
         at = min(points, key=points.__getitem__)
         return *at, points[at]
 
+    @property
+    def usable(self) -> bool:
+        """Whether all seeds of some point finished, so that there is a best loss."""
+        return math.isfinite(self.best()[2])
+
     def __str__(self) -> str:
         return f"N = {self.params:.4g}, D = {self.tokens:.4g}"
 
@@ -106,6 +111,13 @@ class RunTable:
     @property
     def diverged(self) -> int:
         return sum(run.diverged for cell in self.cells for run in cell.runs)
+
+
+def none_usable(table: RunTable) -> str:
+    """Why a table has no cell with a best loss."""
+    if table.diverged == table.runs:
+        return f"all {table.runs} runs of {table.path} diverged"
+    return f"{table.path} has no point where all seeds finished"
 
 
 def read_runs(path: str | Path) -> RunTable:
