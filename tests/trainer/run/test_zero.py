@@ -259,17 +259,13 @@ def test_the_planner_knows_what_deepspeed_holds(pool, tiny_config, tmp_path, num
 def test_options_that_must_not_change_the_numbers(close):
     """Offload (on a CPU both memories are one), small buckets, one rank."""
     deepspeed = "parallel.deepspeed."
-    many = [
-        [*stage(2), "parallel.zero.offload=optimizer"],
-        [*stage(3), "parallel.zero.offload=all"],
-        [*stage(2), f"{deepspeed}reduce_bucket_size=3000", f"{deepspeed}allgather_bucket_size=2000"],
-        [*stage(3), f"{deepspeed}reduce_bucket_size=3000", f"{deepspeed}sub_group_size=5000"],
-        [*stage(3), f"{deepspeed}zero_hpz_partition_size=2"],
-        [ZERO],
-    ]
-    assert close([SHORT, *PADDED], *many) < 1e-5
+    small = f"{deepspeed}reduce_bucket_size=3000"
+    two = [*stage(2), "parallel.zero.offload=optimizer", small, f"{deepspeed}allgather_bucket_size=2000"]
+    three = [*stage(3), "parallel.zero.offload=all", small, f"{deepspeed}sub_group_size=5000"]
+    more = [*stage(3), f"{deepspeed}zero_hpz_partition_size=2"]
+    assert close([SHORT, *PADDED], two, three, more, [ZERO]) < 1e-5
     for model in ([*MODELS["moe"]], [*MODELS["revffn"], FINE]):
-        assert close([SHORT, *PADDED, *model], *(many[i] for i in (1, 2, 3))) < 1e-5
+        assert close([SHORT, *PADDED, *model], two, three) < 1e-5
 
 
 @pytest.mark.e2e
