@@ -210,10 +210,19 @@ def _run(
     flops: float,
     eval_tokens: int,
 ) -> SweepRun:
-    own, n = config.optimizer, parameter_counts(shape).linear
-    decay = own.weight_decay
+    own, counts = config.optimizer, parameter_counts(shape)
+    n, decay, kind = counts.linear, own.weight_decay, kind_of(config)
     if decay == "auto":
-        inputs = Inputs(n, tokens, batch_tokens=batch, lr=lr, optimizer=own.name)
+        inputs = Inputs(
+            n,
+            tokens,
+            active_params=counts.active,
+            batch_tokens=batch,
+            lr=lr,
+            optimizer=own.name,
+            sync=config.parallel.sync,
+            kind=kind,
+        )
         decay = float(f"{make_plan(inputs, law).weight_decay:.4g}")
     steps = math.ceil(tokens / batch)
     return SweepRun(
@@ -231,7 +240,7 @@ def _run(
         shape={key: getattr(shape, key) for key in SHAPE_KEYS},
         flops=flops * steps * batch,
         eval_flops=flops / 3 * eval_tokens,
-        kind=kind_of(config),
+        kind=kind,
     )
 
 

@@ -172,6 +172,14 @@ def test_weight_decay_is_the_configs_or_the_planners():
     assert run.weight_decay == pytest.approx(2048 / (2e-2 * tau * run.tokens), rel=1e-3)
 
 
+def test_a_mixture_has_the_weight_decay_that_its_plan_has():
+    """.1, as the timescale's law is of dense models; it gave .02 to .3, both ends clamped."""
+    config = load_config("moe-tiny", ["optimizer.weight_decay=auto", "budget.tokens=1e7"])[0]
+    runs = lay_out(config, Grid(), STEP_LAW, None).runs
+    assert len(runs) == 135
+    assert {run.weight_decay for run in runs} == {0.1}
+
+
 def test_cost_by_hand():
     """6 FLOPs for each weight of a product and token, the head's included, and the causal half of attention."""
     grid = Grid(sizes=(1.0,), tokens=(81_920.0,), lr=(1e-3, 2e-3), batch_tokens=(2048.0,))
