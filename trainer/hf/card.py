@@ -6,7 +6,7 @@ from typing import Any
 
 from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
-from stepline.trainer.watch.metrics import read_metrics
+from stepline.trainer.watch.metrics import iter_metrics
 
 
 def model_card(
@@ -110,7 +110,7 @@ def _result_rows(path: Path, step: int) -> list[tuple[str, str]]:
     """The last validation up to `step`."""
     found = [
         row
-        for row in (read_metrics(path) if path.is_file() else [])
+        for row in (iter_metrics(path) if path.is_file() else [])
         if "val_loss" in row and row["step"] <= step
     ]
     if not found:

@@ -25,7 +25,7 @@ from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
 from stepline.trainer.run.state import TrainState
 from stepline.trainer.run.watchdog import Watchdog
-from stepline.trainer.watch.metrics import read_metrics
+from stepline.trainer.watch.metrics import has_validation
 from stepline.trainer.watch.speed import Speedometer
 from stepline.trainer.watch.watch import Watch
 
@@ -228,8 +228,7 @@ def validation_due(step: int, config: Config) -> bool:
 
 def validated(folder: Path, step: int) -> bool:
     """Whether metrics.jsonl has a validation of that step."""
-    path = folder / "metrics.jsonl"
-    return path.exists() and any("val_loss" in row and row["step"] == step for row in read_metrics(path))
+    return has_validation(folder / "metrics.jsonl", step)
 
 
 def validate(

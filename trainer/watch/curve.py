@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stepline.trainer.errors import UserError
-from stepline.trainer.watch.metrics import read_metrics
+from stepline.trainer.watch.metrics import iter_metrics
 
 
 def draw_curve(metrics_path: str | Path, output_png: str | Path, title: str | None = None) -> Path:
@@ -12,13 +12,14 @@ def draw_curve(metrics_path: str | Path, output_png: str | Path, title: str | No
     Where the run knows the validation loss that it should end with, a dashed line stands at it. Losses in nats
     per token. Raises UserError when there is no loss to draw or matplotlib is missing.
     """
-    rows = read_metrics(metrics_path)
-    train = [(r["tokens"], r["loss"]) for r in rows if "tokens" in r and r.get("loss") is not None]
-    val = [(r["tokens"], r["val_loss"]) for r in rows if "tokens" in r and r.get("val_loss") is not None]
-    # of the last validation alone: a resume may have changed the budget
-    expected = next(
-        (r.get("expected_final_loss") for r in reversed(rows) if r.get("val_loss") is not None), None
-    )
+    train, val, expected = [], [], None
+    for row in iter_metrics(metrics_path):
+        if "tokens" in row and row.get("loss") is not None:
+            train.append((row["tokens"], row["loss"]))
+        if row.get("val_loss") is not None:
+            expected = row.get("expected_final_loss")  # of the last one: a resume may have changed the budget
+            if "tokens" in row:
+                val.append((row["tokens"], row["val_loss"]))
     if not train and not val:
         raise UserError(f"{metrics_path} holds no loss yet; draw the curve after the first logged step")
     try:

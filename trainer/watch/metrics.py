@@ -1,17 +1,25 @@
-"""metrics.jsonl: one JSON object per line, every step once, whatever interrupted the run."""
+"""metrics.jsonl: one JSON object per line, every step once, whatever interrupted the run.
+
+A row of a large mixture holds 100 KB, the file gigabytes: it is read row by row.
+"""
 
 import contextlib
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stepline.trainer.errors import UserError
 
 log = logging.getLogger("stepline")
+
+BEGINS_WITH_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+BLOCK_BYTES = 1 << 20
 
 
 class MetricsFile:
@@ -24,7 +32,7 @@ class MetricsFile:
         self.path = Path(path)
         self._waiting: list[dict[str, Any]] = []
         self._size: int | None = None  # bytes that are known to be whole lines
-        self._cut_after: int | None = None
+        self._cut: _Kept | None = None  # what the disk has not done yet
         self._broken = False
 
     @property
@@ -40,21 +48,22 @@ class MetricsFile:
         self._waiting.append(finite_row(row))
         self._write_waiting()
 
-    def truncate_after(self, step: int) -> list[dict[str, Any]]:
+    def truncate_after(self, step: int) -> dict[str, Any]:
         """Drops the rows of later steps, which a run resumed from `step` writes again, and a half-written
-        last line; returns the rows that stay. Where the disk refuses, the next row tries again.
+        last line; returns the last value of each key in the rows that stay. Where the disk refuses, the next row
+        tries again.
 
         Raises UserError when a line is not a JSON object.
         """
         self._size = None
-        kept = [row for row in self.read() if _within(row, step)]
-        self._cut_after = step if self.path.exists() else None
+        self._cut = _look(self.path, step) if self.path.exists() else None
+        last = {} if self._cut is None else self._cut.last
         self._write_waiting()
-        return kept
+        return last
 
-    def read(self) -> list[dict[str, Any]]:
-        """The rows that are on the disk. Raises UserError when a line is not a JSON object."""
-        return read_metrics(self.path) if self.path.exists() else []
+    def read(self, first_step: int = 0) -> Iterator[dict[str, Any]]:
+        """The rows from that step on that are on the disk. Raises UserError when a line is not a JSON object."""
+        return iter_metrics(self.path, first_step) if self.path.exists() else iter(())
 
     def sync(self) -> None:
         """Returns when the rows are on the disk, so that they outlive the machine as a checkpoint does."""
@@ -77,9 +86,9 @@ class MetricsFile:
 
     def _write_waiting(self) -> None:
         try:
-            if self._cut_after is not None:
-                _cut(self.path, self._cut_after)
-                self._cut_after = None
+            if self._cut is not None:
+                self._cut.make(self.path)
+                self._cut = None
             self._append("".join(json.dumps(row, allow_nan=False) + "\n" for row in self._waiting).encode())
         except OSError as error:
             if not self._broken:
@@ -102,7 +111,7 @@ class MetricsFile:
         try:
             size = os.fstat(fd).st_size
             if self._size is None or size < self._size:
-                self._size = self.path.read_bytes().rfind(b"\n") + 1
+                self._size = _whole_lines(fd, size)
             if size > self._size:
                 os.ftruncate(fd, self._size)
             left = data
@@ -132,50 +141,133 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return list(iter_metrics(path))
 
 
-def iter_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """What `read_metrics` returns, row by row: a long run's file is not held in memory."""
+def iter_metrics(path: str | Path, first_step: int = 0) -> Iterator[dict[str, Any]]:
+    """What `read_metrics` returns from that step on, row by row: a long run's file is not held in memory."""
     path = Path(path)
     if not path.is_file():
         raise UserError(
             f"{path} does not exist; give the folder or the metrics.jsonl of a run that has started"
         )
-    return (row for _, row in _rows(path))
+    return (row for _, row in _rows(path, first_step))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row with the offset at which its line begins."""
-    start = 0
+def has_validation(path: Path, step: int) -> bool:
+    """Whether a metrics file has a validation of that step. Looks from its end, where the steps are the latest."""
+    if not path.exists():
+        return False
+    for line in _lines_backwards(path):
+        try:
+            row = json.loads(line)
+        except ValueError:  # half-written, or for those to complain of who read it all
+            continue
+        found = row.get("step") if isinstance(row, dict) else None
+        if found is None or found > step:
+            continue
+        if found < step or "val_loss" in row:
+            return found == step
+    return False
+
+
+def _lines_backwards(path: Path) -> Iterator[bytes]:
+    """The lines of a file, the last one first."""
+    with path.open("rb") as file:
+        left = file.seek(0, os.SEEK_END)
+        rest = [b""]  # pieces of a line whose begin is still to come, the last one first
+        while left:
+            size = min(left, BLOCK_BYTES)
+            left -= size
+            file.seek(left)
+            first, *lines = file.read(size).split(b"\n")
+            if lines:
+                yield lines.pop() + b"".join(reversed(rest))
+                yield from reversed(lines)
+                rest = []
+            rest.append(first)
+        yield b"".join(reversed(rest))
+
+
+def _whole_lines(fd: int, size: int) -> int:
+    """How many of a file's first `size` bytes are whole lines."""
+    while size:
+        start = max(0, size - BLOCK_BYTES)
+        if (found := os.pread(fd, size - start, start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        size = start
+    return 0
+
+
+def _rows(path: Path, first_step: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row from that step on, with the offset at which its line ends. Of earlier ones as little as can be is
+    looked at: a row takes a millisecond or more."""
+    end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            begin, start = start, start + len(line)
-            if not line.strip():
+            end += len(line)
+            whole = line.endswith(b"\n")  # only what follows the last newline may be half-written
+            begins = BEGINS_WITH_STEP.match(line) if first_step else None
+            if whole and (not line.strip() or (begins and int(begins[1]) < first_step)):
                 continue
             try:
                 row = json.loads(line)
             except ValueError:
                 row = None
             if isinstance(row, dict):
-                yield begin, row
-            elif line.endswith(b"\n"):  # only what follows the last newline may be half-written
+                if row.get("step", first_step) >= first_step:
+                    yield end, row
+            elif whole:
                 raise UserError(f"{path}, line {number}, is not a JSON object; delete that line")
+            if not whole:  # what comes now is the rest of a row that is just being written
+                return
 
 
 def _within(row: dict[str, Any], step: int) -> bool:
     return row.get("step", 0) <= step
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drops the rows of later steps, and ends the last line. Later rows stand at the end and are cut off, which
-    needs no space on a full disk; where they do not, the file is replaced atomically. Raises OSError."""
-    rows = list(_rows(path))
-    kept = [row for _, row in rows if _within(row, step)]
-    first = next((i for i, (_, row) in enumerate(rows) if not _within(row, step)), len(rows))
-    if first == len(kept) < len(rows):
-        os.truncate(path, rows[first][0])
-    elif first < len(kept) or not path.read_bytes().endswith(b"\n"):
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+@dataclass
+class _Kept:
+    """What stays of a file after a resume from `step`."""
+
+    step: int
+    last: dict[str, Any] = field(default_factory=dict)
+    """The last value of each key."""
+    end: int = 0
+    """Bytes up to the last row that stays."""
+    mixed: bool = False
+    """Whether a later step's row stands before one that stays."""
+    closed: bool = True
+    """Whether the last row that stays ends with a newline."""
+
+    def make(self, path: Path) -> None:
+        """Drops the rest, and ends the last line. Later rows at the end are cut off, which needs no space on a full
+        disk; where they are elsewhere, the file is replaced atomically. Raises OSError."""
+        if self.mixed:
+            partial = path.with_name(path.name + ".partial")
+            with partial.open("w", encoding="utf-8") as file:
+                kept = (row for _, row in _rows(path) if _within(row, self.step))
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            return
+        if path.stat().st_size > self.end:
+            os.truncate(path, self.end)
+        if not self.closed:
+            with path.open("ab") as file:
+                file.write(b"\n")
+
+
+def _look(path: Path, step: int) -> _Kept:
+    """Reads the file once. Raises UserError when a line is not a JSON object."""
+    kept, later = _Kept(step), False
+    for end, row in _rows(path):
+        if _within(row, step):
+            kept.last |= row
+            kept.end, kept.mixed = end, kept.mixed or later
+        else:
+            later = True
+    if kept.end:
+        with path.open("rb") as file:
+            file.seek(kept.end - 1)
+            kept.closed = file.read(1) == b"\n"
+    return kept

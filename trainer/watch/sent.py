@@ -52,6 +52,11 @@ class Sent:
         while self._recent and self._recent[0][0] < time.monotonic() - self._recent_s:
             self._recent.popleft()
 
+    @property
+    def step(self) -> int:
+        """Of the last row that wandb took; wandb lacks none of an earlier step."""
+        return self._last[0]
+
     def lacks(self, row: dict[str, Any]) -> bool:
         """Whether wandb does not have the row yet."""
         return place_of(row) > self._last

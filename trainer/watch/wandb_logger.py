@@ -7,7 +7,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ class WandbLogger:
     `folder/run_id`, so that a resumed run continues the same wandb run.
 
     wandb keeps what it was given, so no step may be logged again. `folder/wandb-sent.json` holds the last row that it
-    took: rows up to it are left out. `logged` returns the rows of the run so far: those behind it are sent first. So
-    wandb has every step once, those of an attempt without it too. Where it dies it is started again after a while.
+    took: rows up to it are left out. `logged` returns the run's rows so far from a step on: those behind it are sent
+    first. So wandb has every step once, those of an attempt without it too. Where it dies it is started again after
+    a while.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class WandbLogger:
         name: str,
         config: dict[str, Any],
         mode: str = "auto",
-        logged: Callable[[], list[dict[str, Any]]] = list,
+        logged: Callable[[int], Iterable[dict[str, Any]]] = lambda first_step: (),
     ) -> None:
         self.folder = Path(folder)
         self.mode = self._choose(mode)
@@ -154,7 +155,7 @@ class WandbLogger:
             self._run = self._start(wandb)
         self._sent.start(self.mode, self._on_server() if self.mode == "online" else None)
         was_lost, self._lost = self._lost, False  # from here on the queue takes rows again
-        for row in self._logged():
+        for row in self._logged(max(0, self._sent.step)):
             self._send(self._run, row)
         if was_lost:
             log.info("wandb is back")
@@ -166,7 +167,7 @@ class WandbLogger:
         step, ahead = summary.get("step", -1), summary.get("_step", -1) + 1 - self._run.starting_step
         if ahead <= 0:
             return step, True
-        places = [place_of(row) for row in self._logged() if row["step"] <= step]
+        places = [place_of(row) for row in self._logged(0) if row["step"] <= step]
         return places[-1 - ahead] if ahead < len(places) else (-1, True)
 
     def _start(self, wandb: Any) -> Any:

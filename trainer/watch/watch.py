@@ -46,8 +46,7 @@ class Watch:
         )
         self.beat(start_step, "starting")
         self.file = MetricsFile(folder / "metrics.jsonl")
-        kept = self.file.truncate_after(start_step)
-        self.last = {key: value for row in kept for key, value in row.items()}
+        self.last = self.file.truncate_after(start_step)
         self.wandb = WandbLogger(
             folder,
             config.logging.project,

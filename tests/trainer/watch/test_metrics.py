@@ -90,6 +90,23 @@ def test_appending_without_truncation_drops_the_half_line(tmp_path):
     assert steps(path) == [1, 2]
 
 
+def test_a_resume_keeps_the_last_value_of_each_key(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1, "b": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3, "c": 3}\n')
+    assert MetricsFile(path).truncate_after(2) == {"step": 2, "a": 2, "b": 1}
+    assert steps(path) == [1, 2]
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"step": 9, "lo', '\n{"step": 9}'])
+def test_a_later_row_before_one_that_stays(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 7}\n\n{"step": 2}' + end)
+    file = MetricsFile(path)
+    file.truncate_after(4)
+    file.write({"step": 5})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 5}\n'
+
+
 def test_a_fresh_start_has_nothing_to_truncate(tmp_path):
     MetricsFile(tmp_path / "metrics.jsonl").truncate_after(0)
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +163,7 @@ def test_a_full_disk_at_a_resume(small_disk, said):
     path.write_text("".join(json.dumps({"step": step, "text": "x" * 80}) + "\n" for step in range(1, 31)))
     fill(small_disk / "other")
     file = MetricsFile(path)
-    assert [row["step"] for row in file.truncate_after(20)] == list(range(1, 21))
+    assert file.truncate_after(20) == {"step": 20, "text": "x" * 80}
     assert steps(path) == list(range(1, 21))
     file.write({"step": 21})
     assert steps(path) == list(range(1, 22))
@@ -196,7 +213,7 @@ def test_a_resume_into_a_folder_that_is_read_only_for_a_while(tmp_path, said, mo
     mount("--bind", run, run)
     try:
         mount("-o", "remount,bind,ro", run)
-        assert [row["step"] for row in file.truncate_after(2)] == [1, 2]
+        assert file.truncate_after(2) == {"step": 2}
         file.write({"step": 3, "loss": 0.25})
         mount("-o", "remount,bind,rw", run)
         file.write({"step": 4})

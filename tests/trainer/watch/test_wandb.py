@@ -31,7 +31,9 @@ def server(monkeypatch, no_key):
 
 def make(folder, mode="auto", rows=(), config=None):
     folder.mkdir(exist_ok=True)
-    return WandbLogger(folder, "project", "name", config or {"lr": 0.1}, mode, logged=lambda: list(rows))
+    return WandbLogger(
+        folder, "project", "name", config or {"lr": 0.1}, mode, logged=lambda first: list(rows)
+    )
 
 
 def row(step, **more):
@@ -234,7 +236,7 @@ def test_a_dead_service_is_said_once_and_started_again(server, monkeypatch, tmp_
     monkeypatch.setattr(wandb_logger, "FIRST_PAUSE_S", 1.0)
     rows = []
     logger = make(tmp_path, rows=())
-    logger._logged = lambda: list(rows)
+    logger._logged = lambda first: list(rows)
 
     def log(steps):
         for step in steps:

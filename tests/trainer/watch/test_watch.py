@@ -194,7 +194,7 @@ def test_config_plan_and_last_values_go_to_wandb(tmp_path, monkeypatch):
     assert first.calls[2] == ("Checkpoint failed", "no space", "error")
     last = {"step": 1, "tokens": 1024, "loss": 5.0, "val_loss": 4.0, "expected_final_loss": 3.0}
     assert first.calls[3] == (75, last | {"train_seconds": 1.5, "status": "continue", "exit_code": 75})
-    assert [row["step"] for row in first.logged()] == [1, 1]
+    assert [row["step"] for row in first.logged(0)] == [1, 1]
 
     (tmp_path / "plan.json").write_text('{"steps": 100, "lr": 0.5}')
     Watch(tmp_path, config(), 1, enabled=True)
