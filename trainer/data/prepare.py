@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from stepline.trainer.data.sources import ReadOptions
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from stepline.trainer.data.units import InputFile, Plan, discover, has_words, plan_units, sample_texts
 from stepline.trainer.errors import UserError
+from stepline.trainer.files import locked
 
 FORMAT = 1
 VOCAB_SIZE = 32_000
@@ -141,13 +142,15 @@ def _request(files: Sequence[InputFile], options: ReadOptions, *rest: str | int)
 @contextmanager
 def _lock(partial: Path) -> Iterator[None]:
     """Keep a second `prepare` out of the same folder."""
-    import fcntl
-
-    with open(partial / "lock", "w") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another `stepline prepare` is writing {partial}; wait for it") from error
+            mine = held.enter_context(locked(partial / "lock", wait=False))
+        except UserError:  # a file system without locks: nothing is left there
+            if [path.name for path in partial.iterdir()] == ["lock"]:
+                shutil.rmtree(partial)
+            raise
+        if mine is None:
+            raise UserError(f"another `stepline prepare` is writing {partial}; wait for it")
         yield
 
 

@@ -1,6 +1,7 @@
 import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,26 @@ def test_two_runs_at_once_are_refused(tmp_path, tokenizer_file) -> None:
         with pytest.raises(UserError, match="another `stepline prepare` is writing"):
             prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, progress=False)
     assert (tmp_path / "out.partial" / "work").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_file_system_without_locks(tmp_path, tokenizer_file, monkeypatch, code, kept) -> None:
+    def flock(*_) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    partial = tmp_path / "out.partial"
+    if kept:
+        partial.mkdir()
+        (partial / "request.json").write_text('""')
+    monkeypatch.setattr("fcntl.flock", flock)
+    sentence = (
+        rf"out\.partial is on a file system that cannot lock files \({os.strerror(code)}\); choose another"
+    )
+    with pytest.raises(UserError, match=sentence):
+        prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, progress=False)
+    assert partial.exists() == kept
 
 
 def test_folders_that_are_no_data_folders(tmp_path, tokenizer_file) -> None:
