@@ -7,7 +7,14 @@ from stepline.models.flops import flops_per_token
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
-from stepline.trainer.plan.cost import Hardware, asked_hardware, iso_loss, run_cost
+from stepline.trainer.plan.cost import (
+    WEIGHTS_ALONE,
+    WHOLE_MODEL,
+    Hardware,
+    asked_hardware,
+    iso_loss,
+    run_cost,
+)
 from stepline.trainer.plan.explain import plan_json, show
 from stepline.trainer.plan.law_file import named_law
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
@@ -63,14 +70,17 @@ def run_plan(ask: Request, as_json: bool) -> None:
             ask.params, ask.tokens, ask.active_params, ask.seq_len, ask.world_size, ask.micro_batch
         )
         flops = 6 * (ask.active_params or ask.params)
+        counted = f"6 x {'active N' if inputs.mixture else 'N'} x D, {WEIGHTS_ALONE}"
     else:
         inputs, law, flops, config = from_config(ask, law)
+        counted = WHOLE_MODEL
     layout = asked_layout(ask.link_mbit, ask.replicas, config, ask.world_size)
     machine = asked_hardware(ask.device, ask.peak_flops, ask.mfu, inputs.world_size)
     plan = make_plan(inputs, law)
     cost = None
     if machine is not None:
-        cost = run_cost(inputs.tokens, flops, machine, plan.batch_critical_tokens, inputs.seq_len)
+        critical = plan.batch_critical_tokens
+        cost = run_cost(inputs.tokens, flops, machine, critical, inputs.seq_len, counted)
     trade = iso_loss(inputs.tokens, plan.batch_tokens, cost)
     sync = None
     if layout is not None:

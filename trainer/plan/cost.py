@@ -10,6 +10,10 @@ from stepline.trainer.watch.peaks import peak_flops, plain_names
 ASSUMED_MFU = 0.4
 """Model FLOP utilisation where none was measured: what well-tuned dense runs reach."""
 
+WHOLE_MODEL = "the model's, with head and causal attention"
+"""FLOPs of a config, as the MFU of a run counts them (models/flops.py)."""
+WEIGHTS_ALONE = "without head and attention, which add most to small models; a config counts them"
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -34,7 +38,10 @@ class Cost:
     hours: float | None
     """Wall-clock time on `gpus`; None when their number is not known."""
     max_useful_gpus: int | None
-    """GPUs that B_crit feeds with one window each; None without a sequence length."""
+    """GPUs that B_crit feeds with one window each, where a share more of them takes as much of it off the time as it
+    adds to the cost; None without a sequence length."""
+    counted: str = WHOLE_MODEL
+    """What `flops` are, in words."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +100,19 @@ def known_devices() -> str:
 
 
 def run_cost(
-    tokens: float, flops_per_token: float, machine: Hardware, critical: float, seq_len: int | None
+    tokens: float,
+    flops_per_token: float,
+    machine: Hardware,
+    critical: float,
+    seq_len: int | None,
+    counted: str = WHOLE_MODEL,
 ) -> Cost:
-    """FLOPs, GPU-hours and hours of `tokens`; critical: B_crit in tokens."""
+    """FLOPs, GPU-hours and hours of `tokens`; critical: B_crit in tokens; counted: what the FLOPs are."""
     flops = tokens * flops_per_token
     gpu_hours = flops / (machine.peak * machine.mfu) / 3600
     useful = None if seq_len is None else max(1, int(critical // seq_len))
     hours = None if machine.gpus is None else gpu_hours / machine.gpus
-    return Cost(flops, gpu_hours, hours, useful)
+    return Cost(flops, gpu_hours, hours, useful, counted)
 
 
 def iso_loss(tokens: float, batch_tokens: float, cost: Cost | None) -> list[Tradeoff]:

@@ -10,17 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from stepline.trainer.plan.cost import Cost, Hardware, Tradeoff
-from stepline.trainer.plan.expect import own_loss_law
-from stepline.trainer.plan.laws import DEEPSEEK, EPOCH, PORIAN, POWER_LINES, STEP_LAW, LossLaw
+from stepline.trainer.plan.laws import EPOCH, POWER_LINES
+from stepline.trainer.plan.opinions import (
+    expected_loss_of,
+    expected_loss_text,
+    opinions,
+    second_opinion,
+    usable_loss_law,
+)
 from stepline.trainer.plan.planner import WEIGHT_DECAY_RANGE, Plan, penalty_percent
+from stepline.trainer.plan.schedule_text import schedule_text
 from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.units import duration
-
-SCHEDULES = {
-    "linear": "10 % warm-up, then linear to zero",
-    "cosine": "10 % warm-up, then cosine to zero",
-    "wsd": "warm-up, stable, then linear to zero (wsd)",
-}
 
 
 @dataclass(frozen=True)
@@ -35,35 +36,18 @@ class Line:
     """With this run's numbers put in."""
     in_range: bool | None
     second_opinions: dict[str, float]
+    extrapolated_opinions: tuple[str, ...] = ()
+    """Those of `second_opinions` that are outside of what their law was fitted on."""
     penalty_percent: float | None = None
     """What using `used` and not the ideal costs, in % of the loss."""
-
-
-def second_opinion(plan: Plan) -> dict[str, float]:
-    """What the other laws say to the same N and D; Step Law itself where the plan's law is a fitted one."""
-    n, d = plan.inputs.params, plan.inputs.tokens
-    said = {
-        "power_lines_batch_tokens": POWER_LINES.batch_tokens(d),
-        "deepseek_lr": DEEPSEEK.lr(n, d),
-        "deepseek_batch_tokens": DEEPSEEK.batch_tokens(n, d),
-        "porian_lr": PORIAN.lr(n),
-        "porian_batch_tokens": PORIAN.batch_tokens(n),
-    }
-    if plan.law is not STEP_LAW:
-        said |= {"step_law_lr": STEP_LAW.lr(n, d), "step_law_batch_tokens": STEP_LAW.batch_tokens(d)}
-    return said
 
 
 def lines(plan: Plan) -> list[Line]:
     """Learning rate, batch, weight decay, steps and critical batch, each with its equation and numbers."""
     law, n, d = plan.law, plan.inputs.params, plan.inputs.tokens
-    said = second_opinion(plan)
-
-    def others(suffix: str) -> dict[str, float]:
-        return {key.removesuffix(suffix): value for key, value in said.items() if key.endswith(suffix)}
-
+    said = opinions(plan)
     (a, b), (e,) = law.lr_law.exponents, law.batch_law.exponents
-    inside = not law.source.outside(n, d)
+    inside = not law.source.outside(n, d, plan.inputs.active_params)
     batch_cost = penalty_percent(plan.ratio, 1.0)
     lr = f"{law.lr_law.scale:.4g} * {n:.4g}^{a:.4g} * {d:.4g}^{b:.4g} = {plan.ideal_lr:.4g}"
     if plan.inputs.lr is None and plan.ratio < 1:
@@ -83,7 +67,8 @@ def lines(plan: Plan) -> list[Line]:
             law.lr_law.interval(n, d),
             lr,
             inside,
-            others("_lr"),
+            {other.name: other.lr for other in said if other.lr is not None},
+            tuple(other.name for other in said if other.lr is not None and other.extrapolated),
             plan.penalty_percent - batch_cost,
         ),
         Line(
@@ -93,7 +78,8 @@ def lines(plan: Plan) -> list[Line]:
             law.batch_law.interval(d),
             batch,
             inside,
-            others("_batch_tokens"),
+            {other.name: other.batch_tokens for other in said},
+            tuple(other.name for other in said if other.extrapolated),
             batch_cost,
         ),
         Line(
@@ -169,6 +155,7 @@ def plan_json(
         "tau": plan.tau,
         "batch_critical_tokens": plan.batch_critical_tokens,
         "second_opinion": second_opinion(plan),
+        "second_opinion_extrapolated": [other.name for other in opinions(plan) if other.extrapolated],
         "interval95": {"lr": law.lr_law.interval(n, d), "batch_tokens": law.batch_law.interval(d)},
         "expected_loss": None if loss_law is None else loss_law.loss(n, d),
         "expected_loss_of": expected_loss_of(plan),
@@ -189,27 +176,6 @@ def plan_json(
         "iso_loss": [asdict(row) for row in trade],
         "warnings": list(plan.warnings),
     }
-
-
-def usable_loss_law(plan: Plan) -> LossLaw | None:
-    """The law's own where it is of such models; Epoch's where it has none at all."""
-    return EPOCH if plan.law.loss_law is None else own_loss_law(plan.law, plan.inputs.known_kind)
-
-
-def expected_loss_of(plan: Plan) -> str:
-    """Whose loss law it is and what it may be used for, or why there is none."""
-    law = usable_loss_law(plan)
-    if law is None:
-        return f"{plan.law.source.name} was fitted on models of another kind"
-    if law is EPOCH:
-        return f"{EPOCH.source.name} ({EPOCH.source.paper}); its intercept is that of its own corpus"
-    return f"{law.source.name} ({law.source.paper}): {law.equation}"
-
-
-def schedule_text(plan: Plan) -> str:
-    """The schedule of the run, and the one that the numbers were fitted with."""
-    mine = SCHEDULES.get(plan.inputs.schedule, plan.inputs.schedule)
-    return f"{mine} ({plan.law.source.name} was fitted with: {plan.law.assumes}; Power Lines: linear to zero)"
 
 
 def number(value: float) -> str:
@@ -250,16 +216,13 @@ def show(
     for line in rows:
         console.print(f"{line.name}: {line.equation}", soft_wrap=True, highlight=False)
         if line.second_opinions:
-            others = ", ".join(f"{name} {number(value)}" for name, value in line.second_opinions.items())
-            console.print(f"  others say: {others}", soft_wrap=True, highlight=False)
+            others = [
+                f"{name} {number(value)}" + (" (extrapolated)" if name in line.extrapolated_opinions else "")
+                for name, value in line.second_opinions.items()
+            ]
+            console.print(f"  others say: {', '.join(others)}", soft_wrap=True, highlight=False)
     console.print(f"schedule: {schedule_text(plan)}", soft_wrap=True)
-    law = usable_loss_law(plan)
-    if law is None:
-        expected = f"no expected loss: {expected_loss_of(plan)}"
-    else:
-        told = "for ranking, not a prediction for your data" if law is EPOCH else law.equation
-        expected = f"expected loss {law.loss(i.params, i.tokens):.4f} by {law.source.name}: {told}"
-    console.print(expected, soft_wrap=True, highlight=False)
+    console.print(expected_loss_text(plan), soft_wrap=True, highlight=False)
     if cost is not None and machine is not None:
         how = "given" if machine.measured else "assumed"
         text = f"{cost.flops:.3g} FLOPs: {cost.gpu_hours:,.1f} GPU-hours on {machine.device} "
@@ -267,9 +230,12 @@ def show(
         console.print(
             text + ("" if cost.hours is None else f", {duration(cost.hours)} on {machine.gpus} GPUs")
         )
+        console.print(f"these FLOPs are {cost.counted}", soft_wrap=True, highlight=False)
     if cost is not None and cost.max_useful_gpus is not None:
         console.print(
-            f"more than {cost.max_useful_gpus:,} GPUs do not help: one window each is the critical batch"
+            f"beyond {cost.max_useful_gpus:,} GPUs (one window each is the critical batch) a further GPU adds more to "
+            "the cost than it takes off the time",
+            soft_wrap=True,
         )
     show_tradeoffs(plan, trade, console)
     for warning in plan.warnings:

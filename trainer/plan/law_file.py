@@ -138,9 +138,9 @@ class LawFile(Section):
             self.name,
             f"own fit: {self.runs} runs in {self.cells} cells",
             "N: non-embedding linear weights; D, batch: tokens",
-            self.params,
-            self.tokens,
-            self.tokens_per_param,
+            params=self.params,
+            tokens=self.tokens,
+            tokens_per_param=self.tokens_per_param,
         )
         return StepLaw(
             source,

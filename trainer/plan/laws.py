@@ -1,85 +1,17 @@
 """Hyperparameter scaling laws: equations, units, ranges, intervals and sources. Imports nothing heavy.
 
 N is the number of non-embedding linear weights (a mixture of experts: the total), D the training tokens, C the
-non-embedding training FLOPs, 6 N D. Batches are in tokens unless a name says sequences.
+non-embedding training FLOPs, 6 N D (a mixture: with the weights that one token uses). Batches are in tokens unless a
+name says sequences.
 """
 
 import math
 from dataclasses import dataclass
 
+from stepline.trainer.plan.power_law import PowerLaw, Ranges, Source, Spread
+
 SEQUENCE = 2048
 """Tokens of the sequences in which Power Lines counts batches."""
-NORMAL_95 = 1.959964
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How well a power law is known: mean and covariance of (ln value, exponents…) at `centre`.
-
-    Centred, because ln(scale) and the exponents of one fit are almost collinear when extrapolated to N = D = 1.
-    """
-
-    centre: tuple[float, ...]
-    mean: tuple[float, ...]
-    covariance: tuple[tuple[float, ...], ...]
-    quantile: float = NORMAL_95
-    """Standard deviations of a two-sided 95 % interval; Student's t where a fit is from few cells."""
-
-    def interval(self, arguments: tuple[float, ...]) -> tuple[float, float]:
-        """95 % interval of the law's value at the arguments."""
-        x = [1.0, *(math.log(a / c) for a, c in zip(arguments, self.centre, strict=True))]
-        middle = sum(m * xi for m, xi in zip(self.mean, x, strict=True))
-        variance = sum(xi * xj * self.covariance[i][j] for i, xi in enumerate(x) for j, xj in enumerate(x))
-        half = self.quantile * math.sqrt(max(variance, 0.0))
-        return tuple(math.exp(min(max(x, -700.0), 700.0)) for x in (middle - half, middle + half))
-
-    def exponent_intervals(self) -> list[tuple[float, float]]:
-        """95 % interval of each exponent."""
-        halves = [self.quantile * math.sqrt(self.covariance[i][i]) for i in range(1, len(self.mean))]
-        return [(m - h, m + h) for m, h in zip(self.mean[1:], halves, strict=True)]
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """value = scale * product of argument_i ^ exponent_i."""
-
-    scale: float
-    exponents: tuple[float, ...]
-    spread: Spread | None = None
-
-    def __call__(self, *arguments: float) -> float:
-        return self.scale * math.prod(a**e for a, e in zip(arguments, self.exponents, strict=True))
-
-    def interval(self, *arguments: float) -> tuple[float, float] | None:
-        """95 % interval at the arguments; None where the source gives none."""
-        return None if self.spread is None else self.spread.interval(arguments)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a law comes from and where it holds."""
-
-    name: str
-    paper: str
-    units: str
-    params: tuple[float, float] | None = None
-    """Range of N that was fitted on."""
-    tokens: tuple[float, float] | None = None
-    tokens_per_param: tuple[float, float] | None = None
-    flops: tuple[float, float] | None = None
-
-    def outside(self, params: float, tokens: float) -> list[str]:
-        """What lies outside the fitted range, each in words; empty when everything is inside."""
-        found = []
-        for what, value, limits in (
-            ("N", params, self.params),
-            ("D", tokens, self.tokens),
-            ("D/N", tokens / params, self.tokens_per_param),
-            ("C = 6ND", 6 * params * tokens, self.flops),
-        ):
-            if limits is not None and not limits[0] <= value <= limits[1]:
-                found.append(f"{what} = {value:.3g} outside {limits[0]:.3g}-{limits[1]:.3g}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -205,7 +137,10 @@ class PowerLines:
 
 @dataclass(frozen=True)
 class DeepSeekLaw:
-    """DeepSeek LLM (arXiv 2401.02954, eq. 1): lr = .3118 C^-.125, batch = .2920 C^.3271 tokens."""
+    """DeepSeek LLM (arXiv 2401.02954, eq. 1): lr = .3118 C^-.125, batch = .2920 C^.3271 tokens.
+
+    `active` are the linear weights that one token uses: N in a dense model, as C counts what is computed.
+    """
 
     source: Source
     lr_law: PowerLaw
@@ -213,13 +148,13 @@ class DeepSeekLaw:
     lr_equation: str = "lr = 0.3118 * C^-0.125"
     batch_equation: str = "batch = 0.2920 * C^0.3271"
 
-    def lr(self, params: float, tokens: float) -> float:
+    def lr(self, active: float, tokens: float) -> float:
         """Peak learning rate."""
-        return self.lr_law(6 * params * tokens)
+        return self.lr_law(6 * active * tokens)
 
-    def batch_tokens(self, params: float, tokens: float) -> float:
+    def batch_tokens(self, active: float, tokens: float) -> float:
         """Global batch in tokens."""
-        return self.batch_law(6 * params * tokens)
+        return self.batch_law(6 * active * tokens)
 
 
 @dataclass(frozen=True)
@@ -249,6 +184,8 @@ STEP_LAW = StepLaw(
         params=(0.2e9, 1.1e9),
         tokens=(4e9, 100e9),
         tokens_per_param=(18, 470),
+        # all of 2.15e9 weights, but for rounding
+        mixtures=Ranges(params=(2.1e9, 2.2e9), tokens=(2e9, 20e9), active_share=(0.087, 0.576)),
     ),
     # Spreads: moments of the 1000 bootstrap fits that the authors publish.
     PowerLaw(
@@ -272,7 +209,10 @@ STEP_LAW = StepLaw(
 )
 POWER_LINES = PowerLines(
     Source(
-        "Power Lines", "arXiv 2505.13738", "D, B: tokens; B_opt, B_crit: sequences of 2048", (111e6, 3.3e9)
+        "Power Lines",
+        "arXiv 2505.13738",
+        "D, B: tokens; B_opt, B_crit: sequences of 2048",
+        params=(111e6, 3.3e9),
     ),
     PowerLaw(1.084, (-0.527,)),
     PowerLaw(0.0306, (0.383,)),

@@ -43,6 +43,12 @@ class Inputs:
     optimizer: str = "adamw"
     sync: str = "all_reduce"
     schedule: str = "linear"
+    warmup_steps: int | None = None
+    """Left to `schedule_text.auto_warmup` when None."""
+    final_fraction: float = 0.0
+    """Learning rate at the end, over its peak."""
+    decay_fraction: float = 0.2
+    """Of the steps, those in which wsd decays."""
     kind: str = ""
     """Of the model (`kind.kind_of`); empty where only numbers are known."""
     settled_at: float | None = None
@@ -210,27 +216,37 @@ def make_plan(inputs: Inputs, law: StepLaw = STEP_LAW) -> Plan:
 
 
 def law_warnings(inputs: Inputs, law: StepLaw) -> list[str]:
-    """What of the law does not fit this run: range, optimizer, synchroniser, models, a second opinion far away."""
+    """What of the law does not fit this run: range, optimizer, synchroniser, models, a second opinion far away.
+
+    Only of what is left to the law: nothing of a learning rate or a batch that is set.
+    """
     n, d = inputs.params, inputs.tokens
+    open_keys = [key for key in ("lr", "batch_tokens") if getattr(inputs, key) is None]
+    if not open_keys:
+        return []
+    names = {"lr": "learning rate", "batch_tokens": "batch"}
+    what = " and ".join(names[key] for key in open_keys)
+    key = "optimizer.lr" if inputs.lr is None else "budget.batch_tokens"
     warnings = []
-    if outside := law.source.outside(n, d):
+    if outside := law.source.outside(n, d, inputs.active_params):
         warnings.append(f"{law.source.name} is extrapolated: {', '.join(outside)}")
     if inputs.optimizer != law.optimizer:
         warnings.append(
             f"{law.source.name} was fitted with {law.optimizer}, not {inputs.optimizer}: "
-            "set optimizer.lr, or budget.law to a law fitted on your own runs"
+            f"set {key}, or budget.law to a law fitted on your own runs"
         )
     if inputs.sync != law.sync:
         warnings.append(
-            f"{law.source.name} was fitted with {law.sync}, not {inputs.sync}: check the learning rate"
+            f"{law.source.name} was fitted with {law.sync}, not {inputs.sync}: check the {names[open_keys[0]]}"
         )
     if told := differences(law.kind, inputs.known_kind):
         no_loss = "" if law.loss_law is None else ", and no loss is expected by it"
+        guess = "are" if len(open_keys) > 1 else "is"
         warnings.append(
-            f"{law.source.name} was fitted on models with {' and '.join(told)}: its learning rate and batch are a "
+            f"{law.source.name} was fitted on models with {' and '.join(told)}: its {what} {guess} a "
             f"guess here{no_loss}"
         )
-    if law is STEP_LAW:
+    if law is STEP_LAW and inputs.batch_tokens is None:
         ideal, other = law.batch_tokens(d), POWER_LINES.batch_tokens(d)
         if not 0.5 <= other / ideal <= 2:
             warnings.append(

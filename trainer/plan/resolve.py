@@ -13,6 +13,7 @@ from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
 from stepline.trainer.plan.planner import Inputs, Plan, law_values, make_plan
 from stepline.trainer.plan.product_checks import check_products
+from stepline.trainer.plan.schedule_text import MOST_WARMUP, auto_warmup
 from stepline.trainer.plan.zero import Settle, settle_zero
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
@@ -68,6 +69,9 @@ def config_inputs(config: Config, world_size: int | None, corpus_tokens: int | N
         optimizer=config.optimizer.name,
         sync=config.parallel.sync,
         schedule=config.schedule.name,
+        warmup_steps=None if config.schedule.warmup_steps == "auto" else config.schedule.warmup_steps,
+        final_fraction=config.schedule.final_fraction,
+        decay_fraction=config.schedule.decay_fraction,
         kind=kind_of(config),
         **given,
     )
@@ -104,7 +108,7 @@ def resolve(
     )
     plan = make_plan(replace(config_inputs(config, world, corpus_tokens), micro_batch=useful), law)
     by_law = f"law: {law.source.name}"
-    settle("budget", "batch_tokens", plan.batch_tokens, by_law)
+    planned = settle("budget", "batch_tokens", plan.batch_tokens, by_law)
     # After the batch, which the memory of the devices must not change.
     windows = budget.batch_tokens // config.data.seq_len
     shard, micro_batch, crowded = fit_layout(
@@ -114,11 +118,13 @@ def resolve(
     settle("parallel", "micro_batch", micro_batch, "machine")
     pieces = math.ceil(windows / (world * micro_batch))
     plan = replace(plan, inputs=replace(plan.inputs, micro_batch=micro_batch), grad_accumulation=pieces)
-    planned = settle("optimizer", "lr", plan.lr, by_law)
+    planned |= settle("optimizer", "lr", plan.lr, by_law)
     planned |= settle("optimizer", "weight_decay", plan.weight_decay, "law: Power Lines")
 
     steps = config.total_steps()
-    settle("schedule", "warmup_steps", min(2000, max(1, steps // 10)), "10 % of the steps")
+    warmup = auto_warmup(steps)
+    how = "10 % of the steps" if warmup < MOST_WARMUP else f"at most {MOST_WARMUP:,} steps"
+    settle("schedule", "warmup_steps", warmup, how)
     settle("checkpoint", "every", max(1, steps // 10), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
     if config.schedule.warmup_steps >= steps > 1:
@@ -126,7 +132,7 @@ def resolve(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is not below the run's {steps} steps: the learning "
             "rate never reaches its peak"
         )
-    # Who sets lr and weight decay by hand has no use for what is wrong with the laws.
+    # Who sets all three by hand, and who resumes, has no use for what the laws say.
     return plan, crowded + (list(plan.warnings) if planned else [])
 
 

@@ -104,3 +104,18 @@ def test_what_is_outside_the_range_is_said():
     assert [text.split(" ")[0] for text in STEP_LAW.source.outside(7e9, 2e12)] == ["N", "D"]
     assert STEP_LAW.source.outside(1e9, 1e10) == ["D/N = 10 outside 18-470"]
     assert DEEPSEEK.source.outside(1e9, 1e11) == ["C = 6ND = 6e+20 outside 1e+17-2e+19"]
+
+
+def test_a_mixture_is_inside_of_the_mixtures_that_were_run():
+    """Step Law's: 2.15B weights, a share of .087 to .576 active, 2 to 20B tokens."""
+    outside = STEP_LAW.source.outside
+    assert outside(2.15e9, 1e10, 5e8) == []
+    assert outside(2.15e9, 1e10, 2.15e9) == outside(2.15e9, 1e10) != []
+    assert outside(5e8, 1e10, 5e6) == [
+        "N = 5e+08 outside 2.1e+09-2.2e+09",
+        "active share = 0.01 outside 0.087-0.576",
+    ]
+    assert [text.split(" ")[0] for text in outside(2.15e9, 1e11, 1.3e9)] == ["D", "active"]
+    # C is what is computed: 6 * 1e7 * 1e10 is inside, 6 * 1e9 * 1e10 is not
+    assert DEEPSEEK.source.outside(1e9, 1e10, 1e7) == []
+    assert DEEPSEEK.source.outside(1e9, 1e10) == ["C = 6ND = 6e+19 outside 1e+17-2e+19"]

@@ -1,6 +1,7 @@
 """The seven steps, the rounding, and what `auto` becomes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -100,6 +101,35 @@ def test_each_warning_in_plain_words():
         assert not said(word), word
 
 
+@pytest.mark.parametrize(
+    ("given", "advice", "check", "guess"),
+    [
+        ({}, "set optimizer.lr,", "check the learning rate", "its learning rate and batch are a guess"),
+        ({"lr": 1e-3}, "set budget.batch_tokens,", "check the batch", "its batch is a guess"),
+        (
+            {"batch_tokens": 9_000_000},
+            "set optimizer.lr,",
+            "check the learning rate",
+            "its learning rate is a guess",
+        ),
+    ],
+)
+def test_what_is_set_is_no_longer_warned_of(given, advice, check, guess):
+    """Of the law's range, optimizer, synchroniser and models only what is left to it; of the batch always."""
+    law = replace(STEP_LAW, kind="canon=AC")
+    inputs = {"optimizer": "muon", "sync": "demo", "kind": "canon=none", "weight_decay": 0.1} | given
+    warnings = make_plan(Inputs(1e6, 1e9, **inputs), law).warnings
+    assert "is extrapolated" in warnings[0]
+    for word, warning in zip((advice, check, guess), warnings[1:4], strict=True):
+        assert word in warning
+    both = make_plan(Inputs(1e6, 1e9, **inputs | {"lr": 1e-3, "batch_tokens": 9_000_000}), law).warnings
+    for text, word in zip(both, ("exceeds the critical", "x the law's", "steps are few"), strict=True):
+        assert word in text
+    if "batch_tokens" in given:
+        assert warnings[4:] == both
+        assert not any("disagree" in text for text in make_plan(Inputs(1e6, 1e8, **given)).warnings)
+
+
 def test_few_steps_are_those_of_the_law_s_own_runs():
     """The quickstart's: its smallest budget, 199,680 tokens at .5679 * D^.571 = 603.6 tokens a batch."""
     law = named_law("quickstart")
@@ -193,6 +223,19 @@ def test_what_is_set_stays_and_a_clamp_is_said():
     assert run.optimizer.weight_decay == 0.3
     assert [w for w in warnings if "clamped to 0.3" in w]
     assert [w for w in warnings if "x the law's" in w]
+
+
+def test_the_batch_is_warned_of_when_learning_rate_and_weight_decay_are_set():
+    """4096 ranks of dense-125m: one window each is twice the critical batch."""
+    run = config()
+    run.budget.tokens, run.optimizer.lr, run.optimizer.weight_decay = 2.5e9, 1e-3, 0.1
+    _, warnings = resolve(run, {}, Machine(4096, "cuda", True), None)
+    assert run.budget.batch_tokens == 4096 * 1024
+    for word in ("exceeds the critical 2,119,333", "31 x the law's 134,788", "597 steps are few"):
+        assert [w for w in warnings if word in w], word
+    assert not [w for w in warnings if "learning rate" in w or "weight decay" in w]
+    # at a resume all three are set, and the first attempt has said it
+    assert resolve(run, {}, Machine(4096, "cuda", True), None)[1] == []
 
 
 def test_without_a_budget_it_is_one_epoch():
