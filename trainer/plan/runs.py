@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stepline.trainer.errors import UserError, nearest
+from stepline.trainer.plan.planner import LAW_RANGE, PARAMS_RANGE, TOKENS_RANGE
 
 COLUMNS = (
     "name", "params", "tokens", "lr", "batch_tokens", "weight_decay", "optimizer", "sync", "schedule", "kind", "seed",
@@ -30,6 +31,14 @@ STEP_LAW_NAMES = {
 }
 STEP_LAW_SEQUENCE = 2048
 DIVERGED = 1.5
+BOUNDS = {
+    "params": PARAMS_RANGE,
+    "active_params": PARAMS_RANGE,
+    "tokens": TOKENS_RANGE,
+    "lr": LAW_RANGE,
+    "batch_tokens": LAW_RANGE,
+}
+"""What a run may have: as for a plan. A loss above LAW_RANGE is one that diverged."""
 SAME_TOKENS = 1.02
 """Runs whose D differ by less belong to one cell: steps are whole, so D is a multiple of the batch."""
 
@@ -152,10 +161,7 @@ def read_runs(path: str | Path) -> RunTable:
     if not ours:
         return RunTable(str(path), cells, optimizer, sync, "final learning rate 1e-5, weight decay .1")
     assumes = [f"schedule {schedule}"] if (schedule := constant(path, rows, "schedule", "")) else []
-    decays = sorted(
-        {value for _, row in rows if (value := row.get("weight_decay"))}, key=lambda v: (len(v), v)
-    )
-    if decays:
+    if decays := weight_decays(path, rows):
         assumes.append(f"weight decay {decays[0]}" + ("" if len(decays) == 1 else f" to {decays[-1]}"))
     held_out, kind = (constant(path, rows, column, "") for column in ("held_out", "kind"))
     return RunTable(str(path), cells, optimizer, sync, ", ".join(assumes), held_out, kind)
@@ -197,6 +203,14 @@ def parse(path: Path, line: int, row: dict[str, str], names: dict[str, str]) -> 
         values["active_params"] = number("active_params")
     if names["batch_tokens"] == "bs":
         values["batch_tokens"] *= number("seq_len") if "seq_len" in names else STEP_LAW_SEQUENCE
+    # After the multiplication: what a fit takes to powers and compares must not overflow.
+    for name, value in values.items():
+        low, high = BOUNDS[name]
+        if not low <= value <= high:
+            told = f"is {row[names[name]]}" if value == float(row[names[name]]) else f"gives {value:g} tokens"
+            raise UserError(
+                f"{path} line {line}: {names[name]} {told}; it must be between {low:g} and {high:g}"
+            )
     if "diverged" in names and row["diverged"] not in ("0", "1"):
         raise UserError(f"{path} line {line}: diverged is '{row['diverged']}'; it must be 0 or 1")
     loss, said = row[names["loss"]], row["diverged"] if "diverged" in names else None
@@ -204,7 +218,26 @@ def parse(path: Path, line: int, row: dict[str, str], names: dict[str, str]) -> 
         return Run(**values, loss=math.inf)
     if not loss:
         raise UserError(f"{path} line {line} has no loss but is not marked as diverged")
-    return Run(**values, loss=number("loss"))
+    value, (low, high) = number("loss"), LAW_RANGE
+    if value < low:
+        raise UserError(f"{path} line {line}: {names['loss']} is {loss}; it must be at least {low:g}")
+    return Run(**values, loss=value if value <= high else math.inf)
+
+
+def weight_decays(path: Path, rows: list[tuple[int, dict[str, str]]]) -> list[str]:
+    """The values of the column, as they are written, the smallest first; raises UserError for what is no number."""
+    values: dict[str, float] = {}
+    for line, row in rows:
+        if text := row.get("weight_decay"):
+            try:
+                values[text] = float(text)
+            except ValueError:
+                values[text] = math.nan
+            if not 0 <= values[text] < math.inf:
+                raise UserError(
+                    f"{path} line {line}: weight_decay is '{text}'; it must be a number at least 0, or empty"
+                )
+    return sorted(values, key=values.__getitem__)
 
 
 def group(runs: Iterable[Run]) -> tuple[Cell, ...]:

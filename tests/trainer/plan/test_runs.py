@@ -37,6 +37,26 @@ def test_own_runs(tmp_path):
     assert first.best() == tuple(cells[0][2][cells[0][2][:, 2].argmin()])
 
 
+def test_weight_decays_are_numbers_not_texts(tmp_path):
+    """By length .08123 came last, as the largest."""
+    decays = ("0.1", "0.02", "0.08123", "3e-1", "0.05")
+    assert read(tmp_path, HEADER + "".join(ROW.replace(",0.1,", f",{wd},") for wd in decays)).assumes == (
+        "schedule linear, weight decay 0.02 to 3e-1"
+    )
+    assert read(tmp_path, HEADER + ROW.replace(",0.1,", ",,")).assumes == "schedule linear"
+    for wd in ("auto", "nan", "-0.1", "inf"):
+        with pytest.raises(
+            UserError, match=f"line 3: weight_decay is '{wd}'; it must be a number at least 0"
+        ):
+            read(tmp_path, HEADER + ROW + ROW.replace(",0.1,", f",{wd},"))
+
+
+def test_a_loss_beyond_any_use_is_one_that_diverged(tmp_path):
+    table = read(tmp_path, HEADER + ROW + ROW.replace("3.5", "1e250").replace("0.001,", "0.002,"))
+    assert table.diverged == 1
+    assert table.cells[0].best() == (0.001, 64.0, 3.5)
+
+
 def test_step_laws_columns(tmp_path):
     """Sequences of 2048; the smoothed loss; a loss above 1.5 times the cell's best counts as diverged."""
     rows = "\ufeff" + STEP_HEADER
@@ -96,6 +116,18 @@ def test_tokens_that_differ_by_a_batch_are_one_cell(tmp_path):
         (HEADER + ROW.replace("0.001", "fast"), "line 2: lr is 'fast', which is no number"),
         (HEADER + ROW + ROW.replace("3.5", "-3.5"), "line 3: loss is -3.5; it must be positive"),
         (HEADER + ROW.replace("1000,", "0,"), "line 2: params is 0; it must be positive"),
+        (HEADER + ROW.replace("1000,", "1e16,"), "line 2: params is 1e16; it must be between 1 and 1e+15"),
+        (HEADER + ROW.replace("20000", "1e19"), "line 2: tokens is 1e19; it must be between 1 and 1e+18"),
+        (HEADER + ROW.replace("0.001", "1e300"), "line 2: lr is 1e300; it must be between 1e-20 and 1e+20"),
+        (HEADER + ROW.replace("0.001", "1e-300"), "line 2: lr is 1e-300; it must be between 1e-20 and 1e+20"),
+        (HEADER + ROW.replace(",64,", ",1e306,"), "line 2: batch_tokens is 1e306; it must be between"),
+        (HEADER + ROW.replace("3.5", "1e-200"), "line 2: loss is 1e-200; it must be at least 1e-20"),
+        ("lr,bs,loss,D,N\n1e-3,1e306,2.5,4e9,2e9\n", "line 2: bs gives inf tokens; it must be between 1e-20 and 1e+20"),
+        ("lr,bs,loss,D,N\n1e-3,1e19,2.5,4e9,2e9\n", "line 2: bs gives 2.048e+22 tokens; it must be between"),
+        (
+            "lr,bs,loss,D,N,seq_len\n1e-3,32,2.5,4e9,2e9,1e300\n",
+            "line 2: bs gives 3.2e+301 tokens; it must be between",
+        ),
         (HEADER + ROW.replace("3.5", "nan"), "line 2: loss is nan; it must be positive"),
         (HEADER + ROW.replace("3.5", ""), "line 2 has no loss but is not marked as diverged"),
         (HEADER + ROW.replace(",0,1\n", ",no,1\n"), "line 2: diverged is 'no'; it must be 0 or 1"),
