@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ class Verifier:
 
     def __init__(self, files: Sequence[ShardFile], background: bool) -> None:
         self.background = background
-        """Whether steps are made before the check is done; alike on all ranks of `start_verifying`."""
+        """Whether steps are made before the check is done; alike on all ranks that read the same files."""
         self._files = list(files)
         self._problem: str | None = None
         self._stop = threading.Event()
@@ -148,11 +149,23 @@ class Verifier:
             log.info("data: %.0f MB agree with their checksums (%.1f s)", read, seconds)
 
 
+def sharers(metas: Sequence[Meta], rank: int, gather: Callable[[Any], list]) -> tuple[int, int]:
+    """This rank's place among the ranks that read the same files, and their number: where nodes have copies of their
+    own, each copy is checked. A collective.
+
+    gather: takes a value and returns those of all ranks, by rank.
+    """
+    status = [(meta.path / "meta.json").stat() for meta in metas]
+    # `cp -a` onto two fresh disks may give both copies one number and one time, but not one time of the copying
+    seen = gather([(s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in status])
+    same = [other for other, files in enumerate(seen) if files == seen[rank]]
+    return same.index(rank), len(same)
+
+
 def start_verifying(config: Config, metas: Sequence[Meta], rank: int, world_size: int) -> Verifier:
     """Checks this rank's share of the shards that the run reads, as `data.verify` says.
 
-    In the mode `start` the result is there when this returns. Ranks whose disks differ must each give their place
-    among the ranks of their own machine, or copies on other machines go unchecked.
+    In the mode `start` the result is there when this returns. rank, world_size: of the `sharers`.
     """
     mode = config.data.verify
     files = [] if mode == "off" else shard_files(metas, ("train", config.logging.eval_split))

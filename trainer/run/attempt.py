@@ -15,7 +15,7 @@ from stepline.comm.fsdp import forget_gathered
 from stepline.trainer.config import Config
 from stepline.trainer.data.dataset import source_names
 from stepline.trainer.data.loader import ValidationLoader
-from stepline.trainer.data.verify import Verifier
+from stepline.trainer.data.verify import Verifier, sharers, start_verifying
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, sound_checkpoint
 from stepline.trainer.run.evaluate import evaluate
@@ -209,6 +209,17 @@ def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
         if counters["run_id"] and not run_id.exists():
             run_id.write_text(counters["run_id"] + "\n", encoding="utf-8")
     log.info("continuing %s at step %d", job.resume_from, state.step)
+
+
+def verify_data(job: Job, group: dist.ProcessGroup) -> Verifier:
+    """Starts to check the data: every copy of it, each by the ranks that read it. A collective."""
+
+    def gather(value: Any) -> list:
+        found: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, value, group=group)
+        return found
+
+    return start_verifying(job.config, job.metas, *sharers(job.metas, job.world.rank, gather))
 
 
 def refuse_damaged_data(verifier: Verifier, group: dist.ProcessGroup, consequence: str = "") -> None:

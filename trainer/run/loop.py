@@ -15,12 +15,11 @@ from stepline.models.revffn import streams_of, take_max
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import write_config
-from stepline.trainer.data.verify import start_verifying
 from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, USER_ERROR, TrainingStopped, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import learning_rate_multiplier
 from stepline.trainer.plan.explain import plan_json
-from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due
+from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due, verify_data
 from stepline.trainer.run.products import choose_products
 from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.signals import StopSignal
@@ -54,7 +53,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
 
     mesh = build_mesh(device, world.size, config.parallel.shard)
     group = dist.new_group(backend="gloo")  # of the host's own bookkeeping
-    verifier = start_verifying(config, job.metas, world.rank, world.size)
+    verifier = verify_data(job, group)
     refuse_damaged_data(verifier, group)
     state = TrainState.create(config, device, mesh, world.rank, job.fingerprints)
     state.loader.on_damage = verifier.report

@@ -20,6 +20,7 @@ from stepline.trainer.data.verify import (
     ShardFile,
     Verifier,
     shard_files,
+    sharers,
     shares,
     start_verifying,
     verify_shards,
@@ -64,6 +65,36 @@ def test_one_flipped_bit_is_found_and_named(folder, mode):
     assert found[0].startswith(f"{shard} is damaged (its checksum differs from meta.json)")
     off = start_verifying(config("off"), [load_meta(folder)], 0, 1)
     assert off.problem() is None
+
+
+def places(*folders: Path) -> list[tuple[int, int]]:
+    """Of ranks that read these folders."""
+    seen = []
+    for folder in folders:
+        sharers([load_meta(folder)], 0, lambda value: seen.append(value) or [value])
+    return [sharers([load_meta(folder)], rank, lambda _: seen) for rank, folder in enumerate(folders)]
+
+
+def test_ranks_that_read_the_same_files_divide_them(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert places(folder, tmp_path / "link", folder) == [(0, 3), (1, 3), (2, 3)]
+    assert places(folder, tmp_path / "copy", folder) == [(0, 2), (0, 1), (1, 2)]
+
+
+def test_a_copy_with_the_number_and_the_time_of_the_first_is_another(folder, monkeypatch):
+    status = (folder / "meta.json").stat()
+    changed = iter([1, 1, 2, 2, 1, 1, 2, 2])
+
+    def stat(path: Path) -> SimpleNamespace:
+        fields = {"st_ino": status.st_ino, "st_mtime_ns": status.st_mtime_ns}
+        return SimpleNamespace(**fields, st_ctime_ns=next(changed))
+
+    meta, seen = SimpleNamespace(path=folder), []
+    monkeypatch.setattr(Path, "stat", stat)
+    for _ in range(4):
+        sharers([meta], 0, lambda value: seen.append(value) or [value])
+    assert [sharers([meta], rank, lambda _: seen) for rank in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
 
 
 def test_missing_and_short_files(folder):

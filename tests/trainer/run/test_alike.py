@@ -107,6 +107,19 @@ def test_what_a_node_may_have_of_its_own(start, tiny_data, tmp_path):
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
 
 
+def test_every_nodes_copy_of_the_data_is_checked(start, tiny_data, tmp_path):
+    """The largest shard, which with shared files is the first rank's to read, is damaged in the second one's copy."""
+    shutil.copytree(tiny_data, tmp_path / "copy")
+    (shard,) = (tmp_path / "copy").glob("train*.bin")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    codes, outcome = start(f"data.path={tmp_path / 'copy'}")
+    assert codes == [2, 2]
+    assert outcome["message"].startswith(f"{shard} is damaged (its checksum differs from meta.json)")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_all_but_what_may_differ_is_compared(tiny_config):
     config, origins = load_config(str(tiny_config))
     assert origins.keys() - compared(config).keys() == {
