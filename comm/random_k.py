@@ -59,12 +59,8 @@ class RandomK(Synchronizer):
             return StepResult(0, 0, skip)
         self.waiting.accumulate(lr)
         self.updates += 1
-        generator = torch.Generator().manual_seed(hash((self.settings.seed, int(self.updates))))
         deltas = {n: t.view(-1) for n, t in self.waiting.local().items()}
-        places = {
-            n: random_places(d.numel(), self.settings.density, generator).to(d.device)
-            for n, d in deltas.items()
-        }
+        places = self._places(deltas)
         values = [deltas[n][places[n]] for n in deltas] + [self.gradient(n).reshape(-1) for n in self.vectors]
         sent = torch.cat(values)
         wide, sizes = sent.dtype, [len(v) for v in values]
@@ -86,6 +82,19 @@ class RandomK(Synchronizer):
             self.dense.step(lr, self.settings.weight_decay)
         num_bytes = ring_bytes(sent.numel() * sent.element_size(), self.replicas)
         return StepResult(num_bytes, num_bytes, skip)
+
+    def _places(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of this update by name, on the deltas' device; drawn on the host, so that every device has the same."""
+        generator = torch.Generator().manual_seed(hash((self.settings.seed, int(self.updates))))
+        drawn = [random_places(d.numel(), self.settings.density, generator) for d in deltas.values()]
+        together = torch.cat(drawn)
+        device = next(iter(deltas.values())).device
+        if device.type == "cuda":
+            together = (
+                together.pin_memory()
+            )  # a copy from other memory waits for all that the device has to do
+        parts = together.to(device, non_blocking=True).split([len(places) for places in drawn])
+        return dict(zip(deltas, parts, strict=True))
 
     def describe(self) -> dict[str, str]:
         """The waiting updates' optimizer, or the dense one's words."""

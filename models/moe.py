@@ -149,7 +149,9 @@ class MoE(nn.Module):
         """The slots and counts that are left when an expert takes its first tokens alone."""
         limit = max(1, round(self.config.capacity * len(slots) / self.config.experts))
         begin = counts.cumsum(0) - counts
-        place = torch.arange(len(slots), device=slots.device) - begin.repeat_interleave(counts)
+        place = torch.arange(len(slots), device=slots.device) - begin.repeat_interleave(
+            counts, output_size=len(slots)
+        )
         return slots[place < limit], counts.clamp(max=limit)
 
     def _balance(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepline.trainer.run.launch import run_training
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -52,6 +54,43 @@ def test_a_run_learns_is_profiled_and_goes_on_with_the_same_bits(sh, data, tmp_p
     assert "step-000006 at step 6" in (again / "logs" / "attempt-2" / "rank-0.log").read_text()
     assert {row["step"]: row["loss"] for row in rows(again) if "loss" in row} == losses
     assert rows(again)[-1]["val_loss"] == rows(run)[-1]["val_loss"]
+
+
+SPARSE = ["sparse.mode=s-ste", "sparse.grad_weight=mvue"]
+KINDS = {
+    "sparse": SPARSE,
+    "fp8": ["precision.fp8=true"],
+    "fp8, scales of rows": ["precision.fp8=true", "precision.fp8_scales=row"],
+    "sparse fp8": [*SPARSE, "precision.fp8=true"],
+    "experts": ["model.ffn=moe", "model.ffn_size=64", "model.moe.experts=4", "model.moe.capacity=1.5"],
+    "reversible": ["model.blocks=revffn"],
+    "reversible experts, sparse fp8": [
+        SPARSE[0], "precision.fp8=true", "model.blocks=revffn", "model.ffn=moe", "model.ffn_size=64",
+        "model.moe.experts=4",
+    ],
+    "demo": ["parallel.sync=demo"],
+    "demo, a step late": ["parallel.sync=demo", "parallel.demo.delay=1"],
+    "diloco": ["parallel.sync=diloco", "parallel.diloco.every=4"],
+    "random-k": ["parallel.sync=random_k"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_learns_and_logs(data, tmp_path, kind):
+    """In this process and without compiling, which saves the start of another; every step is logged."""
+    options = [
+        f"data.path={data}",
+        *SHAPE,
+        *KINDS[kind],
+        f"run.folder={tmp_path / 'run'}",
+        "run.compile=false",
+    ]
+    assert run_training("quickstart", options, "never") == 0
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
+    assert all(0 <= row["flip_rate"] < 0.5 for row in steps if "sparse" in kind)
+    assert len([row for row in steps if "flip_rate" in row]) == (12 if "sparse" in kind else 0)
+    assert all("fp8_flushed" in row for row in steps if "fp8" in kind)
 
 
 def test_a_compiled_run_is_evaluated_and_writes(sh, data, tmp_path):

@@ -1,6 +1,7 @@
 """2:4 sparse layers in a run: their scales after initialisation, the phases of the run, and what is shown of them."""
 
 import functools
+import itertools
 from types import EllipsisType
 
 import torch
@@ -16,7 +17,7 @@ from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
 from stepline.models.sparse_linear import SparseLinear, mode_of, sparse_weights
 from stepline.trainer.config import Config
 from stepline.trainer.run.precision import compute_dtype
-from stepline.trainer.run.step import all_sum
+from stepline.trainer.run.step import all_sum, to_device
 
 
 @torch.no_grad()
@@ -98,13 +99,13 @@ class Fp8Gather:
     @torch.no_grad()
     def flushed(self) -> Tensor | None:
         """(values of this rank's weights that are not zero, those of them whose 8 bits are zero); None without any."""
-        parts = [
+        dealt = (  # one weight after the other: all of them in the products' type would be half of the model again
             (local(weight).to(self.compute), cast.shard, layer.sparse)
             for layer, weight, cast in zip(self.layers, self.weights, self.casts, strict=True)
-        ]
-        parts += [(layer.weight, layer.cast_weight()[0], layer.sparse) for layer in self.whole]
+        )
+        whole = ((layer.weight, layer.cast_weight()[0], layer.sparse) for layer in self.whole)
         counts = []
-        for x, q, sparse in parts:
+        for x, q, sparse in itertools.chain(dealt, whole):
             there = (soft_threshold(x) if sparse else x) != 0
             counts.append(torch.stack([there.sum(), (there & (q.float() == 0)).sum()]))
         return torch.stack(counts).sum(0).double() if counts else None
@@ -149,7 +150,9 @@ class Sparsity:
         self.enter_phase(step)
         if self.seeds:  # a function of the run's seed, rank, step and layer: a resumed run repeats them
             keys = [hash((*self.key, step, layer)) & (2**62 - 1) for layer in range(len(self.seeds))]
-            torch._foreach_copy_(self.seeds, list(torch.tensor(keys, device=self.seeds[0].device).unbind()))
+            torch._foreach_copy_(
+                self.seeds, list(to_device(torch.tensor(keys), self.seeds[0].device).unbind())
+            )
         self.refresh()
         self._before = [self._mask(weight) for _, weight, _ in self.weights] if watched else []
         self._flushed = self.fp8.flushed() if watched else None
@@ -163,8 +166,14 @@ class Sparsity:
 
     @staticmethod
     def _mask(weight: Tensor) -> Tensor:
+        """Which of four weights are kept, a bit each: uint8 [numel / 4] of this rank's part."""
         part = local(weight.data)
-        return soft_threshold(part) != 0 if part.numel() else part.bool()
+        kept = (
+            (soft_threshold(part) != 0 if part.numel() else part)
+            .reshape(part.numel() // 4, 4)
+            .to(torch.uint8)
+        )
+        return kept[:, 0] | kept[:, 1] << 1 | kept[:, 2] << 2 | kept[:, 3] << 3
 
     @torch.no_grad()
     def row(self) -> dict[str, float]:
@@ -175,8 +184,9 @@ class Sparsity:
         if self._before:
             flips = torch.zeros(2, dtype=torch.float64, device=self._before[0].device)
             for (_, weight, _), before in zip(self.weights, self._before, strict=True):
-                changed = (self._mask(weight) != before).sum()
-                flips += torch.stack([changed, torch.tensor(before.numel())]).to(flips)
+                changed = self._mask(weight) ^ before
+                flips[0] += sum((changed >> bit & 1).sum() for bit in range(4))
+                flips[1] += 4 * before.numel()
             changed, total = all_sum(flips).tolist()
             betas = torch.stack([beta.double() for _, _, beta in self.weights])
             row = {

@@ -211,3 +211,27 @@ def test_what_a_device_does_instead_is_said(tiny_config, tmp_path, overrides, se
     said = [note for note in job.notes if "FP8" in note or "2:4" in note]
     assert len(said) == len(sentences)
     assert all(sentence in note for sentence, note in zip(sentences, said, strict=True))
+
+
+def kept(four: list[float]) -> list[bool]:
+    """Of four values those above the third in magnitude."""
+    third = sorted(map(abs, four))[1]
+    return [abs(x) > third for x in four]
+
+
+def test_the_flip_rate_is_that_of_plain_loops(tiny_config, tmp_path):
+    options = [*SPARSE, *MOE, f"run.folder={tmp_path / 'run'}"]
+    config = start_job(str(tiny_config), options, "never", World(0, 1, 0, 1)).config
+    model = build_model(config, torch.device("cpu"), None)
+    sparsity, draw = Sparsity(config, model), torch.Generator().manual_seed(0)
+    sparsity.begin(0, watched=True)
+    flips = total = 0
+    for _, weight, _ in sparsity.weights:
+        before = weight.detach().reshape(-1, 4).tolist()
+        with torch.no_grad():
+            weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=draw)
+        for a, b in zip(before, weight.detach().reshape(-1, 4).tolist(), strict=True):
+            flips += sum(x != y for x, y in zip(kept(a), kept(b), strict=True))
+            total += 4
+    assert 0.05 < flips / total < 0.5
+    assert sparsity.row()["flip_rate"] == pytest.approx(flips / total, rel=1e-12)
