@@ -223,28 +223,26 @@ def whole_matrices(config: Config) -> bool:
 
 
 def auto_micro_batch(config: Config, batch_tokens: float, machine: Machine) -> int:
-    """Windows of a micro-batch: a rank's share of the batch, in equal pieces that are not larger than useful.
+    """Windows of a micro-batch: a rank's share of the batch, in as few equal pieces as are not larger than useful.
 
     batch_tokens: the config's batch, or the law's where that is open. The law's goes to the nearest number of windows a
-    rank that has such pieces, so that the batch, rounded to micro-batches on all ranks, never shrinks when D grows.
+    rank that so many pieces divide. Rounded to micro-batches on all ranks it then never shrinks when D grows.
     """
     most = max(1, MICRO_BATCH_TOKENS[machine.device] // config.data.seq_len)
     each = machine.world_size * config.data.seq_len
+
+    def pieces(windows: int) -> int:
+        return math.ceil(windows / most)
+
     if config.budget.batch_tokens != "auto":
         share = math.ceil(batch_tokens / each)
-        return equal_piece(share, most) or math.ceil(share / math.ceil(share / most))
-    low = max(1, math.floor(batch_tokens / each))
-    while not equal_piece(low, most):
-        low -= 1
-    high = low + 1
-    while not equal_piece(high, most):
-        high += 1
-    # as in `round_batch`, which then finds the same batch
-    nearest = high if batch_tokens / (low * each) > high * each / batch_tokens else low
-    return equal_piece(nearest, most)
-
-
-def equal_piece(windows: int, most: int) -> int:
-    """The largest divisor of `windows` up to `most`; 0 where `windows` are more and it is less than half of `most`."""
-    least = 1 if windows <= most else math.ceil(most / 2)
-    return next((size for size in range(min(windows, most), least - 1, -1) if windows % size == 0), 0)
+    else:
+        low = max(1, math.floor(batch_tokens / each))
+        while low % pieces(low):
+            low -= 1
+        high = low + 1
+        while high % pieces(high):
+            high += 1
+        # In tokens, as in `round_batch`, which then finds the same batch: its neighbours are no nearer than these.
+        share = high if batch_tokens / (low * each) > high * each / batch_tokens else low
+    return math.ceil(share / pieces(share))

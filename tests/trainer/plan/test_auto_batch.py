@@ -16,7 +16,6 @@ from stepline.trainer.plan.resolve import (
     Machine,
     auto_micro_batch,
     config_inputs,
-    equal_piece,
     resolve,
 )
 
@@ -70,11 +69,14 @@ def test_micro_batches_are_whole_and_useful_and_the_batch_is_near(windows, world
     share = plan.batch_tokens / (world * seq_len)
     assert share == micro_batch * plan.grad_accumulation
     assert micro_batch <= most
-    assert 2 * micro_batch >= min(share, most)
+    assert plan.grad_accumulation == math.ceil(share / most)
     if windows > 1:
-        # Every window up to `most`; beyond, multiples of some size in each [k, k + 1) times it.
-        assert abs(math.log2(share / windows)) <= 0.5
+        assert (
+            abs(math.log2(share / windows)) <= 0.5 + 1e-9
+        )  # from 1 to 2, or from 2 to 4 where 2 are the most
         assert plan.penalty_percent <= 0.29 * 0.5**2 + 1e-9
+    if windows > 16 and most >= 16:
+        assert plan.penalty_percent <= 0.0021  # from 16 to 18
 
 
 @pytest.mark.parametrize(
@@ -88,9 +90,11 @@ def test_micro_batches_are_whole_and_useful_and_the_batch_is_near(windows, world
         (3.6, 4, 1),
         (16.4, 16, 1),
         (17.1, 9, 2),  # 17 is a prime: 18
-        (26.8, 9, 3),
+        (26.8, 13, 2),
         (31.7, 16, 2),
-        (131.6, 12, 11),  # 131 is a prime: 132
+        (33.4, 11, 3),
+        (131.6, 15, 9),  # 128 or 135
+        (130.4, 16, 8),
     ],
 )
 def test_windows_a_rank(windows, micro_batch, pieces):
@@ -100,24 +104,18 @@ def test_windows_a_rank(windows, micro_batch, pieces):
 
 @pytest.mark.parametrize(
     ("windows", "world", "micro_batch"),
-    [(4, 8, 1), (16, 8, 2), (20, 8, 3), (33, 1, 11), (34, 1, 12), (27, 1, 9), (4096, 8, 16)],
+    [(4, 8, 1), (16, 8, 2), (20, 8, 3), (33, 1, 11), (34, 1, 12), (27, 1, 14), (4096, 8, 16)],
 )
-def test_a_batch_that_is_set_is_covered_by_as_few_windows_as_can_be(windows, world, micro_batch):
-    """20 windows on 8 ranks were two micro-batches of 2, 12 of 32 places empty; 34 = 2 x 17 leave 2 of 36."""
+def test_a_batch_that_is_set_leaves_few_places_empty(windows, world, micro_batch):
+    """20 windows on 8 ranks were two micro-batches of 2, 12 of 32 places empty; they are one of 3."""
     run = config(1e9, batch_tokens=windows * 1024)
     assert planned(run, world).inputs.micro_batch == micro_batch
-
-
-@given(st.integers(1, 5000), st.integers(1, 300))
-def test_equal_pieces(windows, most):
-    size, divisors = equal_piece(windows, most), [n for n in range(1, most + 1) if windows % n == 0]
-    assert size == (divisors[-1] if 2 * divisors[-1] >= min(most, windows) else 0)
 
 
 def test_train_keeps_the_batch_when_memory_cuts_the_micro_batch():
     batches = set()
     for memory in (None, 80_000_000_000, 700_000_000):
-        run = config(tokens_of(27.2, 8))
+        run = config(tokens_of(27.6, 8))
         plan, _ = resolve(run, {}, Machine(8, "cuda", True, memory), None)
         batches.add((run.budget.batch_tokens, plan.batch_tokens))
-    assert batches == {(27 * 8 * 1024, 27 * 8 * 1024)}
+    assert batches == {(28 * 8 * 1024, 28 * 8 * 1024)}
