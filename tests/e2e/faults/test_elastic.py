@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS = 200
+STEPS = 120
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -44,7 +44,7 @@ def test_a_node_leaves_and_comes_back(start, undisturbed, tmp_path, leaves):
             *options,
             ranks=1,
             torchrun=[*elastic, conf],
-            faults={"sleep": {"step": 0.15}, "awake": str(all_there)},
+            faults={"sleep": {"step": 0.35}, "awake": str(all_there)},
             # A store of its own for each membership: in the shared one a node that comes later waits in vain.
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
