@@ -48,7 +48,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 class TrainingStopped(Exception):
     """The run ended itself on all ranks (too many skipped steps): one sentence, exit code 1.
 
-    diverged: what it was asked to train leads there again, on any machine.
+    diverged: steps were skipped for what came out of them; more of the same is likely to lead there again.
     """
 
     def __init__(self, sentence: str, *, diverged: bool = False) -> None:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,17 @@ def verify_shards(meta: Meta, splits: Sequence[str], rank: int, world_size: int)
 class Verifier:
     """The check of one rank's files, done when made or in a thread of its own; may be asked from any thread."""
 
-    def __init__(self, files: Sequence[ShardFile], background: bool) -> None:
+    def __init__(
+        self, files: Sequence[ShardFile], background: bool, held_out: Collection[ShardFile] = ()
+    ) -> None:
+        """held_out: those of the files that no step reads."""
+        self.held_out = frozenset(held_out)
         self.background = background
         """Whether steps are made before the check is done; alike on all ranks that read the same files."""
         self._files = list(files)
         self._problem: str | None = None
+        self.trained_on = False
+        """Whether steps may have read what is wrong."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if background:
@@ -120,9 +126,10 @@ class Verifier:
         """
         return self._problem
 
-    def report(self, problem: str) -> None:
-        """Takes note of what a loader has found wrong."""
-        self._problem = self._problem or problem
+    def report(self, problem: str, trained_on: bool = True) -> None:
+        """Takes note of what a loader has found wrong; trained_on: in what steps read."""
+        if self._problem is None or trained_on > self.trained_on:
+            self.trained_on, self._problem = trained_on, problem
 
     @property
     def done(self) -> bool:
@@ -142,7 +149,7 @@ class Verifier:
             if self._stop.is_set():
                 return
             if wrong is not None:
-                self._problem = f"{file.path} {wrong}; {MEND}"
+                self.report(f"{file.path} {wrong}; {MEND}", trained_on=file not in self.held_out)
                 return
         if self._files:
             read, seconds = sum(file.size for file in self._files) / 1e6, time.monotonic() - start
@@ -173,4 +180,5 @@ def start_verifying(config: Config, metas: Sequence[Meta], rank: int, world_size
     if mode == "auto":
         largest = max(sum(file.size for file in part) for part in parts)
         mode = "start" if largest <= START_BYTES else "background"
-    return Verifier(parts[rank], background=mode == "background")
+    held_out = set(shard_files(metas, (config.logging.eval_split,))) - set(shard_files(metas, ("train",)))
+    return Verifier(parts[rank], background=mode == "background", held_out=held_out)

@@ -120,6 +120,19 @@ def assumed_machine(config: Config, world: int) -> Machine:
     return Machine(world, device, bf16=device == "cuda")
 
 
+def settle_assumed(config: Config, world: int) -> None:
+    """`settle_machine` for ranks that are not there; raises UserError, which says so where it is of them alone."""
+    asked = config.model_copy(deep=True)
+    try:
+        settle_machine(config, {}, assumed_machine(config, world))
+    except UserError as error:
+        try:
+            settle_machine(asked, {}, Machine(world, "cpu", bf16=False))
+        except UserError:
+            raise error from None
+        raise UserError(f"{error} (for GPUs in bf16, which are assumed unless run.device is cpu)") from None
+
+
 def step_memory(config: Config, plan: Plan) -> tuple[Memory, Layout] | None:
     """What a step takes on each device, sharded over all ranks where the config says `auto`; None when the number
     of ranks is not known."""
@@ -139,8 +152,11 @@ def memory_text(memory: Memory, layout: Layout, config: Config) -> str:
     ranks = "not sharded" if layout.shard == 1 else f"sharded over {over} ranks"
     text = f"memory: {gigabytes(memory.total)} on each device at the peak, in the {memory.moment} "
     text += f"({ranks}, micro-batch {layout.micro_batch}, {config.precision.compute})"
-    if config.parallel.shard == "auto" and config.run.device == "cuda" and 1 < layout.shard == layout.world:
-        text += "; train shards over as few ranks as the devices' memory allows"
+    if config.parallel.shard == "auto" and config.run.device == "cuda":
+        if config.parallel.sync != "all_reduce":
+            text += "; on several nodes train shards over the ranks of each"
+        elif 1 < layout.shard == layout.world:
+            text += "; train shards over as few ranks as the devices' memory allows"
     return text
 
 
@@ -157,7 +173,7 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
     if ask.world_size is None:
         check_run(config, None)
     else:
-        settle_machine(config, {}, assumed_machine(config, ask.world_size))
+        settle_assumed(config, ask.world_size)
     if ask.tokens is not None:
         config.budget.tokens, config.budget.steps = ask.tokens, None
     if ask.micro_batch is not None:

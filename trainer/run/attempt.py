@@ -1,5 +1,6 @@
 """What accompanies the training state while an attempt lasts: who watches it, saves it and ends it."""
 
+import functools
 import logging
 import signal
 import time
@@ -180,16 +181,17 @@ class Attempt:
     def refuse_damaged_data(self) -> None:
         """Ends all ranks where one of them has found a damaged shard while training (UserError).
 
-        What this attempt has trained may have read it: its checkpoints no longer count.
+        What this attempt has trained may have read it: its checkpoints no longer count, unless the text is held out.
         """
         self.saver.finish()
-        if self.job.world.rank == 0:
-            for checkpoint in complete_checkpoints(self.job.folder):
-                if step_of(checkpoint) > self.first_step:
-                    retire(checkpoint, SUPERSEDED)
-        refuse_damaged_data(
-            self.verifier, self.group, f"; what was trained since step {self.first_step} is given up"
-        )
+        problem, trained_on = damage(self.verifier, self.group)
+        if trained_on:
+            problem += f"; what was trained since step {self.first_step} is given up"
+            if self.job.world.rank == 0:
+                for checkpoint in complete_checkpoints(self.job.folder):
+                    if step_of(checkpoint) > self.first_step:
+                        retire(checkpoint, SUPERSEDED)
+        raise UserError(problem)
 
     def _save_failed(self, why: str) -> None:
         self.watch.alert("Checkpoint failed", why, "error")
@@ -222,13 +224,19 @@ def verify_data(job: Job, group: dist.ProcessGroup) -> Verifier:
     return start_verifying(job.config, job.metas, *sharers(job.metas, job.world.rank, gather))
 
 
-def refuse_damaged_data(verifier: Verifier, group: dist.ProcessGroup, consequence: str = "") -> None:
-    """Raises UserError on all ranks where one of them has found a damaged shard."""
+def damage(verifier: Verifier, group: dist.ProcessGroup) -> tuple[str | None, bool]:
+    """What any rank has found wrong with the data, and whether steps may have read it; alike on all ranks."""
     found: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, verifier.problem(), group=group)
-    problem = next((text for text in found if text is not None), None)
-    if problem is not None:
-        raise UserError(problem + consequence)
+    dist.all_gather_object(found, (verifier.trained_on, verifier.problem()), group=group)
+    wrong = [one for one in found if one[1] is not None]
+    trained_on, problem = max(wrong, key=lambda one: one[0], default=(False, None))
+    return problem, trained_on
+
+
+def refuse_damaged_data(verifier: Verifier, group: dist.ProcessGroup) -> None:
+    """Raises UserError on all ranks where one of them has found a damaged shard before the first step."""
+    if (problem := damage(verifier, group)[0]) is not None:
+        raise UserError(problem)
 
 
 def validation_due(step: int, config: Config) -> bool:
@@ -255,6 +263,11 @@ def validate(
     return values
 
 
+def held_out_damage(report: Callable[..., None] | None) -> Callable[[str], None] | None:
+    """A loader's report, of text that no step reads."""
+    return None if report is None else functools.partial(report, trained_on=False)
+
+
 def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) -> dict[str, float] | None:
     config = state.config
     folders, results = [source.path for source in config.data.folders()], {}
@@ -268,7 +281,7 @@ def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) ->
             world_size=dist.get_world_size(),
             max_windows=None if whole else config.logging.eval_windows,
             confine_attention=config.data.confine_attention,
-            on_damage=state.loader.on_damage,
+            on_damage=held_out_damage(state.loader.on_damage),
         )
         score = evaluate(state.model, loader, state.device, interrupted)
         if score is None:

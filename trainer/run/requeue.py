@@ -46,7 +46,7 @@ def decide(code: int, outcome: dict, further: bool, preempted: bool) -> Verdict:
         return Verdict(TO_BE_CONTINUED, message, requeue=True)
     if status == STATUS[TO_BE_CONTINUED]:
         return Verdict(FAILED, f"{message}; it has come no further than the attempt before: raise --time")
-    if outcome.get("diverged"):  # from any checkpoint it comes to the same
+    if outcome.get("diverged") and not further:  # at the same place as before
         return Verdict(outcome["exit_code"], f"diverged: {message}")
     failed = f"failed: {message or f'the launchers ended with code {code}'}"
     if preempted:

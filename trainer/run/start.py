@@ -159,13 +159,13 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
     machine = Machine(world.size, device.type, bf16, memory, world.local_size)
-    refused = None
+    refused, asked = None, (config.model_copy(deep=True), dict(origins))
     try:
         plan, warnings = resolve(config, origins, machine, corpus)
     except DoesNotFit as error:
         if not dry:
             raise
-        refused = error
+        refused, (config, origins) = error, asked
         plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus)
     check_adapters(config)
     notes += warnings + idle_keys(config, origins)

@@ -4,7 +4,8 @@
 {"spike": {"30": 1}}             ... or 1000 times as large
 {"hang": {"15": 1}}              rank 1 sleeps for ever before step 15, once
 {"kill_in_save": {"20": 1}}      rank 1 dies by SIGKILL while it writes the checkpoint of step 20, once
-{"sleep": {"step": 0.1, "verify": 3, "first_step": 2, "validation": 0.2, "save": 1}}   seconds, added to each of them
+{"sleep": {"step": 0.1, "first_step": 2, "validation": 0.2, "save": 1}}   seconds, added to each of them
+{"verify_after": "FILE"}         the data is checked once this file is there
 {"awake": "FILE"}                no sleep of a step lasts, and none begins, once this file is there
 {"lock_wait": 2}                 seconds that a run waits for another one to leave its folder
 {"clock": {"20": 86400}}         the wall clock jumps so many seconds at step 20
@@ -82,7 +83,9 @@ def slow_evaluate(evaluate, model, loader, device, interrupted):
 
 
 def slow_check(check_file, *arguments, **options):
-    time.sleep(FAULTS["sleep"]["verify"])
+    deadline = time.monotonic() + 60
+    while not Path(FAULTS["verify_after"]).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     return check_file(*arguments, **options)
 
 
@@ -110,7 +113,7 @@ def main() -> int:
     checkpoint.dcp.save = functools.partial(faulty_save, checkpoint.dcp.save)
     if "validation" in FAULTS.get("sleep", {}):
         attempt.evaluate = functools.partial(slow_evaluate, attempt.evaluate)
-    if "verify" in FAULTS.get("sleep", {}):
+    if "verify_after" in FAULTS:
         verify.check_file = functools.partial(slow_check, verify.check_file)
     if "free_bytes" in FAULTS:
         shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, int(FAULTS["free_bytes"]))

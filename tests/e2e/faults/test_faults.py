@@ -156,7 +156,7 @@ def test_a_damaged_shard_of_data(start, same, data, tmp_path):
     assert run.end() == [2, 2]
     assert f"{shard} is damaged" in run.text()
     assert run.outcome()["status"] == "stopped"
-    later = {"sleep": {"verify": 3, "step": 0.1}}
+    later = {"sleep": {"step": 0.1}, "verify_after": str(folder / "checkpoints/step-000020/COMPLETE")}
     run = start(folder, option, "data.verify=background", faults=later)
     assert run.end() == [2, 2]
     assert f"what was trained since step {int(sound.removeprefix('step-'))} is given up" in run.text()

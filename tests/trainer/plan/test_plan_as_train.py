@@ -111,7 +111,14 @@ def test_replicas_on_slow_links_are_as_small_as_train_makes_them(arguments, shar
         ),
         ("dense-125m parallel.shard=8", "(sharded over all 8 ranks, micro-batch 16, bf16)"),
         ("dense-125m parallel.shard=2", "(sharded over 2 of 8 ranks, micro-batch 16, bf16)"),
-        ("dense-125m parallel.sync=demo", "(not sharded, micro-batch 16, bf16)"),
+        (
+            "dense-125m parallel.sync=demo",
+            "(not sharded, micro-batch 16, bf16); on several nodes train shards over the ranks of each",
+        ),
+        (
+            "olmoe-1b-7b parallel.experts=8 parallel.sync=diloco",
+            "(sharded over all 8 ranks, micro-batch 4, bf16); on several nodes train shards over the ranks of each",
+        ),
         ("dense-125m run.device=cpu", "(sharded over all 8 ranks, micro-batch 8, fp32)"),
     ],
 )
@@ -130,3 +137,14 @@ def test_a_replica_that_fits_is_not_sharded_and_takes_more():
     """What the sentence is for: 8 H200s hold a whole replica each, where the plan's estimate is of one in 8 parts."""
     config, _ = train("dense-125m", memory=143_000_000_000)
     assert config.parallel.shard == 1
+
+
+def test_a_refusal_of_assumed_gpus_says_that_they_are_assumed(capsys):
+    """On CPUs, which `train` may find, fp32 would be taken."""
+    zero = ["parallel.backend=zero", "parallel.zero.stage=1"]
+    with pytest.raises(
+        UserError, match=r"stage 1 .* \(for GPUs in bf16, which are assumed unless run.device is cpu\)$"
+    ):
+        plan("dense-125m", *zero, world=2)
+    plan("dense-125m", *zero, "run.device=cpu", world=2)
+    assert json.loads(capsys.readouterr().out)["memory"]

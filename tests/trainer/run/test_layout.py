@@ -35,6 +35,18 @@ def test_a_dry_run_shows_what_does_not_fit(tiny_config, capsys, monkeypatch):
         start.start_job(str(tiny_config), ["parallel.micro_batch=auto"], "never", World(0, 1, 0, 1))
 
 
+def test_a_dry_run_of_what_does_not_fit_warns_as_one_that_does(tiny_config, monkeypatch):
+    """Of a batch that is the law's."""
+    options = ["parallel.micro_batch=auto", "budget.batch_tokens=auto", "optimizer.lr=1e-3"]
+    fits = start.start_job(str(tiny_config), options, "never", World(0, 1, 0, 1), dry=True)
+    monkeypatch.setattr(start, "device_memory", lambda *_: 2**10)
+    not_ = start.start_job(str(tiny_config), options, "never", World(0, 1, 0, 1), dry=True)
+    assert fits.refused is None
+    assert not_.refused is not None
+    assert any("batch" in note for note in fits.notes)
+    assert not_.notes == fits.notes
+
+
 def test_keys_without_effect_are_named(tiny_config):
     options = [
         "model.moe.top_k=3",

@@ -63,10 +63,13 @@ def test_a_token_that_no_vocabulary_has(pool, tiny_config, copied, tmp_path):
 def test_a_token_that_no_vocabulary_has_in_a_validation(pool, tiny_config, copied, tmp_path):
     folder = tmp_path / "run"
     spoil(copied / "val-00000.bin", 5)
-    options = [f"data.path={copied}", "data.verify=off", "logging.eval_every=4", f"run.folder={folder}"]
+    options = [f"data.path={copied}", "data.verify=off", "logging.eval_every=4", "checkpoint.every=2"]
+    options += [f"run.folder={folder}"]
     assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [2, 2]
     outcome = json.loads((folder / "outcome.json").read_text())
     assert "val-00000.bin is damaged (it holds token 65535" in outcome["message"]
+    assert "given up" not in outcome["message"]
+    assert [step_of(p) for p in complete_checkpoints(folder)] == [2], "no step has read what is held out"
     assert not any("val_loss" in line for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 

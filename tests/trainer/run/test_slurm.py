@@ -26,8 +26,9 @@ FAILED = {"status": "failed", "exit_code": 1, "message": "rank 1: RuntimeError"}
         (1, CONTINUE, False, False, (1, False)),  # it would go on for ever
         (1, MISTAKE, False, False, (2, False)),
         (1, FAILED, True, False, (75, True)),
-        (1, DIVERGED, True, False, (1, False)),  # as would every later attempt
-        (1, DIVERGED, True, True, (1, False)),
+        (1, DIVERGED, True, False, (75, True)),  # perhaps a faulty device's doing
+        (1, DIVERGED, False, False, (1, False)),
+        (1, DIVERGED, False, True, (1, False)),  # as would every later attempt
         (1, FAILED, False, False, (1, False)),
         (137, {}, False, True, (75, True)),
         (137, {}, False, False, (137, False)),
