@@ -37,7 +37,8 @@ def test_a_dry_run_shows_what_does_not_fit(tiny_config, capsys, monkeypatch):
 
 def test_a_dry_run_of_what_does_not_fit_warns_as_one_that_does(tiny_config, monkeypatch):
     """Of a batch that is the law's."""
-    options = ["parallel.micro_batch=auto", "budget.batch_tokens=auto", "optimizer.lr=1e-3"]
+    options = ["parallel.micro_batch=auto", "optimizer.lr=1e-3"]
+    options += ["budget.steps=null", "budget.tokens=50000", "budget.batch_tokens=auto"]
     fits = start.start_job(str(tiny_config), options, "never", World(0, 1, 0, 1), dry=True)
     monkeypatch.setattr(start, "device_memory", lambda *_: 2**10)
     not_ = start.start_job(str(tiny_config), options, "never", World(0, 1, 0, 1), dry=True)
