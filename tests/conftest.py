@@ -38,14 +38,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """The first worker (of `-n 2`) begins with the tests that ask for the pool of processes, the others with the rest.
 
-    A worker that finds nothing of its kind left helps with the other kind, so that none ends long before another.
+    A worker that finds nothing of its kind left helps with the other kind. What is dealt as one is a file, and of those
+    that use the pool a function, in the order of the files: so that no worker ends long before another.
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    config.option.loadscopereorder = False
+
     class ByPool(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file, test = nodeid.split("::")[:2]
-            return f"pool {file}" if test.split("[")[0] in users_of_pool(config.rootpath / file) else file
+            file, test = nodeid.split("[")[0].split("::")[:2]
+            return f"pool {file} {test}" if test in users_of_pool(config.rootpath / file) else file
 
         def _assign_work_unit(self, node: object) -> None:
             first = node is self.nodes[0]
