@@ -178,11 +178,13 @@ def test_wandb_sync_takes_two_offline_attempts_as_one_run(server, monkeypatch, t
     for step in range(1, 8):
         logger.log(row(step))
     logger.alert("Spike", "a NaN", "warn")
+    time.sleep(1.5)  # the machine's first sample is taken beside the run
     logger.finish(1, {"status": "failed"})
     time.sleep(1.1)  # wandb's folders are named by the second
     logger = make(tmp_path, rows=[row(s) for s in range(1, 5)], config=config)
     for step in range(5, 10):
         logger.log(row(step))
+    time.sleep(1.5)
     logger.finish(0, {"status": "done"})
     assert server.runs == {}
     folders = offline_folders(tmp_path)
