@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stepline.comm.fsdp import local
+from stepline.comm.host_copy import to_device
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
 from stepline.comm.traffic import ring_bytes
 from stepline.comm.waiting import MakeOptimizer, Waiting
@@ -87,14 +88,8 @@ class RandomK(Synchronizer):
         """Those of this update by name, on the deltas' device; drawn on the host, so that every device has the same."""
         generator = torch.Generator().manual_seed(hash((self.settings.seed, int(self.updates))))
         drawn = [random_places(d.numel(), self.settings.density, generator) for d in deltas.values()]
-        together = torch.cat(drawn)
-        device = next(iter(deltas.values())).device
-        if device.type == "cuda":
-            together = (
-                together.pin_memory()
-            )  # a copy from other memory waits for all that the device has to do
-        parts = together.to(device, non_blocking=True).split([len(places) for places in drawn])
-        return dict(zip(deltas, parts, strict=True))
+        together = to_device(torch.cat(drawn), next(iter(deltas.values())).device)
+        return dict(zip(deltas, together.split([len(places) for places in drawn]), strict=True))
 
     def describe(self) -> dict[str, str]:
         """The waiting updates' optimizer, or the dense one's words."""

@@ -148,10 +148,8 @@ class MoE(nn.Module):
     def _within_capacity(self, slots: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The slots and counts that are left when an expert takes its first tokens alone."""
         limit = max(1, round(self.config.capacity * len(slots) / self.config.experts))
-        begin = counts.cumsum(0) - counts
-        place = torch.arange(len(slots), device=slots.device) - begin.repeat_interleave(
-            counts, output_size=len(slots)
-        )
+        begin = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=len(slots))
+        place = torch.arange(len(slots), device=slots.device) - begin
         return slots[place < limit], counts.clamp(max=limit)
 
     def _balance(

@@ -73,12 +73,12 @@ class TrainLoader:
         confine_attention: bool = False,
         prefetch: int = 2,
         split: str = "train",
-        on_damage: Callable[[str], None] | None = None,
+        on_damage: Callable[[str, bool], None] | None = None,
     ) -> None:
         """`sources`: (data folder, mixture weight). Raises UserError when a folder is none or too small.
 
-        on_damage: told of damaged data in place of an exception, while batches without targets are handed out: a rank
-        that ended alone would leave the others in a collective.
+        on_damage: told of damaged data, and whether steps read it, in place of an exception, while batches without
+        targets are handed out: a rank that ended alone would leave the others in a collective.
         """
         self.on_damage = on_damage
         self.splits = [TokenSplit(path, split) for path, _ in sources]
@@ -200,7 +200,7 @@ class TrainLoader:
             self._join()
             if self.on_damage is None or not isinstance(error, UserError):
                 raise
-            self.on_damage(str(error))
+            self.on_damage(str(error), True)
             nothing = np.empty((0, self.seq_len + 1), np.int64)
             shape = (self.accum, self.micro_batch)
             return to_batch(nothing, shape, self.splits[0].eod_id, self.confine_attention, self.state_dict())
@@ -239,7 +239,7 @@ class ValidationLoader:
         world_size: int = 1,
         max_windows: int | None = None,
         confine_attention: bool = False,
-        on_damage: Callable[[str], None] | None = None,
+        on_damage: Callable[[str, bool], None] | None = None,
     ) -> None:
         """Open the split; UserError when it holds fewer than two tokens. on_damage: as TrainLoader's."""
         self.on_damage = on_damage
@@ -293,5 +293,5 @@ class ValidationLoader:
         except UserError as error:
             if self.on_damage is None:
                 raise
-            self.on_damage(str(error))
+            self.on_damage(str(error), False)
             return np.zeros(0, np.int64)

@@ -7,10 +7,9 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -126,7 +125,7 @@ class Verifier:
         """
         return self._problem
 
-    def report(self, problem: str, trained_on: bool = True) -> None:
+    def report(self, problem: str, trained_on: bool) -> None:
         """Takes note of what a loader has found wrong; trained_on: in what steps read."""
         if self._problem is None or trained_on > self.trained_on:
             self.trained_on, self._problem = trained_on, problem
@@ -156,16 +155,17 @@ class Verifier:
             log.info("data: %.0f MB agree with their checksums (%.1f s)", read, seconds)
 
 
-def sharers(metas: Sequence[Meta], rank: int, gather: Callable[[Any], list]) -> tuple[int, int]:
-    """This rank's place among the ranks that read the same files, and their number: where nodes have copies of their
-    own, each copy is checked. A collective.
-
-    gather: takes a value and returns those of all ranks, by rank.
-    """
+def copy_of(metas: Sequence[Meta]) -> list[tuple[int, int, int]]:
+    """What tells a node's own copy of the data from another node's; nodes that share one have the same."""
     status = [(meta.path / "meta.json").stat() for meta in metas]
     # `cp -a` onto two fresh disks may give both copies one number and one time, but not one time of the copying
-    seen = gather([(s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in status])
-    same = [other for other, files in enumerate(seen) if files == seen[rank]]
+    return [(s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in status]
+
+
+def sharers(copies: Sequence[object], rank: int) -> tuple[int, int]:
+    """A rank's place among the ranks that read the same copy, and their number; copies: `copy_of` by rank. So every
+    copy is checked."""
+    same = [other for other, copy in enumerate(copies) if copy == copies[rank]]
     return same.index(rank), len(same)
 
 

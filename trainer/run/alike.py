@@ -4,8 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
-
+from stepline.comm.gather import gathered
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump, flatten
 from stepline.trainer.errors import UserError
@@ -28,9 +27,7 @@ def check_ranks_alike(job: Job) -> None:
     """Raises UserError, on all ranks, where they have settled on different runs: with configs of their own, with other
     data or checkpoints, or on unequal devices."""
     mine = (job.fingerprints, job.resume_from and job.resume_from.name, compared(job.config), job.origins)
-    ranks: list = [None] * job.world.size
-    dist.all_gather_object(ranks, mine)
-    fingerprints, starts, configs, origins = zip(*ranks)
+    fingerprints, starts, configs, origins = zip(*gathered(mine))
     if len(texts := _different(fingerprints)) > 1:
         raise UserError(
             f"the ranks' folders of data hold different texts (fingerprints {' and '.join(texts)}); give all ranks "

@@ -1,6 +1,5 @@
 """What accompanies the training state while an attempt lasts: who watches it, saves it and ends it."""
 
-import functools
 import logging
 import signal
 import time
@@ -13,10 +12,11 @@ import torch.distributed as dist
 
 from stepline.comm.consensus import Consensus
 from stepline.comm.fsdp import forget_gathered
+from stepline.comm.gather import gathered
 from stepline.trainer.config import Config
 from stepline.trainer.data.dataset import source_names
 from stepline.trainer.data.loader import ValidationLoader
-from stepline.trainer.data.verify import Verifier, sharers, start_verifying
+from stepline.trainer.data.verify import Verifier, copy_of, sharers, start_verifying
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, sound_checkpoint
 from stepline.trainer.run.evaluate import evaluate
@@ -165,8 +165,7 @@ class Attempt:
 
     def to_be_continued(self, number: int) -> ToBeContinued:
         """What all ranks say when they leave by a signal, and whose ranks have received one."""
-        told: list = [None] * self.job.world.size
-        dist.all_gather_object(told, self.stop.launcher if self.stop.number else None, group=self.group)
+        told = gathered(self.stop.launcher if self.stop.number else None, self.group)
         saved = f"step {self.state.step} is saved" if self.state.step else "no step was made"
         # with it the run would go back to that checkpoint
         command = "the same command" + (" without --resume" if self.job.resume_chosen else "")
@@ -215,22 +214,14 @@ def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
 
 def verify_data(job: Job, group: dist.ProcessGroup) -> Verifier:
     """Starts to check the data: every copy of it, each by the ranks that read it. A collective."""
-
-    def gather(value: Any) -> list:
-        found: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, value, group=group)
-        return found
-
-    return start_verifying(job.config, job.metas, *sharers(job.metas, job.world.rank, gather))
+    copies = gathered(copy_of(job.metas), group)
+    return start_verifying(job.config, job.metas, *sharers(copies, job.world.rank))
 
 
 def damage(verifier: Verifier, group: dist.ProcessGroup) -> tuple[str | None, bool]:
     """What any rank has found wrong with the data, and whether steps may have read it; alike on all ranks."""
-    found: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (verifier.trained_on, verifier.problem()), group=group)
-    wrong = [one for one in found if one[1] is not None]
-    trained_on, problem = max(wrong, key=lambda one: one[0], default=(False, None))
-    return problem, trained_on
+    wrong = [one for one in gathered((verifier.problem(), verifier.trained_on), group) if one[0] is not None]
+    return max(wrong, key=lambda one: one[1], default=(None, False))
 
 
 def refuse_damaged_data(verifier: Verifier, group: dist.ProcessGroup) -> None:
@@ -263,11 +254,6 @@ def validate(
     return values
 
 
-def held_out_damage(report: Callable[..., None] | None) -> Callable[[str], None] | None:
-    """A loader's report, of text that no step reads."""
-    return None if report is None else functools.partial(report, trained_on=False)
-
-
 def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) -> dict[str, float] | None:
     config = state.config
     folders, results = [source.path for source in config.data.folders()], {}
@@ -281,7 +267,7 @@ def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) ->
             world_size=dist.get_world_size(),
             max_windows=None if whole else config.logging.eval_windows,
             confine_attention=config.data.confine_attention,
-            on_damage=held_out_damage(state.loader.on_damage),
+            on_damage=state.loader.on_damage,
         )
         score = evaluate(state.model, loader, state.device, interrupted)
         if score is None:

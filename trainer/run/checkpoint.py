@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from stepline.comm.gather import gathered
 from stepline.trainer.errors import UserError, first_line
 from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
@@ -116,8 +117,7 @@ def sound_checkpoint(
     candidates = [[p for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]]
     dist.broadcast_object_list(candidates, src=0, group=group)
     for checkpoint in reversed(candidates[0]):
-        found: list = [None] * ranks
-        dist.all_gather_object(found, damages(checkpoint, rank, ranks), group=group)
+        found = gathered(damages(checkpoint, rank, ranks), group)
         problems = sorted({problem for part in found for problem in part})
         if not problems:
             return checkpoint, notes
@@ -235,8 +235,7 @@ class Checkpointer:
             entries = {p.name: file_entry(p) for p in mine}
         except OSError as error:
             entries = _reason(error)
-        parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, entries, group=self.group)
+        parts = gathered(entries, self.group)
         if failures := [part for part in parts if isinstance(part, str)]:
             raise SaveFailed(failures[0])
         return {name: entry for part in parts for name, entry in part.items()}

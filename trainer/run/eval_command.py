@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stepline.comm.gather import gathered
 from stepline.comm.mesh import World, build_mesh
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
@@ -208,10 +209,7 @@ def _same_checkpoint(found: Path, world: World) -> Path:
 
 def _gather(value: Any, world: World) -> list[Any]:
     """Every rank's value."""
-    values = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(values, value)
-    return values
+    return gathered(value) if world.size > 1 else [value]
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stepline.comm.host_copy import to_device
 from stepline.trainer.data.loader import ValidationLoader
-from stepline.trainer.run.step import all_sum, to_device
+from stepline.trainer.run.step import all_sum
 
 
 @dataclass(frozen=True)

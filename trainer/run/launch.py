@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import itertools
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
+from stepline.comm.gather import gathered
 from stepline.comm.mesh import World
 from stepline.trainer.errors import (
     DONE,
@@ -107,10 +109,9 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
         job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
     )
     if launcher is not None:
-        here: list = [None] * job.world.size
-        dist.all_gather_object(here, (finished, launcher, told_launchers(job.folder)))
-        finished = here[0][0]  # another node may see the end of the run a while later
-        told = bool({name for _, name, _ in here} & {name for _, _, told in here for name in told})
+        ends, launchers, left = zip(*gathered((finished, launcher, told_launchers(job.folder))))
+        finished = ends[0]  # another node may see the end of the run a while later
+        told = not set(launchers).isdisjoint(itertools.chain(*left))
     if finished:
         code, says = DONE, f"{job.folder} is finished; choose another run.folder for a new run"
     elif told:
@@ -124,21 +125,14 @@ def _has_moved_on(job: Job, resume: str) -> bool:
     """Whether a rank would now choose another checkpoint than when it started: the attempt before may have saved while
     this one waited for its end. A collective, while rank 0 keeps others out of the folder; a node that does not see
     rank 0's choice yet waits for it."""
-    seen: list = [None] * job.world.size
     try:
         now = checkpoint_to_resume(job.folder, resume)[0] if job.world.rank == 0 else job.resume_from
     except UserError:  # which start_job raises on all ranks
         now = "refused"
-    dist.all_gather_object(seen, (now, job.resume_from))
-    newest, moved = seen[0][0], any(chosen != seen[0][0] for _, chosen in seen)
-    deadline = time.monotonic() + SLOW_FOLDER_S
-    while (
-        moved
-        and isinstance(newest, Path)
-        and not (newest / COMPLETE).exists()
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.2)
+    newest, chosen = zip(*gathered((now, job.resume_from)))
+    moved = any(one != newest[0] for one in chosen)
+    if moved and isinstance(newest[0], Path):
+        _wait_for(newest[0] / COMPLETE)
     return moved
 
 
@@ -231,12 +225,16 @@ class Terminal(logging.StreamHandler):
         pass
 
 
-def _check_folder_shared(job: Job, folder: Path) -> None:
+def _wait_for(path: Path) -> None:
+    """Until this node sees it, which may be a while after another has made it."""
     deadline = time.monotonic() + SLOW_FOLDER_S
-    while not folder.is_dir() and time.monotonic() < deadline:
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    blind: list = [None] * job.world.size
-    dist.all_gather_object(blind, None if folder.is_dir() else socket.gethostname())
+
+
+def _check_folder_shared(job: Job, folder: Path) -> None:
+    _wait_for(folder)
+    blind = gathered(None if folder.is_dir() else socket.gethostname())
     hosts = sorted({host for host in blind if host is not None})
     if hosts:
         raise UserError(

@@ -11,13 +11,14 @@ from torch.distributed.tensor import DTensor
 
 from stepline.comm.fsdp import local, shard_slice
 from stepline.comm.fsdp_cast import CastShard
+from stepline.comm.host_copy import to_device
 from stepline.kernels import ops
 from stepline.kernels.fp8 import E4M3, largest, quantise, scale_for
 from stepline.kernels.sparse24 import scale_of, scale_sums, soft_threshold
 from stepline.models.sparse_linear import SparseLinear, mode_of, sparse_weights
 from stepline.trainer.config import Config
 from stepline.trainer.run.precision import compute_dtype
-from stepline.trainer.run.step import all_sum, to_device
+from stepline.trainer.run.step import all_sum
 
 
 @torch.no_grad()
@@ -150,9 +151,8 @@ class Sparsity:
         self.enter_phase(step)
         if self.seeds:  # a function of the run's seed, rank, step and layer: a resumed run repeats them
             keys = [hash((*self.key, step, layer)) & (2**62 - 1) for layer in range(len(self.seeds))]
-            torch._foreach_copy_(
-                self.seeds, list(to_device(torch.tensor(keys), self.seeds[0].device).unbind())
-            )
+            drawn = to_device(torch.tensor(keys), self.seeds[0].device)
+            torch._foreach_copy_(self.seeds, list(drawn.unbind()))
         self.refresh()
         self._before = [self._mask(weight) for _, weight, _ in self.weights] if watched else []
         self._flushed = self.fp8.flushed() if watched else None
@@ -168,12 +168,9 @@ class Sparsity:
     def _mask(weight: Tensor) -> Tensor:
         """Which of four weights are kept, a bit each: uint8 [numel / 4] of this rank's part."""
         part = local(weight.data)
-        kept = (
-            (soft_threshold(part) != 0 if part.numel() else part)
-            .reshape(part.numel() // 4, 4)
-            .to(torch.uint8)
-        )
-        return kept[:, 0] | kept[:, 1] << 1 | kept[:, 2] << 2 | kept[:, 3] << 3
+        kept = (soft_threshold(part) != 0 if part.numel() else part).to(torch.uint8)
+        a, b, c, d = kept.reshape(part.numel() // 4, 4).unbind(1)
+        return a | b << 1 | c << 2 | d << 3
 
     @torch.no_grad()
     def row(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from stepline.comm.fsdp import all_reduce_on_last, global_norm, local
+from stepline.comm.host_copy import to_device
 from stepline.trainer.data.loader import Batch
 
 
@@ -36,13 +37,6 @@ def all_max(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
-
-
-def to_device(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """A batch part on the device, copied beside the computation."""
-    if tensor is not None and device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy from other memory waits for all that the device has to do
-    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def accumulate(

@@ -140,11 +140,14 @@ def read_result(folder: Path) -> Result:
 
 
 def first_loss(path: Path) -> float | None:
-    """The loss of the first step; None where it was not finite or there are no rows, as after a full disk."""
+    """The loss of the first step; None where it was not finite or there are no rows, as after a full disk. Raises
+    RunFailed where they cannot be read."""
+    if not path.is_file():
+        return None
     try:
         return next((row["loss"] for row in iter_metrics(path) if "loss" in row), None)
-    except UserError:
-        return None
+    except UserError as error:
+        raise RunFailed(str(error)) from error
 
 
 def last_line(path: Path) -> str:

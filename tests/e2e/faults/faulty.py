@@ -82,7 +82,7 @@ def slow_evaluate(evaluate, model, loader, device, interrupted):
     return evaluate(model, loader, device, slow)
 
 
-def slow_check(check_file, *arguments, **options):
+def late_check(check_file, *arguments, **options):
     deadline = time.monotonic() + 60
     while not Path(FAULTS["verify_after"]).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -114,7 +114,7 @@ def main() -> int:
     if "validation" in FAULTS.get("sleep", {}):
         attempt.evaluate = functools.partial(slow_evaluate, attempt.evaluate)
     if "verify_after" in FAULTS:
-        verify.check_file = functools.partial(slow_check, verify.check_file)
+        verify.check_file = functools.partial(late_check, verify.check_file)
     if "free_bytes" in FAULTS:
         shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, int(FAULTS["free_bytes"]))
     launch.LOCK_WAIT_S = FAULTS.get("lock_wait", launch.LOCK_WAIT_S)

@@ -19,6 +19,7 @@ from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.verify import (
     ShardFile,
     Verifier,
+    copy_of,
     shard_files,
     sharers,
     shares,
@@ -69,10 +70,8 @@ def test_one_flipped_bit_is_found_and_named(folder, mode):
 
 def places(*folders: Path) -> list[tuple[int, int]]:
     """Of ranks that read these folders."""
-    seen = []
-    for folder in folders:
-        sharers([load_meta(folder)], 0, lambda value: seen.append(value) or [value])
-    return [sharers([load_meta(folder)], rank, lambda _: seen) for rank, folder in enumerate(folders)]
+    copies = [copy_of([load_meta(folder)]) for folder in folders]
+    return [sharers(copies, rank) for rank in range(len(folders))]
 
 
 def test_ranks_that_read_the_same_files_divide_them(folder, tmp_path):
@@ -84,17 +83,15 @@ def test_ranks_that_read_the_same_files_divide_them(folder, tmp_path):
 
 def test_a_copy_with_the_number_and_the_time_of_the_first_is_another(folder, monkeypatch):
     status = (folder / "meta.json").stat()
-    changed = iter([1, 1, 2, 2, 1, 1, 2, 2])
+    changed = iter([1, 1, 2, 2])
 
     def stat(path: Path) -> SimpleNamespace:
         fields = {"st_ino": status.st_ino, "st_mtime_ns": status.st_mtime_ns}
         return SimpleNamespace(**fields, st_ctime_ns=next(changed))
 
-    meta, seen = SimpleNamespace(path=folder), []
     monkeypatch.setattr(Path, "stat", stat)
-    for _ in range(4):
-        sharers([meta], 0, lambda value: seen.append(value) or [value])
-    assert [sharers([meta], rank, lambda _: seen) for rank in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    copies = [copy_of([SimpleNamespace(path=folder)]) for _ in range(4)]
+    assert [sharers(copies, rank) for rank in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
 
 
 def test_missing_and_short_files(folder):

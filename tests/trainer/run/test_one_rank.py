@@ -43,7 +43,7 @@ def test_a_token_that_no_vocabulary_has(pool, tiny_config, copied, tmp_path):
     loader = TrainLoader(
         [(copied, 1.0)], seq_len=32, batch_windows=6, micro_batch=2, rank=1, world_size=2, prefetch=0
     )
-    (split,), read = loader.splits, []
+    (split,) = loader.splits
     with mock.patch.object(split, "gather", side_effect=split.gather) as gather:
         for _ in range(6):
             next(loader)
