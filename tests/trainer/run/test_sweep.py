@@ -45,7 +45,7 @@ def test_a_result_a_divergence_and_a_failure_are_three_things(tmp_path):
     (full / "metrics.jsonl").unlink()
     assert read_result(full).loss == 4.25
     (full / "metrics.jsonl").write_text("no row\n")
-    with pytest.raises(RunFailed, match="metrics.jsonl"):
+    with pytest.raises(RunFailed, match="is not a JSON object"):
         read_result(full)
     killed = tmp_path / "killed"
     killed.mkdir()
