@@ -34,7 +34,7 @@ from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
 from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
-from stepline.trainer.run.outcome import forget_outcome, told_launchers, write_outcome
+from stepline.trainer.run.outcome import diverged_before, forget_outcome, told_launchers, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
 
@@ -102,20 +102,24 @@ def _alone(stop: StopSignal) -> bool:
 def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
     """The exit code, said by rank 0, where the run has made its last step and its last validation, or stays stopped.
 
-    launcher: of this rank; with it all ranks ask each other whether one of theirs was told to stop.
+    launcher: of this rank; with it all ranks ask each other whether one of theirs was told to stop, and whether the run
+    has diverged in the launch that starts it again.
     """
-    steps, code, says, told = job.config.total_steps(), None, "", False
+    steps, code, says, told, diverged = job.config.total_steps(), None, "", False, None
     finished = (
         job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
     )
     if launcher is not None:
-        ends, launchers, left = zip(*gathered((finished, launcher, told_launchers(job.folder))))
-        finished = ends[0]  # another node may see the end of the run a while later
+        mine = (finished, diverged_before(job.folder), launcher, told_launchers(job.folder))
+        ends, words, launchers, left = zip(*gathered(mine))
+        finished, diverged = ends[0], words[0]  # another node may see the end of the run a while later
         told = not set(launchers).isdisjoint(itertools.chain(*left))
     if finished:
         code, says = DONE, f"{job.folder} is finished; choose another run.folder for a new run"
     elif told:
         code, says = TO_BE_CONTINUED, f"{job.folder} was told to stop and has saved; start it again"
+    elif diverged:
+        code, says = FAILED, f"error: not started again, as it would diverge again: {diverged}"
     if code is not None and job.world.rank == 0:
         print(says, file=sys.stderr)
     return code

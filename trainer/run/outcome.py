@@ -37,10 +37,22 @@ def told_launchers(folder: Path) -> list[str]:
     torchrun takes exit code 75 of its ranks for a failure. While one of these launchers is still there, the run stays
     stopped; once they have left an elastic launch, it goes on without them.
     """
+    outcome = _before_restart(folder)
+    return outcome.get("told", []) if outcome.get("status") == STATUS[TO_BE_CONTINUED] else []
+
+
+def diverged_before(folder: Path) -> str | None:
+    """Where this process is a restart, by torchrun, of a run that diverged, which it would again: what that one said."""
+    outcome = _before_restart(folder)
+    return outcome["message"] if outcome.get("diverged") else None
+
+
+def _before_restart(folder: Path) -> dict[str, Any]:
+    """What the ranks said that this same launch has started before; empty where this is no restart."""
     outcome, now = read_outcome(folder), _launcher()
     before = outcome.get("launcher") or {}
     again = now and before.get("run_id") == now["run_id"] and now["restarts"] > before.get("restarts", 0)
-    return outcome.get("told", []) if again and outcome.get("status") == STATUS[TO_BE_CONTINUED] else []
+    return outcome if again else {}
 
 
 def forget_outcome(folder: Path) -> None:
