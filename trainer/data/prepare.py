@@ -118,9 +118,8 @@ def prepare(
             raise UserError(
                 f"{partial}: the disk is full; free some space and run the same command again to go on"
             ) from error
-        if error.filename is None:
-            raise
-        raise UserError(f"{error.filename}: {error.strerror}; mend that and run the command again") from error
+        where = error.filename or f"{_names(inputs)} or {partial}"  # a failed read or write names no file
+        raise UserError(f"{where}: {error.strerror or error}; mend that and run the command again") from error
     return meta
 
 

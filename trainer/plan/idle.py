@@ -28,4 +28,7 @@ def idle_keys(config: Config, origins: Origins) -> list[str]:
                 and getattr(getattr(config, section), name) != value
             ):
                 notes.append(f"{key} has no effect without {switch}={value}")
+    demo, key = config.parallel.demo, "parallel.demo.ahead"
+    if config.parallel.sync == "demo" and origins.get(key) == "override" and demo.ahead and not demo.looks_ahead:
+        notes.append(f"{key} has no effect without parallel.demo.delay=1 and parallel.demo.accumulate=updates")
     return notes

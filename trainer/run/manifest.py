@@ -53,13 +53,16 @@ def find_checkpoint(path: Path, *, checksums: bool = True) -> Path:
     checksums: read the files, instead of looking at their sizes alone. Raises UserError where there is none or it
     is damaged.
     """
+    run = None
     if not (path / COMPLETE).is_file():
         found = complete_checkpoints(path)
         if not found:
             raise UserError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
-        path = found[-1]
+        run, path = path, found[-1]
     problems = damages(path, checksums=checksums)
     if problems:
+        if run is not None and not (path / COMPLETE).exists():  # a run that trains on has removed it for a newer one
+            return find_checkpoint(run, checksums=checksums)
         raise damaged(path, problems[0])
     return path
 

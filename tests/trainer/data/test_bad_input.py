@@ -218,6 +218,18 @@ def test_unreadable_file_is_named(tmp_path, tokenizer_file, monkeypatch) -> None
         prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, workers=1, progress=False)
 
 
+def test_a_read_that_fails_names_what_is_read(tmp_path, tokenizer_file, monkeypatch) -> None:
+    """The system's error then names no file."""
+
+    def broken(*_) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    monkeypatch.setattr("stepline.trainer.data.pool.encode_unit", broken)
+    with pytest.raises(UserError, match=r"x\.jsonl or .*out\.partial: Input/output error; mend that"):
+        prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, workers=1, progress=False)
+
+
 def test_two_runs_at_once_are_refused(tmp_path, tokenizer_file) -> None:
     import fcntl
 

@@ -97,3 +97,19 @@ def test_what_counts(pool, tmp_path):
     assert complete_checkpoints(tmp_path) == [first]
     assert incomplete_checkpoints(tmp_path) == [third]
     assert find_checkpoint(tmp_path) == first
+
+
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_gives_way_to_a_newer_one(pool, tmp_path):
+    pool.run(1, saved, str(tmp_path), "pp", 2)
+    first, second = complete_checkpoints(tmp_path)
+    hidden = second.rename(tmp_path / "hidden")
+
+    def removed(path, **_):
+        if path != first:
+            return []
+        hidden.rename(second)
+        shutil.rmtree(first)
+        return ["manifest.json cannot be read"]
+
+    with mock.patch("stepline.trainer.run.manifest.damages", removed):
+        assert find_checkpoint(tmp_path) == second

@@ -61,6 +61,10 @@ def test_keys_without_effect_are_named(tiny_config):
         "parallel.demo.density has no effect without parallel.sync=demo",
         "parallel.zero.stage has no effect without parallel.backend=zero",
     ]
+    demo = ["optimizer.name=adamw", "parallel.sync=demo", "parallel.demo.ahead=true"]
+    for more, idle in ((["parallel.demo.delay=1"], False), (["parallel.demo.delay=0"], True)):
+        job = start.start_job(str(tiny_config), [*demo, *more], "never", World(0, 1, 0, 1))
+        assert idle == any("parallel.demo.ahead has no effect without" in note for note in job.notes)
 
 
 def test_ram_is_divided_among_the_ranks_of_a_machine():
