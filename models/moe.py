@@ -133,7 +133,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             out = out + self.shared(rows)
         if routing is not None:
-            out = self._balance(out, logits, scores, chosen, len(slots), routing)
+            out = self._balance(out, logits, scores, chosen, slots, routing)
         return out.view(x.shape)
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -153,11 +153,12 @@ class MoE(nn.Module):
         return slots[place < limit], counts.clamp(max=limit)
 
     def _balance(
-        self, out: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor, kept: int, routing: Routing
+        self, out: Tensor, logits: Tensor, scores: Tensor, chosen: Tensor, slots: Tensor, routing: Routing
     ) -> Tensor:
-        """Counts, and hangs the router's losses on the result."""
+        """Counts, and hangs the router's losses on the result. slots: those of `chosen` that an expert takes."""
         moe = self.config
         valid = routing.valid.flatten()
+        taken = valid[slots // moe.top_k].sum() if len(slots) < chosen.numel() else valid.sum() * moe.top_k
         load = count(chosen.masked_fill(valid.unsqueeze(1) == 0, moe.experts), moe.experts)
         tokens, valid = valid.sum(), valid.to(logits.dtype)
         probabilities = scores if moe.score == "softmax" else scores / scores.sum(-1, keepdim=True)
@@ -172,7 +173,7 @@ class MoE(nn.Module):
         if self.counting:
             with torch.no_grad():
                 entropy = (torch.special.entr(probabilities).sum(-1) * valid).sum()
-                dropped = tokens * 0 + chosen.numel() - kept
+                dropped = tokens * moe.top_k - taken
                 self.load += load
                 self.sums += torch.stack([tokens, entropy, z, balance, dropped]).to(self.sums.dtype)
         loss = moe.z_loss * z

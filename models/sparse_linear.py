@@ -8,7 +8,7 @@ The gradient with respect to W~ is taken for that of W, unchanged (straight-thro
 models/linear_products.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,8 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        rows, seed = x.flatten(0, -2), self.seed.clone() if self.recipe.mvue else None
+        estimated = self.recipe.mvue and self.mode.sparse
+        rows, seed = x.flatten(0, -2), self.seed.clone() if estimated else None
         if self.recipe.row_scales:
             y = RowFp8Products.apply(rows, self.weight, *self.cast_weight())
         elif self.recipe.fp8:
@@ -114,12 +115,18 @@ class SparseLinear(nn.Linear):
         return sparse_weight(self.weight, self.beta) if self.sparse else self.weight * 1
 
     def _apply(self, fn, recurse=True):
-        """A cast of the module leaves beta in at least fp32: bf16 would move every weight by up to .4 %."""
-        kept = self.beta if self.recipe.sparse else None
-        super()._apply(fn, recurse)
-        if kept is not None and self.beta.dtype.itemsize < 4:
-            self.beta = kept.to(self.beta.device)
-        return self
+        return _keeping_betas(self, super()._apply, fn, recurse)
+
+
+def _keeping_betas(module: nn.Module, apply: Callable[..., nn.Module], fn: Callable, recurse: bool) -> nn.Module:
+    """`apply`, a module's own `_apply`; a cast leaves betas in at least fp32: bf16 would move each weight by up to .4 %."""
+    kept = {name: buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("beta")}
+    apply(fn, recurse)
+    for name, beta in kept.items():
+        cast = getattr(module, name)
+        if cast.dtype.itemsize < 4:
+            setattr(module, name, beta.to(cast.device))
+    return module
 
 
 class SparseExperts(Experts):
@@ -135,6 +142,9 @@ class SparseExperts(Experts):
         if recipe.sparse:
             for name in WEIGHTS:
                 self.register_buffer(f"{name}_beta", torch.zeros(()))
+
+    def _apply(self, fn, recurse=True):
+        return _keeping_betas(self, super()._apply, fn, recurse)
 
     def product(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], counts: Tensor) -> Tensor:
         """As that of `Experts`, with W~ in the place of W."""

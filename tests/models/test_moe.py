@@ -137,6 +137,17 @@ def test_the_losses_of_the_router(score, balance):
     )
 
 
+def test_padding_is_not_among_what_is_dropped():
+    """All tokens alike: each expert that they choose takes one of them."""
+    moe = layer(top_k=2, capacity=1e-9)
+    moe.counting = True
+    x = torch.ones(1, 8, WIDTH, dtype=torch.float64)
+    valid = torch.arange(8)[None] < 3
+    moe(x, Routing(valid, torch.tensor(1.0)))
+    dropped, tokens = (int(moe.sums[SUMS.index(name)]) for name in ("dropped", "tokens"))
+    assert (tokens, dropped) == (3, 2 * 3 - 2)  # both experts take the first token, which is valid
+
+
 def test_uniform_routing_has_a_balance_loss_of_one():
     moe = layer(top_k=1, balance="switch")
     with torch.no_grad():

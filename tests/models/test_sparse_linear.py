@@ -53,6 +53,18 @@ def test_products_and_gradients_are_those_of_the_straight_through_formula():
     torch.testing.assert_close(sparse(x), F.linear(x, sparse.weight), rtol=1e-12, atol=1e-12)
 
 
+def test_in_a_dense_phase_no_gradient_is_estimated():
+    made = layer(Recipe(sparse=True, mvue=True))
+    x, grad = torch.randn(16, 32, dtype=torch.float64), torch.randn(16, 48, dtype=torch.float64)
+    errors = []
+    for made.mode.sparse in (True, False):
+        made.weight.grad = None
+        made(x).backward(grad)
+        errors.append((made.weight.grad - grad.T @ x).norm() / (grad.T @ x).norm())
+    assert errors[0] > 0.1
+    assert errors[1] < 1e-12
+
+
 @pytest.mark.parametrize("recipe", [Recipe(fp8=True), Recipe(sparse=True, fp8=True)])
 def test_fp8_products_are_those_of_rounded_operands(recipe):
     made = layer(recipe, dtype=torch.float32)
@@ -223,6 +235,10 @@ def test_beta_survives_casts():
     for cast in (lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.float(), lambda m: m.to("cpu")):
         cast(made)
         assert torch.equal(made.beta, beta)
+    experts = SparseExperts(2, 16, 32, SPARSE, Mode())
+    experts.w2_beta.fill_(1.2345678)
+    assert experts.bfloat16().w2_beta.item() == pytest.approx(1.2345678, rel=1e-7)
+    assert experts.w2.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="a multiple of 4, not 30"):
         SparseLinear(30, 8, SPARSE, Mode())
     for wrong in ({"fp8": True, "sparse": True}, {}):

@@ -55,6 +55,10 @@ class Guard:
         self.skipped_in_a_row.copy_(torch.where(skip, self.skipped_in_a_row + 1, 0))
         return skip.float()
 
+    def forget(self) -> None:
+        """The history ends: what comes is another function of the parameters, whose losses are others."""
+        self.accepted.zero_()
+
     def _limit(self, history: Tensor, floor: float) -> Tensor:
         """The largest value that passes: infinite until there is enough history."""
         valid = self._slots < self.accepted

@@ -16,6 +16,17 @@ BELONGS = {
 """By the beginning of a key: the key and its value without which it has no effect."""
 
 
+def untrained_router(config: Config) -> list[str]:
+    """A sentence where a mixture's loss says nothing to its router: the one chosen expert's weight is then always 1."""
+    moe = config.model.moe
+    if config.model.ffn != "moe" or moe.top_k > 1 or not moe.renormalise:
+        return []
+    return [
+        "with model.moe.top_k=1 and model.moe.renormalise every weight is 1, and the loss does not train the router; set "
+        "model.moe.renormalise=false"
+    ]
+
+
 def idle_keys(config: Config, origins: Origins) -> list[str]:
     """A sentence for each key of the command line that has no effect."""
     notes = []

@@ -132,8 +132,22 @@ def resolve(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is not below the run's {steps} steps: the learning "
             "rate never reaches its peak"
         )
+    crowded += check_dense_end(config)
     # Who sets all three by hand, and who resumes, has no use for what the laws say.
     return plan, crowded + (list(plan.warnings) if planned else [])
+
+
+def check_dense_end(config: Config) -> list[str]:
+    """A warning where the dense steps at the end of a sparse run come to none; raises UserError where all are dense."""
+    fraction, steps = config.sparse.dense_fraction, config.total_steps()
+    if not fraction or 0 < config.dense_from() < steps:
+        return []
+    if config.dense_from() == 0:
+        raise UserError(
+            f"sparse.dense_fraction {fraction:g} makes all of the run's {steps} steps dense; lower it, or set "
+            "sparse.mode to none"
+        )
+    return [f"sparse.dense_fraction {fraction:g} of {steps} steps is less than one: none is dense"]
 
 
 def settler(config: Config, origins: Origins) -> Settle:

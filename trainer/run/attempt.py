@@ -248,6 +248,7 @@ def validate(
     `val_loss/NAME`. None as soon as `interrupted`, which all ranks ask after each micro-batch, says so."""
     with state.synchronizer.shared_model():
         forget_gathered(state.model)
+        state.sparsity.enter_phase(max(state.step - 1, 0))  # of the step that led here, after a resume too
         state.sparsity.refresh()
         values = _validate(state, whole, interrupted)
     forget_gathered(state.model)

@@ -220,6 +220,11 @@ def load_weights(
             load_tensors(holder, {name: tensors[name] for name in names})
     if without_canon:
         log.info("%s has no Canon layers like these: they start as ones that do nothing", checkpoint)
+    if not betas and any(name.endswith("beta") and name.startswith("model.") for name in known):
+        log.info(
+            "%s was 2:4 sparse: this run starts from its dense master weights, whose loss is another; "
+            "keep sparse.mode=s-ste for the model that was evaluated", checkpoint,
+        )  # fmt: skip
     if without_beta:
         log.info("%s was dense: the scales of sparse weights are computed from its weights", checkpoint)
         set_betas(model)

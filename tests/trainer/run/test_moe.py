@@ -5,7 +5,11 @@ import shutil
 import pytest
 import torch
 
+from stepline.comm.mesh import World
+from stepline.models.moe import MoE
 from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.run.start import start_job
+from stepline.trainer.run.state import Trainee
 
 MOE = [
     "model.ffn=moe", "model.hidden_size=40", "model.head_dim=12", "model.ffn_size=24", "model.moe.experts=5",
@@ -39,9 +43,10 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
     many = train(world, tiny_config, tmp_path / "many", *common, *options)
     assert column(one)[-1] < column(one)[0] - 0.4
     assert (column(many) / column(one) - 1).abs().max() < 1e-12
+    steps = [[row for row in rows if "loss" in row] for rows in (many, one)]
     for key in ("expert_load", "router_entropy", "router_bias_range", "experts_dead", "router_loss"):
-        for mine, theirs in zip(many, one, strict=True):
-            assert torch.allclose(torch.tensor(mine.get(key, 0)), torch.tensor(theirs.get(key, 0))), key
+        for mine, theirs in zip(*steps, strict=True):
+            assert torch.allclose(torch.tensor(mine[key]), torch.tensor(theirs[key])), key
     load = torch.tensor(one[5]["expert_load"])
     assert load.mean(1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
@@ -156,3 +161,25 @@ def test_resume_with_other_ranks(train, tiny_config, tmp_path, column):
     again = train(4, tiny_config, tmp_path / "straight", *options, resume="auto")
     assert (column(again) / column(straight) - 1).abs().max() < 1e-12
     assert again[-1].get("val_loss") == pytest.approx(straight[-1].get("val_loss"), rel=1e-12)
+
+
+def test_the_choice_of_frozen_layers_stays(tiny_config):
+    """As while adapters are trained: the bias belongs to what is frozen."""
+    job = start_job(str(tiny_config), MOE, "never", World(0, 1, 0, 1))
+    trainee = Trainee.build(job.config, job.device, None)
+    first, *others = (module for module in trainee.model.modules() if isinstance(module, MoE))
+    first.router.requires_grad_(False)
+    for layer in (first, *others):
+        layer.load[0] = 10
+    trainee.balance.step(torch.tensor(0.0))
+    assert not first.router.balance_bias.any()
+    assert all(layer.router.balance_bias.any() for layer in others)
+    assert others
+
+
+def test_one_expert_of_weight_one_does_not_train_the_router(tiny_config):
+    """Which is said."""
+    for renormalise in (True, False):
+        options = [*MOE, "model.moe.top_k=1", f"model.moe.renormalise={renormalise}"]
+        notes = start_job(str(tiny_config), options, "never", World(0, 1, 0, 1)).notes
+        assert renormalise == any("does not train the router" in note for note in notes)

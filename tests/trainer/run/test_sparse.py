@@ -1,5 +1,8 @@
 """Runs of 2:4 sparse and FP8 layers: layouts, other features, resume, phases, evaluation."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -103,10 +106,13 @@ def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(
         *(("demo", [*SPARSE, *more]) for more in (MOE, REVFFN, [*REVFFN, *MOE])),
     ],
 )
-def test_a_resume_repeats_draws_and_keeps_betas(interrupted, sync, model):
+def test_a_resume_repeats_draws_and_keeps_betas(interrupted, column, sync, model):
     straight, again = interrupted(2, *model, "checkpoint.every=5", f"parallel.sync={sync}")
-    for key in ("loss", "grad_norm", "flip_rate", "beta_min", "beta_max", "val_loss"):
-        assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
+    assert column(again, "loss").tolist() == column(straight, "loss").tolist()
+    for key in ("grad_norm", "flip_rate", "beta_min", "beta_max"):
+        assert [r[key] for r in again if "loss" in r] == [r[key] for r in straight if "loss" in r], key
+    held_out = [[r["val_loss"] for r in rows if "val_loss" in r] for rows in (again, straight)]
+    assert held_out[0] == held_out[1] != []
 
 
 @pytest.mark.e2e
@@ -120,6 +126,45 @@ def test_the_dense_phase_at_the_end_is_what_evaluation_sees(train, tiny_config, 
         assert said == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
 
 
+def test_the_jump_to_the_dense_phase_is_no_spike(train, tiny_config, tmp_path):
+    """The loss of W is not that of beta S(W), by which the guard would skip step after step."""
+    options = ["budget.steps=200", "sparse.dense_fraction=0.2", "optimizer.guard.window=16"]
+    rows = train(1, tiny_config, tmp_path / "run", *SPARSE, *options)
+    assert [row["skipped"] for row in rows if "loss" in row] == [0] * 200
+
+
+@pytest.mark.e2e
+def test_a_validation_that_is_made_up_for_is_of_the_phase_that_led_to_it(
+    train, tiny_config, tmp_path, monkeypatch
+):
+    """At the last sparse step: the straight run validates before the dense phase, and so does a resume."""
+    options = [*SPARSE, "sparse.dense_fraction=0.5", "checkpoint.every=10", "logging.eval_every=10"]
+    folder = tmp_path / "run"
+    straight = train(1, tiny_config, folder, *options)
+    for late in ("checkpoints/step-000020", "outcome.json"):
+        path = folder / late
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    metrics = folder / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= 10]
+    assert "val_loss" in json.loads(kept.pop())
+    metrics.write_text("".join(line + "\n" for line in kept))
+    again = train(1, tiny_config, folder, *options, resume="auto")
+    held_out = [[(r["step"], r["val_loss"]) for r in rows if "val_loss" in r] for rows in (straight, again)]
+    assert held_out[0] == held_out[1]
+    assert [step for step, _ in held_out[0]] == [10, 20]
+
+
+@pytest.mark.parametrize(("fraction", "said"), [(0.98, "makes all of the run's 20 steps dense"), (0.02, "none is dense")])
+def test_a_dense_phase_of_no_or_all_steps_is_said(tiny_config, fraction, said):
+    options = [*SPARSE, f"sparse.dense_fraction={fraction}"]
+    if fraction > 0.5:
+        with pytest.raises(UserError, match=said):
+            start_job(str(tiny_config), options, "never", World(0, 1, 0, 1))
+    else:
+        assert any(said in note for note in start_job(str(tiny_config), options, "never", World(0, 1, 0, 1)).notes)
+
+
+@pytest.mark.e2e
 def test_a_dense_run_goes_on_sparse(train, tiny_config, tmp_path, tiny_data, column):
     """From its weights: beta is theirs, not that of the initial values."""
     dense = [o for o in SPARSE if not o.startswith("sparse")]
@@ -132,6 +177,10 @@ def test_a_dense_run_goes_on_sparse(train, tiny_config, tmp_path, tiny_data, col
     assert rows[0]["beta_min"] == pytest.approx(min(expected), rel=1e-6)
     assert rows[0]["beta_max"] == pytest.approx(max(expected), rel=1e-6)
     assert column(rows)[-1] < column(rows)[0]
+    back = [f"run.init_from={tmp_path / 'sparse'}", "budget.steps=1"]
+    train(1, tiny_config, tmp_path / "back", *dense, *back)
+    said = (tmp_path / "back" / "logs" / "attempt-1" / "rank-0.log").read_text()
+    assert "was 2:4 sparse: this run starts from its dense master weights" in said
 
 
 def betas(config: str, shard: int) -> dict[str, tuple[float, float]]:
