@@ -20,6 +20,7 @@ A step late (`delay`) the mean is applied after the next step's gradients have b
 them where the parameters are about to be as far as it knows: at p + IDCT(q), with its own update in the mean's place.
 """
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -33,7 +34,7 @@ from stepline.comm.chunks import Chunks, Rule
 from stepline.comm.codec import dequantise
 from stepline.comm.demo_settings import DeMoSettings
 from stepline.comm.exchange import Flight, PacketExchange
-from stepline.comm.fsdp import local
+from stepline.comm.fsdp import local, shard_slice
 from stepline.comm.packets import Batch, PacketFormat, Quantised, make_batches
 from stepline.comm.shared import SharedModel
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
@@ -81,7 +82,9 @@ class DeMo(Synchronizer):
         self.form = PacketFormat(
             self.batches, dense_values, settings.codec, sample.dtype, shares, self.chunks.packing
         )
-        self.exchange = PacketExchange(self.form, group, sample, self.chunks)
+        slices = [(n, *shard_slice(p)) for n, p in self.parameters.items()]
+        cut = f"{zlib.crc32(repr(slices).encode()):08x}"
+        self.exchange = PacketExchange(self.form, group, sample, self.chunks, cut)
         self.flight: Flight | None = None
         self.pending: dict[str, Tensor] = {}
         """Decoded updates that the next step applies (delay 1); vectors: their mean gradient."""

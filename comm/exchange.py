@@ -61,12 +61,19 @@ class PacketExchange:
     With owners (a format of R shares) each replica adds up its share of all packets, keeps the largest values of the
     sum, and sends them to all: a rank then receives about two packets, whatever R is. What it cuts off it owes, and
     adds to the next sum.
+
+    cut: a word for which values this rank's chunks are made of, without which what is owed means nothing.
     """
 
     def __init__(
-        self, form: PacketFormat, group: dist.ProcessGroup | None, sample: Tensor, chunks: Chunks
+        self,
+        form: PacketFormat,
+        group: dist.ProcessGroup | None,
+        sample: Tensor,
+        chunks: Chunks,
+        cut: str = "",
     ) -> None:
-        self.form, self.group, self.chunks = form, group, chunks
+        self.form, self.group, self.chunks, self.cut = form, group, chunks, cut
         self.replicas = 1 if group is None else dist.get_world_size(group)
         self.replica = 0 if group is None else dist.get_rank(group)
         self.owners = form.shares > 1
@@ -121,10 +128,10 @@ class PacketExchange:
         return whole, torch.cat([dense for _, dense in shares])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this owner owes, under names of this layout of ranks alone."""
+        """What this owner owes, under names of this layout of ranks and parameters alone."""
         if not self.owners:
             return {}
-        layout = f"{self.replicas}x{dist.get_world_size() // self.replicas}.rank{dist.get_rank()}"
+        layout = f"{self.replicas}x{dist.get_world_size() // self.replicas}.rank{dist.get_rank()}.{self.cut}"
         return {f"owed.{layout}.{i}": owed for i, owed in enumerate(self.owed) if owed.numel()}
 
 

@@ -1,5 +1,6 @@
 """The part of the configuration that says how replicas agree (`parallel.sync` other than all_reduce)."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -42,8 +43,9 @@ class DeMoConfig(Section):
     """Replicas beyond which each reduces a share of the chunks and sends the largest of the sum: what a rank receives
     then no longer grows with the replicas."""
     faithful: bool = False
-    """The published algorithm to the letter, on gradients: chunks by the largest divisor, vectors and embeddings
-    transformed too, `kept` (32) coefficients of each chunk as they are."""
+    """The published algorithm, on gradients: chunks by the largest divisor, vectors and embeddings transformed and
+    decayed too, `kept` (32) coefficients of each chunk as they are. `version`, `phi` and `delay` are as set, and so is
+    the weight decay, which is 0 as published."""
 
     @property
     def side(self) -> int:
@@ -100,9 +102,20 @@ class DiLoCoConfig(Section):
 class RandomKConfig(Section):
     """Random-k: all replicas send the same random values of the updates that wait."""
 
-    density: float = Field(1 / 32, gt=0, le=1)
-    """Share of the values that travel."""
+    density: float = Field(1 / 32, ge=1e-9, le=1)
+    """Share of the values that travel: one of so many, a whole number."""
     beta: float = Field(0.999, ge=0, lt=1)
     """Decay of the updates that wait."""
     codec: Literal["fp32", "bf16"] = "bf16"
     """How values travel."""
+
+    @model_validator(mode="after")
+    def _one_of_so_many(self) -> "RandomKConfig":
+        many = round(1 / self.density)
+        if abs(many * self.density - 1) > 0.05:
+            below, above = 1 / math.ceil(1 / self.density), 1 / math.floor(1 / self.density)
+            raise ValueError(
+                f"density {self.density:g} is not near one value of a whole number; the nearest are {below:.4g} and "
+                f"{above:.4g}"
+            )
+        return self

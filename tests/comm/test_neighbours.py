@@ -1,5 +1,6 @@
 """DiLoCo and random-k on gloo processes against a version of one process, float64 and plain, from the equations."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -96,6 +97,38 @@ def test_diloco_averages_how_far_replicas_came(pool, codec, fragments, world):
             for name in SHAPES:
                 torch.testing.assert_close(rank[step][name], p[name], rtol=0, atol=tolerance)
     assert all(torch.equal(ranks[0][-1][name], other[-1][name]) for other in ranks for name in SHAPES)
+
+
+def test_every_value_is_as_likely_to_be_sent():
+    """Those of a last, shorter run too."""
+    generator, numel, draws = torch.Generator().manual_seed(0), 19, 4000
+    seen = torch.zeros(numel)
+    for _ in range(draws):
+        places = random_places(numel, 1 / 8, generator)
+        assert (places // 8).tolist() == list(range(len(places)))
+        seen[places] += 1
+    assert ((seen / draws - 1 / 8).abs() < 5 * math.sqrt(1 / 8 * 7 / 8 / draws)).all()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_random_k_rounds_off_waits_on(bf16):
+    """delta_after + sent = beta delta + update, to the bit of what is sent."""
+    parameter = torch.nn.Parameter(torch.zeros(4, 16, dtype=torch.float64))
+    sync = RandomK(
+        {"w": parameter}, None, RandomKSettings(density=1 / 8, beta=0.5, bf16=bf16), make_optimizer=SGD
+    )
+    (delta,) = sync.waiting.local().values()
+    for step in range(3):
+        before, p = delta.clone(), parameter.detach().clone()
+        parameter.grad = draw(step, 0, "first").flatten()[:64].view(4, 16)
+        sync.step(LR)
+        sent = parameter.detach() - p
+        assert (sent != 0).sum() == 8
+        torch.testing.assert_close(
+            delta.view(4, 16) + sent, 0.5 * before.view(4, 16) - LR * parameter.grad, rtol=0, atol=1e-15
+        )
+        kept = delta.view(4, 16)[sent != 0]
+        assert (kept != 0).any() == bf16
 
 
 @pytest.mark.parametrize("bf16", [False, True])

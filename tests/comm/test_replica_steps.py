@@ -78,9 +78,8 @@ def sgd(lr: float) -> list[dict[str, torch.Tensor]]:
         sums = model(inputs, targets)
         model.zero_grad()
         ((sums.nll + config.z_loss * sums.z) / (targets != -100).sum()).backward()
-        for name, p in model.named_parameters():
-            decay = DECAY if p.ndim > 1 and name != "embed.weight" else 0.0
-            p.data -= lr * (p.grad + decay * p.data)
+        for p in model.parameters():
+            p.data -= lr * (p.grad + DECAY * p.data)
         seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
     return seen
 

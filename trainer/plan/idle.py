@@ -1,7 +1,9 @@
 """Keys of a config that say nothing, because what they belong to is off. Imports no torch."""
 
+from stepline.comm.chunking import kept_of
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins
+from stepline.trainer.config_sync import DeMoConfig
 
 BELONGS = {
     "model.moe.": ("model.ffn", "moe"),
@@ -22,8 +24,8 @@ def untrained_router(config: Config) -> list[str]:
     if config.model.ffn != "moe" or moe.top_k > 1 or not moe.renormalise:
         return []
     return [
-        "with model.moe.top_k=1 and model.moe.renormalise every weight is 1, and the loss does not train the router; set "
-        "model.moe.renormalise=false"
+        "with model.moe.top_k=1 and model.moe.renormalise every weight is 1, and the loss does not train the router; "
+        "set model.moe.renormalise=false"
     ]
 
 
@@ -39,7 +41,33 @@ def idle_keys(config: Config, origins: Origins) -> list[str]:
                 and getattr(getattr(config, section), name) != value
             ):
                 notes.append(f"{key} has no effect without {switch}={value}")
-    demo, key = config.parallel.demo, "parallel.demo.ahead"
-    if config.parallel.sync == "demo" and origins.get(key) == "override" and demo.ahead and not demo.looks_ahead:
-        notes.append(f"{key} has no effect without parallel.demo.delay=1 and parallel.demo.accumulate=updates")
-    return notes
+    return notes + (_idle_of_demo(config.parallel.demo, origins) if config.parallel.sync == "demo" else [])
+
+
+def _idle_of_demo(demo: DeMoConfig, origins: Origins) -> list[str]:
+    idle = {
+        "ahead": (
+            demo.ahead and not demo.looks_ahead,
+            "without parallel.demo.delay=1 and parallel.demo.accumulate=updates",
+        ),
+        "density": (demo.kept is not None, "beside parallel.demo.kept"),
+        "alpha": (demo.version == 1, "without parallel.demo.version=2"),
+    }
+    return [
+        f"parallel.demo.{key} has no effect {why}"
+        for key, (without, why) in idle.items()
+        if without and origins.get(f"parallel.demo.{key}") == "override"
+    ]
+
+
+def moved_embeddings(config: Config) -> list[str]:
+    """A sentence where DeMo's signs would move rows of the embedding that had no gradient: zeros are among the values
+    that travel of a chunk, and a sign is no zero."""
+    demo, width = config.parallel.demo, config.model.hidden_size
+    kept = kept_of(demo.side**2, demo.density, demo.kept)
+    if config.parallel.sync != "demo" or demo.faithful or demo.codec != "sign" or kept <= width:
+        return []
+    return [
+        f"DeMo sends {kept} of every {demo.side**2} values of embedding and head, more than a row's {width}: as signs "
+        "they move rows that had no gradient too; lower parallel.demo.density or set parallel.demo.codec=int8"
+    ]

@@ -259,10 +259,11 @@ def _layout(replicas: int | None, shard: int | str, world: int | None) -> tuple[
     return replicas, world // replicas
 
 
-def rule(mbit: float, replicas: int, between: str) -> tuple[dict[str, Any], str]:
-    """The doctor's value and sentence about a measured link. between: what it joins, in words."""
+def rule(mbit: float, replicas: int, between: str, *, cpu: bool = False) -> tuple[dict[str, Any], str]:
+    """The doctor's value and sentence about a measured link. between: what it joins, in words; cpu: whether CPUs encode
+    and decode, whose time is known and counted."""
     config, _ = load_config(TYPICAL, [])
-    choice = Choice(config, Link(mbit, replicas, 1))
+    choice = Choice(config, Link(mbit, replicas, 1, cpu=cpu))
     reference, best = choice.reference, choice.best
     size = short(parameter_counts(config.model).total, 2)
     compute_s = reference.seconds(mbit) / HARMLESS
@@ -271,14 +272,16 @@ def rule(mbit: float, replicas: int, between: str) -> tuple[dict[str, Any], str]
         "replicas": replicas,
         "config": TYPICAL,
         "link_s": {e.label: e.seconds(mbit) for e in choice.whole},
+        "codec_s": {e.label: e.codec_s for e in choice.whole} if cpu else None,
         "best": list(best.options),
         "loss_percent": {e.label: e.loss_percent for e in choice.whole},
         "all_reduce_from_compute_s": compute_s,
     }
+    counted = ", encoding and decoding counted" if cpu and best.codec_s else ""
     says = (
         f"at {rate_text(mbit)} between {between} a step of {size} parameters spends "
-        f"{seconds_text(reference.seconds(mbit))} in {reference.label}, {seconds_text(best.seconds(mbit))} in "
-        f"{best.label}, other sizes in proportion: {' '.join(best.options)}, unless a step computes for "
+        f"{seconds_text(reference.seconds(mbit))} in {reference.label}, {seconds_text(choice.seconds(best))} in "
+        f"{best.label}{counted}, other sizes in proportion: {' '.join(best.options)}, unless a step computes for "
         f"{seconds_text(compute_s)} or more"
     )
     return value, says

@@ -1,6 +1,7 @@
 """Whether all ranks were started for the same run; asked before anything that ranks do together could go wrong."""
 
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from stepline.comm.gather import gathered
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump, flatten
 from stepline.trainer.errors import UserError
+from stepline.trainer.run.manifest import MANIFEST, find_checkpoint
 from stepline.trainer.run.start import Job
 
 MAY_DIFFER = (
@@ -26,8 +28,9 @@ BY_HAND = ("override", "file", "base")
 def check_ranks_alike(job: Job) -> None:
     """Raises UserError, on all ranks, where they have settled on different runs: with configs of their own, with other
     data or checkpoints, or on unequal devices."""
-    mine = (job.fingerprints, job.resume_from and job.resume_from.name, compared(job.config), job.origins)
-    fingerprints, starts, configs, origins = zip(*gathered(mine))
+    checkpoint = job.resume_from and job.resume_from.name
+    mine = (job.fingerprints, checkpoint, _first_weights(job), compared(job.config), job.origins)
+    fingerprints, starts, weights, configs, origins = zip(*gathered(mine))
     if len(texts := _different(fingerprints)) > 1:
         raise UserError(
             f"the ranks' folders of data hold different texts (fingerprints {' and '.join(texts)}); give all ranks "
@@ -36,6 +39,11 @@ def check_ranks_alike(job: Job) -> None:
     if len(names := _different(starts)) > 1:
         raise UserError(
             f"the ranks go on from different checkpoints ({', '.join(names)}); give all of them the same --resume"
+        )
+    if len({checksum for checksum, _ in weights}) > 1:
+        raise UserError(
+            f"the ranks start from different weights ({', '.join(_different([path for _, path in weights]))}); give "
+            "all of them the same checkpoint, or copies of it (run.init_from)"
         )
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: _different([config.get(key) for config in configs]) for key in keys}
@@ -49,6 +57,16 @@ def check_ranks_alike(job: Job) -> None:
     raise UserError(
         f"the ranks' {why} different values of {key} ({', '.join(values[key])}); set the same for all"
     )
+
+
+def _first_weights(job: Job) -> tuple[int, str]:
+    """The checkpoint of run.init_from, where this attempt reads it: a checksum of its manifest, and so of all its
+    files, and its path."""
+    config = job.config
+    if config.run.init_from is None or (job.resume_from is not None and config.optimizer.only == "all"):
+        return 0, ""
+    checkpoint = find_checkpoint(config.run.init_from, checksums=False)
+    return zlib.crc32((checkpoint / MANIFEST).read_bytes()), str(checkpoint)
 
 
 def compared(config: Config) -> dict[str, Any]:

@@ -36,7 +36,9 @@ class ExpertBalance:
         all_sum(counted)  # counts are exact in float64
         load, sums = counted.split([load.shape[1], len(SUMS)], 1)
         for layer, its_load in zip(self.layers, load, strict=True):
-            if layer.config.balance == "bias" and layer.router.weight.requires_grad:  # else the layer is frozen
+            if (
+                layer.config.balance == "bias" and layer.router.weight.requires_grad
+            ):  # else the layer is frozen
                 layer.move_bias(its_load, keep=skip)
             layer.load.zero_()
             layer.sums.zero_()

@@ -161,7 +161,10 @@ class Checkpointer:
         """Starts a checkpoint of `step`; the one before is completed first."""
         begun = time.perf_counter()
         self.finish()
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
+        copies = state.get("replicas", 1)  # each replica has its own of what is named after it
+        needed = SPARE_BYTES
+        for name, tensor in tensors.items():
+            needed += tensor.numel() * tensor.element_size() * (copies if name.startswith("replica") else 1)
         pending = _Pending(checkpoint_path(self.run, step), state, kind, needed)
         staged = self.stager.stage(tensors)
         if torch.__version__ < (2, 13):  # whose stagers serve once; later ones keep their buffers

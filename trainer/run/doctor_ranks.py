@@ -1,5 +1,6 @@
 """The doctor's checks between ranks: do they meet, are they alike, what do their links carry."""
 
+import functools
 import os
 import platform
 import secrets
@@ -207,7 +208,8 @@ def measure(meeting: Meeting, site: Site) -> list[Check]:
     checks.append(check_all_reduce(backend, rates.get(backend)))
     if checks[-1].status in ("ok", "warning"):
         nodes = max(1, site.world.size // site.world.local_size)
-        checks.append(look("sync", check_sync, rates[backend], nodes))
+        on_cpu = functools.partial(check_sync, cpu=site.device.type == "cpu")
+        checks.append(look("sync", on_cpu, rates[backend], nodes))
     return checks
 
 
@@ -280,11 +282,12 @@ def check_all_reduce(backend: str, rates: Rates | None) -> Check:
     return Check(name, "ok", value, says)
 
 
-def check_sync(rates: Rates, nodes: int) -> Check:
+def check_sync(rates: Rates, nodes: int, *, cpu: bool = False) -> Check:
     """Which `parallel.sync` the measured bandwidth asks for, between machines where there are several.
 
     A ring over all ranks crosses each machine's link as often as one over the machines alone.
     """
     between = f"{nodes} machines" if nodes > 1 else f"{rates.ranks} ranks of this machine"
-    value, says = rule(rates.bus_bytes_per_s * 8 / 1e6, nodes if nodes > 1 else rates.ranks, between)
+    replicas = nodes if nodes > 1 else rates.ranks
+    value, says = rule(rates.bus_bytes_per_s * 8 / 1e6, replicas, between, cpu=cpu)
     return Check("sync", "ok", value, says)

@@ -64,7 +64,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         loaded = load_weights(state.model, config.run.init_from, state.synchronizer.masters())
         log.info("weights from %s", loaded)
         state.synchronizer.adopt()
-    if (name := state.synchronizer.first_difference()) is not None:
+    if (name := state.first_difference()) is not None:
         raise UserError(
             f"the replicas start from different weights ({name}); give all of them the same checkpoint"
         )
@@ -89,7 +89,9 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 consensus.begin(attempt.wishes())
                 lr = config.optimizer.lr * learning_rate_multiplier(config, state.step)
                 state.sparsity.begin(state.step, watched=is_logged(state.step + 1, config))
-                if state.step == state.sparsity.dense_from:  # W is not S(W): the loss jumps, and that is no spike
+                if (
+                    state.step == state.sparsity.dense_from
+                ):  # W is not S(W): the loss jumps, and that is no spike
                     state.guard.forget()
                 result = train_step(state, batch, lr)
                 state.step += 1

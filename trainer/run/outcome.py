@@ -42,7 +42,7 @@ def told_launchers(folder: Path) -> list[str]:
 
 
 def diverged_before(folder: Path) -> str | None:
-    """Where this process is a restart, by torchrun, of a run that diverged, which it would again: what that one said."""
+    """Where this process is a restart, by torchrun, of a run that diverged, as it would again: what that one said."""
     outcome = _before_restart(folder)
     return outcome["message"] if outcome.get("diverged") else None
 

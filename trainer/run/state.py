@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from stepline.comm.replicas import first_difference
 from stepline.comm.synchronizer import Synchronizer
 from stepline.comm.traffic import Traffic
 from stepline.models.canon import is_canon
@@ -102,6 +103,14 @@ class TrainState(Trainee):
             **self.synchronizer.state_dict(self.synchronizer.replica),
             **self._random_states(),
         }
+
+    def first_difference(self) -> str | None:
+        """The parameter, trained or frozen, in which the replicas are not bit-identical; a collective of all ranks."""
+        sync = self.synchronizer
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        if (name := sync.first_difference()) is None and frozen and sync.replicas > 1:
+            return first_difference(frozen, sync.group)
+        return name
 
     def _shared_tensors(self) -> dict[str, torch.Tensor]:
         """Alike on all replicas, whatever the synchroniser."""

@@ -47,6 +47,8 @@ def build_synchronizer(
             parameters, group, settings, decayed=decayed, dense=_adamw(config, vectors),
             make_optimizer=functools.partial(waiting_optimizer, config),
         )  # fmt: skip
+    if parallel.demo.faithful:  # p (1 - lr wd) is of every parameter there
+        decayed = set(parameters)
     demo = parallel.demo.model_dump() | {"chunk": parallel.demo.side, "ahead": parallel.demo.looks_ahead}
     if demo["faithful"]:
         world = 1 if mesh is None else mesh.size()

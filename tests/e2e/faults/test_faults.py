@@ -53,11 +53,11 @@ def test_the_whole_job_dies(start, same, tmp_path):
 def test_a_rank_hangs(start, same, tmp_path):
     """The time limit of the config ends it; the log of every rank says where each of its threads stood."""
     folder = tmp_path / "run"
-    run = start(folder, "parallel.timeout_s=4", torchrun=RESTARTING, faults={"hang": {"25": 1}})
+    run = start(folder, "parallel.timeout_s=8", torchrun=RESTARTING, faults={"hang": {"25": 1}})
     assert run.end() == [0], run.text()
     for rank in (0, 1):
         log = (folder / "logs" / "attempt-1" / f"rank-{rank}.log").read_text()
-        assert "no progress for 4 s (parallel.timeout_s) after step 25" in log
+        assert "no progress for 8 s (parallel.timeout_s) after step 25" in log
         assert "most recent call first" in log
         assert "in faulty_step" in log
     assert "in train_step" in (folder / "logs" / "attempt-1" / "rank-0.log").read_text()

@@ -94,6 +94,19 @@ def test_another_checkpoint_is_refused(start, tmp_path):
     assert "go on from different checkpoints (step-000002, step-000003)" in outcome["message"]
 
 
+def test_other_weights_to_start_from_are_refused(start, train, tiny_config, tmp_path):
+    """Copies of a checkpoint are the same, wherever they lie."""
+    train(1, tiny_config, tmp_path / "first", "budget.steps=1")
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    train(1, tiny_config, tmp_path / "other", "budget.steps=1", "run.seed=1")
+    common = [*DEMO, f"run.init_from={tmp_path / 'first'}"]
+    assert start(f"run.init_from={tmp_path / 'copy'}", common=common)[0] == [0, 0]
+    shutil.rmtree(tmp_path / "run")
+    codes, outcome = start(f"run.init_from={tmp_path / 'other'}", common=common)
+    assert codes == [2, 2]
+    assert outcome["message"].startswith("the ranks start from different weights (")
+
+
 def test_what_a_node_may_have_of_its_own(start, tiny_data, tmp_path):
     """Paths, and what touches one rank alone."""
     shutil.copytree(tiny_data, tmp_path / "copy")

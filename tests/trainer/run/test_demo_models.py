@@ -126,8 +126,8 @@ class Reference:
         for name, p in self.p.items():
             own = [g[name] for g in gradients]
             decay = 1 - LR * 0.1 if p.ndim > 1 and name != "embed.weight" else 1.0
-            if self.demo.get("faithful"):
-                p.copy_(decay * p - LR * self.exchanged(name, [LR * g for g in own]).sign())
+            if self.demo.get("faithful"):  # which decays all that it moves
+                p.copy_((1 - LR * 0.1) * p - LR * self.exchanged(name, [LR * g for g in own]).sign())
             elif p.ndim > 1:
                 p.copy_(
                     decay * p + self.exchanged(name, [self.update(r, name, g) for r, g in enumerate(own)])

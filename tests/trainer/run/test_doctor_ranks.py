@@ -181,3 +181,17 @@ def test_the_sync_that_a_measured_link_asks_for():
     alone = doctor_ranks.check_sync(Rates(16_000_000, 0.01, 1e-5, exact=True, ranks=4), 1)
     assert alone.value["replicas"] == 4
     assert "between 4 ranks of this machine" in alone.says
+
+
+def test_on_a_fast_link_between_cpus_the_sync_pays_for_its_encoding():
+    """16 s of it for 1.3B parameters, where a bf16 all-reduce takes 2.6 s."""
+    rates = Rates(16_000_000, 16e6 / 1e9, 1e-5, exact=True, ranks=2)  # 8 Gbit/s
+    check = doctor_ranks.check_sync(rates, 1, cpu=True)
+    assert check.value["mbit"] == pytest.approx(8000)
+    assert check.value["best"] == ["parallel.sync=all_reduce", "precision.reduce=bf16"]
+    assert check.value["codec_s"]["all-reduce bf16"] == 0
+    assert max(check.value["codec_s"].values()) == pytest.approx(12.8e-9 * 1_317_373_952, rel=0.2)
+    assert doctor_ranks.check_sync(rates, 1).value["best"] == ["parallel.sync=demo"]
+    slow = doctor_ranks.check_sync(Rates(16_000_000, 16.0, 1e-5, exact=True, ranks=2), 1, cpu=True)
+    assert slow.value["best"] == ["parallel.sync=demo"]
+    assert "encoding and decoding counted" in slow.says

@@ -154,14 +154,18 @@ def test_a_validation_that_is_made_up_for_is_of_the_phase_that_led_to_it(
     assert [step for step, _ in held_out[0]] == [10, 20]
 
 
-@pytest.mark.parametrize(("fraction", "said"), [(0.98, "makes all of the run's 20 steps dense"), (0.02, "none is dense")])
+@pytest.mark.parametrize(
+    ("fraction", "said"), [(0.98, "makes all of the run's 20 steps dense"), (0.02, "none is dense")]
+)
 def test_a_dense_phase_of_no_or_all_steps_is_said(tiny_config, fraction, said):
     options = [*SPARSE, f"sparse.dense_fraction={fraction}"]
     if fraction > 0.5:
         with pytest.raises(UserError, match=said):
             start_job(str(tiny_config), options, "never", World(0, 1, 0, 1))
     else:
-        assert any(said in note for note in start_job(str(tiny_config), options, "never", World(0, 1, 0, 1)).notes)
+        assert any(
+            said in note for note in start_job(str(tiny_config), options, "never", World(0, 1, 0, 1)).notes
+        )
 
 
 @pytest.mark.e2e

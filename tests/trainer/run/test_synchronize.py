@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from stepline.comm.mesh import World
 from stepline.trainer.run import loop
 from stepline.trainer.run.checkpoint import stored_names
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.run.start import start_job
 from stepline.trainer.run.state import TrainState
 
 SYNCS = {
@@ -98,7 +100,8 @@ RESIZED = ["model.num_layers=1", "precision.compute=fp64", "budget.steps=30", "c
 def test_resume_with_other_replicas_or_shards_goes_on(
     train, two_by_two, tiny_config, tmp_path, sync, world, shard
 ):
-    """From two replicas of two shards. At the same number of replicas nothing is lost, up to where chunks are cut."""
+    """From two replicas of two shards. At the same number of replicas nothing is lost, up to where chunks are cut, but
+    for what owners owe, whose shares are others; the log says so."""
     options = [*SYNCS[sync], *RESIZED]
     straight = two_by_two(train, tiny_config, tmp_path / "run", sync)
     shutil.rmtree(complete_checkpoints(tmp_path / "run")[-1])
@@ -107,6 +110,7 @@ def test_resume_with_other_replicas_or_shards_goes_on(
     replicas = world // shard
     log = (tmp_path / "run/logs/attempt-2/rank-0.log").read_text()
     assert ("2 replicas became" in log) == (replicas != 2)
+    assert ("owed." in log and "begin anew" in log) == (sync == "owners")
     before, after = losses(resized)[15:20].mean(), losses(resized)[-5:].mean()
     assert after < before + 0.02
     if sync == "diloco" and replicas == 2:
@@ -143,6 +147,8 @@ def test_validation_and_checkpoint_hold_the_model_that_replicas_agree_on(train, 
         (["parallel.sync=demo", "parallel.demo.density=0"], "parallel.demo.density"),
         (["parallel.sync=demo", "parallel.demo.density=1.5"], "parallel.demo.density"),
         (["parallel.sync=random_k", "parallel.random_k.density=2"], "parallel.random_k.density"),
+        (["parallel.sync=random_k", "parallel.random_k.density=1e-20"], "parallel.random_k.density"),
+        (["parallel.sync=random_k", "parallel.random_k.density=0.7"], "the nearest are 0.5 and 1"),
         (["parallel.sync=demo", "parallel.demo.chunk=1000000"], "parallel.demo.chunk"),
         (
             ["parallel.sync=demo", "parallel.demo.faithful=true", "parallel.demo.codec=int8"],
@@ -158,6 +164,27 @@ def test_mistakes_are_said_in_one_sentence(tiny_config, tmp_path, capsys, option
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["kept=3", "density=0.1"], "parallel.demo.density has no effect beside parallel.demo.kept"),
+        (
+            ["accumulate=gradients", "alpha=0.5"],
+            "parallel.demo.alpha has no effect without parallel.demo.version=2",
+        ),
+        (["density=0.25"], "DeMo sends 256 of every 1024 values of embedding and head, more than a row's"),
+        (["density=0.25", "codec=int8"], None),
+        ([], None),
+    ],
+)
+def test_settings_without_or_with_an_unwanted_effect_are_said(tiny_config, options, said):
+    options = ["parallel.sync=demo", *(f"parallel.demo.{option}" for option in options)]
+    notes = start_job(str(tiny_config), options, "never", World(0, 1, 0, 1)).notes
+    found = [note for note in notes if "parallel.demo" in note]
+    assert [note for note in found if said and said in note] == found
+    assert bool(found) == (said is not None)
 
 
 def test_state_in_a_checkpoint_is_that_of_each_replica(train, tiny_config, tmp_path):
