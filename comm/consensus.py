@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from stepline.comm.replicas import gather_single
+
 
 class Consensus:
-    """An element-wise maximum of small numbers over all ranks, taken beside the computation.
+    """An element-wise maximum of small numbers over all ranks, taken beside the computation. They are gathered, which
+    gloo does in half the messages of a reduction.
 
     A decision that only one rank knows of must be acted upon by all ranks in the same step, or they wait for each
     other in different collectives. `begin` before a step starts the exchange, `result` after the step reads it. The
@@ -16,18 +19,18 @@ class Consensus:
 
     def __init__(self, group: dist.ProcessGroup, size: int) -> None:
         self.group, self.size = group, size
-        self._numbers = torch.zeros(size, dtype=torch.int64)
+        self._numbers = torch.zeros(dist.get_world_size(group), size, dtype=torch.int64)
         self._work: dist.Work | None = None
 
     def begin(self, wishes: Sequence[int]) -> None:
         """Starts the exchange of `wishes` (0: none); every `begin` needs its `result`."""
-        self._numbers = torch.tensor(wishes, dtype=torch.int64)
-        self._work = dist.all_reduce(self._numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        mine = torch.tensor(wishes, dtype=torch.int64)
+        self._work = gather_single(self._numbers.view(-1), mine, group=self.group, async_op=True)
 
     def result(self) -> list[int]:
         """The largest wish of any rank at each place, the same list on all ranks."""
         self._work.wait()
-        return self._numbers.tolist()
+        return self._numbers.amax(dim=0).tolist()
 
     def settle(self, wishes: Sequence[int]) -> list[int]:
         """Both at once: waits for all ranks."""

@@ -111,14 +111,14 @@ def shard_slice(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ..
     return tuple(shape), tuple(offset)
 
 
-def global_norm(gradients: list[torch.Tensor], mesh: DeviceMesh | None) -> torch.Tensor:
-    """L2 norm over all gradients of the model, the same 0-dim tensor on every rank.
+def sum_of_squares(gradients: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Of all values of this rank's parts of the gradients, 0-dim; those of its tensors are added up in `dtype`."""
+    return torch.stack(torch._foreach_norm([local(g) for g in gradients])).to(dtype).square().sum()
 
-    Gradients are plain, or DTensors sharded over `mesh["shard"]` and equal over `mesh["replicate"]`.
-    """
-    norms = torch._foreach_norm([local(g) for g in gradients])
-    squares = torch.stack(norms).square().sum()
+
+def sum_over_shards(values: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
+    """Sums in place over the ranks of a replica; mesh None: there is one."""
     # not mesh["shard"], which is a mesh made anew each time
     if mesh is not None and mesh.size(mesh.mesh_dim_names.index("shard")) > 1:
-        torch.distributed.all_reduce(squares, group=mesh.get_group("shard"))
-    return squares.sqrt()
+        torch.distributed.all_reduce(values, group=mesh.get_group("shard"))
+    return values

@@ -137,9 +137,10 @@ class Synchronizer(ABC):
         """The parameter in which the replicas are not bit-identical; a collective of all ranks."""
         return first_difference(self.shared_parameters(), self.group) if self.replicas > 1 else None
 
-    def largest(self, value: Tensor) -> Tensor:
-        """The largest of the replicas' values, NaN where one of them is; the same on all."""
-        return gather_replicas(value, self.group).amax(dim=0) if self.averages_replicas else value
+    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of the replicas' losses, largest of their norms), 0-dim, the same on all; NaN where one of them is."""
+        losses, norms = gather_replicas(torch.stack([loss, norm.to(loss.dtype)]), self.group).unbind(dim=1)
+        return losses.sum(), norms.amax()
 
     def gradient(self, name: str) -> Tensor:
         """This rank's part of a gradient, zeros where the parameter had none."""
@@ -172,6 +173,12 @@ class AllReduce(Synchronizer):
         """The optimizer's update."""
         self.optimizer.step(lr, self.weight_decay, skip)
         return StepResult(self.num_bytes, self.num_bytes, skip)
+
+    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """As above; the replicas' gradients are one already."""
+        if self.replicas > 1:
+            dist.all_reduce(loss, group=self.group)
+        return loss, norm
 
     def describe(self) -> dict[str, str]:
         """What the optimizer says."""

@@ -101,7 +101,7 @@ class ZeRO(Synchronizer):
         blocks: Iterable[nn.Module], device: torch.device, make_optimizer: Callable[[Tensor, bool], Optimizer],
     ) -> None:  # fmt: skip
         super().__init__(parameters, None)
-        self.settings, self.decayed, self.device = settings, decayed, device
+        self.settings, self.decayed = settings, decayed
         groups = [
             {"params": [p for n, p in parameters.items() if (n in decayed) == decays], "decays": decays}
             for decays in (True, False)
@@ -164,10 +164,6 @@ class ZeRO(Synchronizer):
         if self.settings.offload != "none":
             return [part.grad for part in self.flat]
         return [gradient for group in self.zero.averaged_gradients.values() for gradient in group]
-
-    def largest(self, value: Tensor) -> Tensor:
-        """The only one there is; of offloaded gradients it is in host memory."""
-        return value.to(self.device)
 
     def step(self, lr: float, skip: Tensor | None = None) -> StepResult:
         """DeepSpeed gives each flat part its gradient, calls back, and gathers the weights anew."""

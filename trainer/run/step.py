@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from stepline.comm.fsdp import all_reduce_on_last, global_norm, local
+from stepline.comm.fsdp import all_reduce_on_last, local, sum_of_squares, sum_over_shards
 from stepline.comm.host_copy import to_device
 from stepline.trainer.data.loader import Batch
 
@@ -43,7 +43,8 @@ def accumulate(
     model: nn.Module, batch: Batch, device: torch.device, z_weight: float, parts: int = 1,
     announce: Callable[[nn.Module, bool], None] = all_reduce_on_last, midway: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:  # fmt: skip
-    """Forward and backward of a global batch; returns its loss (0-dim, global mean over valid tokens).
+    """Forward and backward of a global batch; returns this rank's part of its loss (0-dim; their sum over all ranks is
+    the mean over the batch's valid tokens).
 
     Every micro-batch's loss is a SUM divided by the number of valid tokens of the whole global batch, and
     gradients are summed over micro-batches and ranks: no token weighs more than another, wherever it stands.
@@ -66,16 +67,23 @@ def accumulate(
             midway()
         (loss * parts).backward()
         total += sums.nll.detach()
-    return all_sum(total) / valid
+    return total / valid
 
 
 @torch.no_grad()
-def clip(gradients: list[torch.Tensor], mesh: DeviceMesh | None, max_norm: float) -> torch.Tensor:
-    """Scales all gradients so that their global norm is at most max_norm; returns the norm before."""
-    norm = global_norm(gradients, mesh)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local(g) for g in gradients], scale)
-    return norm
+def clip(
+    gradients: list[torch.Tensor], mesh: DeviceMesh | None, max_norm: float, loss: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales a replica's gradients so that their L2 norm is at most max_norm; returns the norm before, and the sum of
+    its ranks' losses, which shares the collective.
+
+    Gradients are plain, or DTensors sharded over `mesh["shard"]`.
+    """
+    both = torch.stack([loss, sum_of_squares(gradients, loss.dtype).to(loss.device)])
+    loss, squares = sum_over_shards(both, mesh).unbind()
+    norm, parts = squares.sqrt(), [local(g) for g in gradients]
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
+    return norm, loss
 
 
 def train_step(state, batch: Batch, lr: float) -> StepMeasures:
@@ -83,8 +91,9 @@ def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     config, synchronizer = state.config, state.synchronizer
     model, parts = synchronizer.through(state.model), synchronizer.parts
     z_loss, hooks = config.model.z_loss, (synchronizer.announce, synchronizer.midway)
-    loss = accumulate(model, batch, state.device, z_loss, parts, *hooks)
-    norm = synchronizer.largest(clip(synchronizer.gradients(), state.mesh, config.optimizer.grad_clip))
+    own = accumulate(model, batch, state.device, z_loss, parts, *hooks)
+    norm, own = clip(synchronizer.gradients(), state.mesh, config.optimizer.grad_clip, own)
+    loss, norm = synchronizer.agree(own, norm)
     skip = state.guard.check(loss, norm)
     result = synchronizer.step(lr, skip)
     synchronizer.zero_grad()

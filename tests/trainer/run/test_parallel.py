@@ -54,6 +54,9 @@ def test_one_two_and_four_ranks_give_the_same_loss_curve(
     train, tiny_config, tmp_path, precision, optimizer, steps, tolerance
 ):
     options = [f"precision.compute={precision}", f"optimizer.name={optimizer}", f"budget.steps={steps}"]
+    options += [
+        "optimizer.eps=1e-6"
+    ]  # AdamW makes whole steps of gradients that are rounding alone, above eps
     one = losses(train(1, tiny_config, tmp_path / "1", *options))
     assert one[-1] < one[0] - 0.5
     for world in (2, 4):
