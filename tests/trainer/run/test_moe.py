@@ -149,6 +149,31 @@ def test_replicas_across_slow_links(interrupted, sync, column):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
 
+ALL_SENT = ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.density=1", "parallel.demo.codec=fp32"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "sync",
+    [
+        ALL_SENT,
+        [*ALL_SENT, "parallel.demo.owner_reduce_above=1", "parallel.demo.delay=1"],
+        ["parallel.sync=diloco", "parallel.diloco.every=3"],
+        ["parallel.sync=random_k", "parallel.random_k.density=1", "parallel.random_k.codec=fp32"],
+    ],
+    ids=["demo", "owners late", "diloco", "random_k"],
+)
+def test_dealt_experts_across_slow_links(train, tiny_config, tmp_path, sync, column):
+    """Two replicas of two ranks; all is sent, so that it does not matter where chunks are cut."""
+    options = [*MOE, "model.moe.experts=6", *sync, "parallel.shard=2", "precision.compute=fp64"]
+    options += ["parallel.check_replicas_every=1", "budget.steps=12"]
+    whole, dealt = (
+        train(4, tiny_config, tmp_path / f"{parts}", *options, f"parallel.experts={parts}") for parts in (1, 2)
+    )
+    assert column(whole)[-1] < column(whole)[0] - 0.1
+    assert (column(dealt) / column(whole) - 1).abs().max() < 1e-11
+
+
 @pytest.mark.e2e
 def test_resume_with_other_ranks(train, tiny_config, tmp_path, column):
     """2 -> 4 processes: biases and experts go on where they were."""
