@@ -111,9 +111,9 @@ def shard_slice(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ..
     return tuple(shape), tuple(offset)
 
 
-def sum_of_squares(gradients: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Of all values of this rank's parts of the gradients, 0-dim; those of its tensors are added up in `dtype`."""
-    return torch.stack(torch._foreach_norm([local(g) for g in gradients])).to(dtype).square().sum()
+def sum_of_squares(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Of all values of plain tensors, 0-dim; the sums of the tensors are added up in `dtype`."""
+    return torch.stack(torch._foreach_norm(tensors)).to(dtype).square().sum()
 
 
 def sum_over_shards(values: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:

@@ -174,12 +174,6 @@ class AllReduce(Synchronizer):
         self.optimizer.step(lr, self.weight_decay, skip)
         return StepResult(self.num_bytes, self.num_bytes, skip)
 
-    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """As above; the replicas' gradients are one already."""
-        if self.replicas > 1:
-            dist.all_reduce(loss, group=self.group)
-        return loss, norm
-
     def describe(self) -> dict[str, str]:
         """What the optimizer says."""
         return self.optimizer.describe()

@@ -267,7 +267,12 @@ class Config(Section):
     def dense_from(self) -> float:
         """Index of the first step whose forwards are no longer sparse; infinite without `sparse.dense_fraction`."""
         fraction = self.sparse.dense_fraction
-        return round((1 - fraction) * self.total_steps()) if fraction else math.inf
+        return dense_from(fraction, self.total_steps()) if fraction else math.inf
+
+
+def dense_from(fraction: float, steps: int) -> int:
+    """Index of the first of the dense steps, which are `fraction` of `steps`."""
+    return round((1 - fraction) * steps)
 
 
 MAY_CHANGE_ON_RESUME = (

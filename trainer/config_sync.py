@@ -1,6 +1,5 @@
 """The part of the configuration that says how replicas agree (`parallel.sync` other than all_reduce)."""
 
-import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -108,14 +107,3 @@ class RandomKConfig(Section):
     """Decay of the updates that wait."""
     codec: Literal["fp32", "bf16"] = "bf16"
     """How values travel."""
-
-    @model_validator(mode="after")
-    def _one_of_so_many(self) -> "RandomKConfig":
-        many = round(1 / self.density)
-        if abs(many * self.density - 1) > 0.05:
-            below, above = 1 / math.ceil(1 / self.density), 1 / math.floor(1 / self.density)
-            raise ValueError(
-                f"density {self.density:g} is not near one value of a whole number; the nearest are {below:.4g} and "
-                f"{above:.4g}"
-            )
-        return self

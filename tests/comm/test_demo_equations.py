@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -195,3 +196,18 @@ def test_every_coefficient_kept_is_sign_sgd_of_the_mean_gradient(pool, replicas)
             for seen, _, _ in ranks:
                 close(seen[step][0][name], expected[name])
                 assert seen[step][1][name].abs().max() < 1e-15
+
+
+def owed_names(cut: tuple[int, int]) -> list[str]:
+    with mock.patch("stepline.comm.demo.shard_slice", lambda p: (tuple(p.shape), cut)):
+        named = {"w": nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))}
+        settings = DeMoSettings(chunk=4, owner_reduce_above=1)
+        sync = DeMo(named, dist.group.WORLD, settings, make_optimizer=SGD)
+    return list(sync.exchange.state_dict())
+
+
+def test_what_is_owed_belongs_to_the_values_that_a_rank_holds(pool):
+    """Other experts may have the same shapes at the same rank, once they are dealt in another way."""
+    first, again, other = (pool.run(2, owed_names, cut) for cut in ((0, 0), (0, 0), (8, 0)))
+    assert first == again
+    assert all(mine and not set(mine) & set(theirs) for mine, theirs in zip(first, other, strict=True))

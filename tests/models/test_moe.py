@@ -142,10 +142,13 @@ def test_padding_is_not_among_what_is_dropped():
     moe = layer(top_k=2, capacity=1e-9)
     moe.counting = True
     x = torch.ones(1, 8, WIDTH, dtype=torch.float64)
-    valid = torch.arange(8)[None] < 3
-    moe(x, Routing(valid, torch.tensor(1.0)))
-    dropped, tokens = (int(moe.sums[SUMS.index(name)]) for name in ("dropped", "tokens"))
-    assert (tokens, dropped) == (3, 2 * 3 - 2)  # both experts take the first token, which is valid
+    for padding_first in (False, True):
+        valid = torch.arange(8)[None] >= 5 if padding_first else torch.arange(8)[None] < 3
+        moe.sums.zero_()
+        moe(x, Routing(valid, torch.tensor(1.0)))
+        dropped, tokens = (int(moe.sums[SUMS.index(name)]) for name in ("dropped", "tokens"))
+        assert tokens == 3
+        assert dropped == (2 * 3 if padding_first else 2 * 3 - 2)  # both experts take the first token
 
 
 def test_uniform_routing_has_a_balance_loss_of_one():

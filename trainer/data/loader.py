@@ -31,11 +31,14 @@ class Batch:
     """[accum, micro_batch, seq] int32: documents that ended before the position, within the window"""
     state: dict
     """The loader's state after this batch."""
+    valid: int | None = None
+    """Targets with loss of the global batch, over all ranks; None: to be counted."""
 
 
 def to_batch(
-    tokens: np.ndarray, shape: tuple[int, int], eod_id: int, confine_attention: bool, state: dict
-) -> Batch:
+    tokens: np.ndarray, shape: tuple[int, int], eod_id: int, confine_attention: bool, state: dict,
+    valid: int | None = None,
+) -> Batch:  # fmt: skip
     """Batch of [accum, micro_batch] windows from tokens [n, seq + 1]; missing rows have no targets."""
     rows, filled, seq_len = shape[0] * shape[1], len(tokens), tokens.shape[1] - 1
     inputs, targets = np.empty((2, rows, seq_len), np.int64)
@@ -47,7 +50,7 @@ def to_batch(
         ended = (inputs == eod_id).astype(np.int32)
         doc_ids = torch.from_numpy((np.cumsum(ended, 1, np.int32) - ended).reshape(*shape, seq_len))
     x, y = (torch.from_numpy(array.reshape(*shape, seq_len)) for array in (inputs, targets))
-    return Batch(x, y, doc_ids, state)
+    return Batch(x, y, doc_ids, state, valid)
 
 
 class TrainLoader:
@@ -155,7 +158,8 @@ class TrainLoader:
             sample += size
             state = self._state(sample, block.counts[begin + size])
             shape = (self.accum, self.micro_batch)
-            yield to_batch(tokens, shape, self.splits[0].eod_id, self.confine_attention, state)
+            eod_id, valid = self.splits[0].eod_id, size * self.seq_len
+            yield to_batch(tokens, shape, eod_id, self.confine_attention, state, valid)
 
     def _gather(self, sources: np.ndarray, windows: np.ndarray) -> np.ndarray:
         if len(self.splits) == 1:
@@ -203,7 +207,9 @@ class TrainLoader:
             self.on_damage(str(error), True)
             nothing = np.empty((0, self.seq_len + 1), np.int64)
             shape = (self.accum, self.micro_batch)
-            return to_batch(nothing, shape, self.splits[0].eod_id, self.confine_attention, self.state_dict())
+            valid = self.batch_windows * self.seq_len  # as the other ranks say of their parts of this batch
+            state = self.state_dict()
+            return to_batch(nothing, shape, self.splits[0].eod_id, self.confine_attention, state, valid)
         self._sample, self._counts = item.state["sample"], item.state["counts"]
         return item
 

@@ -1,7 +1,7 @@
 """`stepline plan`: from two numbers, or from a config, to a plan on the screen or as JSON. Imports no torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepline.models.flops import flops_per_token
 from stepline.trainer.config import Config
@@ -23,6 +23,7 @@ from stepline.trainer.plan.planner import Inputs, Plan, check_range, law_values,
 from stepline.trainer.plan.resolve import (
     Machine,
     auto_micro_batch,
+    check_dense_end,
     check_run,
     config_inputs,
     config_law,
@@ -77,6 +78,10 @@ def run_plan(ask: Request, as_json: bool) -> None:
     layout = asked_layout(ask.link_mbit, ask.replicas, config, ask.world_size)
     machine = asked_hardware(ask.device, ask.peak_flops, ask.mfu, inputs.world_size)
     plan = make_plan(inputs, law)
+    if config is not None:
+        plan = replace(
+            plan, warnings=(*plan.warnings, *check_dense_end(config.sparse.dense_fraction, plan.steps))
+        )
     cost = None
     if machine is not None:
         critical = plan.batch_critical_tokens

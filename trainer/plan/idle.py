@@ -48,7 +48,9 @@ def _idle_of_demo(demo: DeMoConfig, origins: Origins) -> list[str]:
     idle = {
         "ahead": (
             demo.ahead and not demo.looks_ahead,
-            "without parallel.demo.delay=1 and parallel.demo.accumulate=updates",
+            "with parallel.demo.faithful"
+            if demo.faithful
+            else "without parallel.demo.delay=1 and parallel.demo.accumulate=updates",
         ),
         "density": (demo.kept is not None, "beside parallel.demo.kept"),
         "alpha": (demo.version == 1, "without parallel.demo.version=2"),

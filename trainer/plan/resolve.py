@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from stepline.models.config import nearest_divisor
 from stepline.models.flops import parameter_counts
-from stepline.trainer.config import Config
+from stepline.trainer.config import Config, dense_from
 from stepline.trainer.config_io import Origins
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.kind import kind_of
@@ -132,17 +132,17 @@ def resolve(
             f"schedule.warmup_steps {config.schedule.warmup_steps} is not below the run's {steps} steps: the learning "
             "rate never reaches its peak"
         )
-    crowded += check_dense_end(config)
+    crowded += check_dense_end(config.sparse.dense_fraction, steps)
     # Who sets all three by hand, and who resumes, has no use for what the laws say.
     return plan, crowded + (list(plan.warnings) if planned else [])
 
 
-def check_dense_end(config: Config) -> list[str]:
+def check_dense_end(fraction: float, steps: int) -> list[str]:
     """A warning where the dense steps at the end of a sparse run come to none; raises UserError where all are dense."""
-    fraction, steps = config.sparse.dense_fraction, config.total_steps()
-    if not fraction or 0 < config.dense_from() < steps:
+    dense = steps - dense_from(fraction, steps)
+    if not fraction or 0 < dense < steps:
         return []
-    if config.dense_from() == 0:
+    if dense:
         raise UserError(
             f"sparse.dense_fraction {fraction:g} makes all of the run's {steps} steps dense; lower it, or set "
             "sparse.mode to none"
@@ -184,8 +184,20 @@ def check_run(config: Config, world: int | None) -> None:
         check_layout(config.parallel.shard, world)
     check_experts(config, world)
     check_products(config)
+    if config.parallel.sync == "random_k":
+        check_random_k(config.parallel.random_k.density)
     if config.model.blocks == "revffn" and config.run.recompute != "none":
         raise UserError("reversible blocks recompute their activations themselves; set run.recompute to none")
+
+
+def check_random_k(density: float) -> None:
+    """Raises UserError for a share of the values that is not near one of a whole number."""
+    if abs(round(1 / density) * density - 1) > 0.05:
+        below, above = 1 / math.ceil(1 / density), 1 / math.floor(1 / density)
+        raise UserError(
+            f"parallel.random_k.density {density:g} is not near one value of a whole number; the nearest are "
+            f"{below:.4g} and {above:.4g}"
+        )
 
 
 def check_layout(shard: int, world: int) -> None:

@@ -9,7 +9,7 @@ from stepline.comm.gather import gathered
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump, flatten
 from stepline.trainer.errors import UserError
-from stepline.trainer.run.manifest import MANIFEST, find_checkpoint
+from stepline.trainer.run.manifest import find_checkpoint, read_manifest
 from stepline.trainer.run.start import Job
 
 MAY_DIFFER = (
@@ -40,7 +40,7 @@ def check_ranks_alike(job: Job) -> None:
         raise UserError(
             f"the ranks go on from different checkpoints ({', '.join(names)}); give all of them the same --resume"
         )
-    if len({checksum for checksum, _ in weights}) > 1:
+    if len({checksum for checksum, path in weights if path}) > 1:
         raise UserError(
             f"the ranks start from different weights ({', '.join(_different([path for _, path in weights]))}); give "
             "all of them the same checkpoint, or copies of it (run.init_from)"
@@ -60,13 +60,14 @@ def check_ranks_alike(job: Job) -> None:
 
 
 def _first_weights(job: Job) -> tuple[int, str]:
-    """The checkpoint of run.init_from, where this attempt reads it: a checksum of its manifest, and so of all its
-    files, and its path."""
+    """The checkpoint of run.init_from, where this attempt reads it: a checksum of what its manifest says of the files
+    with its tensors (others name times and places), and its path; else no path."""
     config = job.config
     if config.run.init_from is None or (job.resume_from is not None and config.optimizer.only == "all"):
         return 0, ""
     checkpoint = find_checkpoint(config.run.init_from, checksums=False)
-    return zlib.crc32((checkpoint / MANIFEST).read_bytes()), str(checkpoint)
+    files = sorted(item for item in read_manifest(checkpoint)["files"].items() if item[0].endswith(".distcp"))
+    return zlib.crc32(repr(files).encode()), str(checkpoint)
 
 
 def compared(config: Config) -> dict[str, Any]:

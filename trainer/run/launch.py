@@ -112,14 +112,15 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
     if launcher is not None:
         mine = (finished, diverged_before(job.folder), launcher, told_launchers(job.folder))
         ends, words, launchers, left = zip(*gathered(mine))
-        finished, diverged = ends[0], words[0]  # another node may see the end of the run a while later
+        finished = ends[0]  # another node may see the end of the run a while later
+        diverged = next(filter(None, words), None)  # torchrun's agents count their restarts each for itself
         told = not set(launchers).isdisjoint(itertools.chain(*left))
     if finished:
         code, says = DONE, f"{job.folder} is finished; choose another run.folder for a new run"
     elif told:
         code, says = TO_BE_CONTINUED, f"{job.folder} was told to stop and has saved; start it again"
     elif diverged:
-        code, says = FAILED, f"error: not started again, as it would diverge again: {diverged}"
+        code, says = FAILED, f"error: not started again, as this launch has diverged: {diverged}"
     if code is not None and job.world.rank == 0:
         print(says, file=sys.stderr)
     return code

@@ -231,9 +231,10 @@ def load_weights(
         log.info("%s has no Canon layers like these: they start as ones that do nothing", checkpoint)
     if not betas and any(name.endswith("beta") and name.startswith("model.") for name in known):
         log.info(
-            "%s was 2:4 sparse: this run starts from its dense master weights, whose loss is another; "
-            "keep sparse.mode=s-ste for the model that was evaluated", checkpoint,
-        )  # fmt: skip
+            "%s has 2:4 sparse layers: this run starts from their dense master weights, which is another model unless "
+            "its last steps were dense (sparse.dense_fraction); sparse.mode=s-ste goes on with the sparse one",
+            checkpoint,
+        )
     if without_beta:
         log.info("%s was dense: the scales of sparse weights are computed from its weights", checkpoint)
         set_betas(model)

@@ -54,7 +54,10 @@ def accumulate(
     """
     targets = to_device(batch.targets, device)
     inputs, doc_ids = to_device(batch.inputs, device), to_device(batch.doc_ids, device)
-    valid = all_sum((targets != -100).sum()).clamp(min=1)
+    if batch.valid is None:
+        valid = all_sum((targets != -100).sum()).clamp(min=1)
+    else:
+        valid = torch.full((), batch.valid, device=device)
     total = torch.zeros((), device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
     for i in range(len(inputs)):
         announce(model, i == len(inputs) - 1)
@@ -79,9 +82,11 @@ def clip(
 
     Gradients are plain, or DTensors sharded over `mesh["shard"]`.
     """
-    both = torch.stack([loss, sum_of_squares(gradients, loss.dtype).to(loss.device)])
+    parts = [local(g) for g in gradients]
+    wide = torch.promote_types(loss.dtype, parts[0].dtype)
+    both = torch.stack([loss.to(wide), sum_of_squares(parts, wide).to(loss.device)])
     loss, squares = sum_over_shards(both, mesh).unbind()
-    norm, parts = squares.sqrt(), [local(g) for g in gradients]
+    norm = squares.sqrt()
     torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
     return norm, loss
 

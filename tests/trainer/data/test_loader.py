@@ -60,6 +60,7 @@ def take(path: Path, world_size: int, steps: int, state: dict | None = None, **o
     for _ in range(steps):
         batches = [next(loader) for loader in loaders]
         assert len({(b.inputs.shape, b.targets.shape, json.dumps(b.state)) for b in batches}) == 1
+        assert {b.valid for b in batches} == {sum(int((b.targets != IGNORE).sum()) for b in batches)}
         found += [window for batch in batches for window in rows(batch)]
     states = [loader.state_dict() for loader in loaders]
     assert all(state == states[0] for state in states)

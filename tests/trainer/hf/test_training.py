@@ -131,7 +131,8 @@ def test_mistakes_of_the_first_stage(imported, data, tmp_path, options, message)
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("family", "more", "kept"), [("Llama", [], 2), ("Qwen3Moe", [], 2), ("Llama", ["sparse.dense_fraction=0.5"], 4)]
+    ("family", "more", "kept"),
+    [("Llama", [], 2), ("Qwen3Moe", [], 2), ("Llama", ["sparse.dense_fraction=0.5"], 4)],
 )
 def test_sparse_runs_are_exported_as_they_compute(train, imported, tmp_path, family, more, kept):
     """2:4 weights: two of four in an exported matrix are zeros, and the logits are those of the sparse forward; after
@@ -145,7 +146,9 @@ def test_sparse_runs_are_exported_as_they_compute(train, imported, tmp_path, fam
     model, _, _ = load_run(tmp_path / "sparse")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     matrices = [w for name, w in theirs.named_parameters() if ".mlp." in name and ".gate.weight" not in name]
-    assert len(matrices) == (3 if family == "Llama" else 2) * len(theirs.model.layers)  # experts' w1 and w3 are one
+    assert len(matrices) == (3 if family == "Llama" else 2) * len(
+        theirs.model.layers
+    )  # experts' w1 and w3 are one
     for matrix in matrices:
         assert int((matrix.unflatten(-1, (-1, 4)) != 0).sum(-1).max()) == kept
     tokens = torch.randint(0, 330, (2, 60), generator=torch.Generator().manual_seed(1))

@@ -53,6 +53,14 @@ def train(name: str, *overrides: str, world: int = 8, memory: int | None = ROOM)
             "parallel.backend=zero has no parallel.sync=demo",
         ),
         ("dense-125m parallel.backend=zero parallel.shard=4", "parallel.shard is 4 and ZeRO shards"),
+        (
+            "dense-125m sparse.mode=s-ste sparse.dense_fraction=0.99 budget.tokens=5242880 budget.batch_tokens=262144",
+            "sparse.dense_fraction 0.99 makes all of the run's 20 steps dense",
+        ),
+        (
+            "dense-125m parallel.sync=random_k parallel.random_k.density=0.4",
+            "parallel.random_k.density 0.4 is not near one value of a whole number; the nearest are 0.3333 and 0.5",
+        ),
     ],
 )
 def test_what_train_refuses(arguments, sentence):

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from stepline.trainer.config_io import load_config
-from stepline.trainer.run.alike import compared
+from stepline.trainer.run.alike import _first_weights, compared
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.watch.metrics import read_metrics
@@ -95,9 +96,9 @@ def test_another_checkpoint_is_refused(start, tmp_path):
 
 
 def test_other_weights_to_start_from_are_refused(start, train, tiny_config, tmp_path):
-    """Copies of a checkpoint are the same, wherever they lie."""
+    """Where and when a checkpoint was written does not matter. Frozen weights are read again by a resume."""
     train(1, tiny_config, tmp_path / "first", "budget.steps=1")
-    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    train(1, tiny_config, tmp_path / "copy", "budget.steps=1")  # the same weights, saved another time
     train(1, tiny_config, tmp_path / "other", "budget.steps=1", "run.seed=1")
     common = [*DEMO, f"run.init_from={tmp_path / 'first'}"]
     assert start(f"run.init_from={tmp_path / 'copy'}", common=common)[0] == [0, 0]
@@ -105,6 +106,16 @@ def test_other_weights_to_start_from_are_refused(start, train, tiny_config, tmp_
     codes, outcome = start(f"run.init_from={tmp_path / 'other'}", common=common)
     assert codes == [2, 2]
     assert outcome["message"].startswith("the ranks start from different weights (")
+
+    def seen(name: str, only: str, resume: str | None) -> tuple[int, str]:
+        optimizer, run = SimpleNamespace(only=only), SimpleNamespace(init_from=tmp_path / name)
+        return _first_weights(
+            SimpleNamespace(config=SimpleNamespace(optimizer=optimizer, run=run), resume_from=resume)
+        )
+
+    assert seen("first", "all", "step-000001") == seen("other", "all", "step-000001")
+    for resume in (None, "step-000001"):
+        assert seen("first", "adapters", resume)[0] != seen("other", "adapters", resume)[0]
 
 
 def test_what_a_node_may_have_of_its_own(start, tiny_data, tmp_path):

@@ -149,7 +149,12 @@ def test_replicas_across_slow_links(interrupted, sync, column):
         assert [r.get(key) for r in again] == [r.get(key) for r in straight], key
 
 
-ALL_SENT = ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.density=1", "parallel.demo.codec=fp32"]
+ALL_SENT = [
+    "parallel.sync=demo",
+    "parallel.demo.chunk=8",
+    "parallel.demo.density=1",
+    "parallel.demo.codec=fp32",
+]
 
 
 @pytest.mark.e2e
@@ -168,7 +173,8 @@ def test_dealt_experts_across_slow_links(train, tiny_config, tmp_path, sync, col
     options = [*MOE, "model.moe.experts=6", *sync, "parallel.shard=2", "precision.compute=fp64"]
     options += ["parallel.check_replicas_every=1", "budget.steps=12"]
     whole, dealt = (
-        train(4, tiny_config, tmp_path / f"{parts}", *options, f"parallel.experts={parts}") for parts in (1, 2)
+        train(4, tiny_config, tmp_path / f"{parts}", *options, f"parallel.experts={parts}")
+        for parts in (1, 2)
     )
     assert column(whole)[-1] < column(whole)[0] - 0.1
     assert (column(dealt) / column(whole) - 1).abs().max() < 1e-11
@@ -208,3 +214,5 @@ def test_one_expert_of_weight_one_does_not_train_the_router(tiny_config):
         options = [*MOE, "model.moe.top_k=1", f"model.moe.renormalise={renormalise}"]
         notes = start_job(str(tiny_config), options, "never", World(0, 1, 0, 1)).notes
         assert renormalise == any("does not train the router" in note for note in notes)
+    notes = start_job(str(tiny_config), [*MOE, "model.moe.top_k=2"], "never", World(0, 1, 0, 1)).notes
+    assert not any("router" in note for note in notes)

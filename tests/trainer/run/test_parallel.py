@@ -243,8 +243,9 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(pool, tiny_config, tmp_path):
         assert result == ([0.0, 1.0, 0.0], 1, True)
 
 
-def only_skips(config: str, options: list[str], restarts: int) -> int:
-    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+def only_skips(config: str, options: list[str], launch: str, restarts: tuple[int, int]) -> int:
+    mine = str(restarts[int(os.environ["RANK"])])
+    os.environ |= {"TORCHELASTIC_RUN_ID": launch, "TORCHELASTIC_RESTART_COUNT": mine}
     return run_training(config, options, "auto")
 
 
@@ -256,15 +257,21 @@ def test_a_run_that_only_skips_stops_with_a_sentence(pool, tiny_config, tmp_path
         "model.z_loss=1e38",
         "budget.steps=30",
     ]
-    assert pool.run(2, only_skips, str(tiny_config), options, 0, init=False) == [1, 1]
+    assert pool.run(2, only_skips, str(tiny_config), options, "a", (0, 0), init=False) == [1, 1]
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["exit_code"] == 1
     assert outcome["diverged"]
     assert "3 steps in a row" in outcome["message"]
     assert "start a new run.folder with a lower optimizer.lr" in outcome["message"]
-    # torchrun's restarts of these ranks end at once; the user's own next command is another attempt.
-    for restarts, attempts in ((1, 1), (2, 1), (0, 2)):
-        assert pool.run(2, only_skips, str(tiny_config), options, restarts, init=False) == [1, 1]
+    # torchrun's restarts of these ranks, which its agents count each for itself, end at once; the user's own next
+    # command and another launch are attempts.
+    for launch, restarts, attempts in (
+        ("a", (1, 1), 1),
+        ("a", (0, 1), 1),
+        ("a", (0, 0), 2),
+        ("b", (1, 1), 3),
+    ):
+        assert pool.run(2, only_skips, str(tiny_config), options, launch, restarts, init=False) == [1, 1]
         assert len(list((folder / "logs").iterdir())) == attempts
 
 

@@ -104,7 +104,10 @@ def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(
     [
         *(("all_reduce", [*FP8, "sparse.grad_weight=mvue"]), ("demo", [*FP8, "sparse.grad_weight=mvue"])),
         *(("demo", [*SPARSE, *more]) for more in (MOE, REVFFN, [*REVFFN, *MOE])),
-        ("demo", [*SPARSE, "sparse.dense_fraction=0.6", "run.compile=true"]),  # resumed before the dense phase
+        (
+            "demo",
+            [*SPARSE, "sparse.dense_fraction=0.6", "run.compile=true"],
+        ),  # resumed before the dense phase
     ],
 )
 def test_a_resume_repeats_draws_and_keeps_betas(interrupted, column, sync, model):
@@ -185,7 +188,7 @@ def test_a_dense_run_goes_on_sparse(train, tiny_config, tmp_path, tiny_data, col
     back = [f"run.init_from={tmp_path / 'sparse'}", "budget.steps=1"]
     train(1, tiny_config, tmp_path / "back", *dense, *back)
     said = (tmp_path / "back" / "logs" / "attempt-1" / "rank-0.log").read_text()
-    assert "was 2:4 sparse: this run starts from its dense master weights" in said
+    assert "has 2:4 sparse layers: this run starts from their dense master weights" in said
 
 
 def betas(config: str, shard: int) -> dict[str, tuple[float, float]]:

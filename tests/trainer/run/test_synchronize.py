@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stepline.comm.mesh import World
+from stepline.comm.mesh import World, build_mesh
 from stepline.trainer.run import loop
 from stepline.trainer.run.checkpoint import stored_names
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
-from stepline.trainer.run.state import TrainState
+from stepline.trainer.run.state import Trainee, TrainState
 
 SYNCS = {
     "demo": ["parallel.sync=demo", "parallel.demo.chunk=8"],
@@ -245,6 +245,22 @@ def test_replicas_that_differ_end_the_run(pool, tiny_config, tmp_path, at, optio
     assert said in message
     assert "layers.0." in message
     assert complete_checkpoints(folder) == []
+
+
+def frozen_difference(config: str) -> tuple[str | None, str | None]:
+    job = start_job(config, [*SYNCS["demo"], "parallel.shard=1"], "never", World.from_environment())
+    trainee = Trainee.build(job.config, job.device, build_mesh(job.device, 2, 1))
+    frozen = trainee.model.layers[0].ffn.w1.weight.requires_grad_(False)
+    del trainee.synchronizer.parameters["layers.0.ffn.w1.weight"]
+    before = TrainState.first_difference(trainee)
+    if dist.get_rank() == 1:
+        frozen.data[0, 0] += 1e-3
+    return before, TrainState.first_difference(trainee)
+
+
+def test_frozen_weights_are_compared_too(pool, tiny_config):
+    found = pool.run(2, frozen_difference, str(tiny_config))
+    assert found == [(None, "layers.0.ffn.w1.weight")] * 2
 
 
 def test_replicas_are_not_compared_where_that_is_not_wanted(pool, tiny_config, tmp_path):
