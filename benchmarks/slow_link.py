@@ -112,7 +112,9 @@ class Link:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for command in (*(f"netns del {node}" for node in NODES), "link del steplink"):
+        # a pair outlives its namespace while a process of a run that was killed is in there
+        links = (*(f"br-{node}" for node in NODES), "steplink")
+        for command in (*(f"netns del {node}" for node in NODES), *(f"link del {name}" for name in links)):
             subprocess.run(["ip", *command.split()], stderr=subprocess.DEVNULL, check=False)
 
     @staticmethod

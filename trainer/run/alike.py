@@ -65,8 +65,12 @@ def _first_weights(job: Job) -> tuple[int, str]:
     config = job.config
     if config.run.init_from is None or (job.resume_from is not None and config.optimizer.only == "all"):
         return 0, ""
-    checkpoint = find_checkpoint(config.run.init_from, checksums=False)
-    files = sorted(item for item in read_manifest(checkpoint)["files"].items() if item[0].endswith(".distcp"))
+    try:
+        checkpoint = find_checkpoint(config.run.init_from, checksums=False)
+        entries = read_manifest(checkpoint)["files"]
+    except UserError:  # it was there a moment ago: loading it says what is wrong, here the others wait
+        return 0, ""
+    files = sorted(item for item in entries.items() if item[0].endswith(".distcp"))
     return zlib.crc32(repr(files).encode()), str(checkpoint)
 
 

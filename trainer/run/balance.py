@@ -36,9 +36,8 @@ class ExpertBalance:
         all_sum(counted)  # counts are exact in float64
         load, sums = counted.split([load.shape[1], len(SUMS)], 1)
         for layer, its_load in zip(self.layers, load, strict=True):
-            if (
-                layer.config.balance == "bias" and layer.router.weight.requires_grad
-            ):  # else the layer is frozen
+            frozen = not layer.router.weight.requires_grad
+            if layer.config.balance == "bias" and not frozen:
                 layer.move_bias(its_load, keep=skip)
             layer.load.zero_()
             layer.sums.zero_()

@@ -89,9 +89,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 consensus.begin(attempt.wishes())
                 lr = config.optimizer.lr * learning_rate_multiplier(config, state.step)
                 state.sparsity.begin(state.step, watched=is_logged(state.step + 1, config))
-                if (
-                    state.step == state.sparsity.dense_from
-                ):  # W is not S(W): the loss jumps, and that is no spike
+                # W is not beta S(W): the loss jumps, and that is no spike
+                if state.step == state.sparsity.dense_from:
                     state.guard.forget()
                 result = train_step(state, batch, lr)
                 state.step += 1
