@@ -143,9 +143,10 @@ def main() -> None:
         mean = statistics.mean(losses)
         dense = mean if name == "dense" else dense
         apart = "" if dense is None else f"{mean / dense - 1:+.2%}"
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         print(
-            f"| {name} | {lr:g} | {', '.join(f'{loss:.4f}' for loss in losses)} | {mean:.4f} ± "
-            f"{statistics.stdev(losses):.4f} | {apart} | {flips(curves[name])} |",
+            f"| {name} | {lr:g} | {', '.join(f'{loss:.4f}' for loss in losses)} | {mean:.4f}{spread} | {apart} | "
+            f"{flips(curves[name])} |",
             flush=True,
         )
     if args.plot:
