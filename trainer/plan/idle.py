@@ -1,6 +1,5 @@
 """Keys of a config that say nothing, because what they belong to is off. Imports no torch."""
 
-from stepline.comm.chunking import kept_of
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins
 from stepline.trainer.config_sync import DeMoConfig
@@ -16,17 +15,6 @@ BELONGS = {
     "parallel.random_k.": ("parallel.sync", "random_k"),
 }
 """By the beginning of a key: the key and its value without which it has no effect."""
-
-
-def untrained_router(config: Config) -> list[str]:
-    """A sentence where a mixture's loss says nothing to its router: the one chosen expert's weight is then always 1."""
-    moe = config.model.moe
-    if config.model.ffn != "moe" or moe.top_k > 1 or not moe.renormalise:
-        return []
-    return [
-        "with model.moe.top_k=1 and model.moe.renormalise every weight is 1, and the loss does not train the router; "
-        "set model.moe.renormalise=false"
-    ]
 
 
 def idle_keys(config: Config, origins: Origins) -> list[str]:
@@ -59,17 +47,4 @@ def _idle_of_demo(demo: DeMoConfig, origins: Origins) -> list[str]:
         f"parallel.demo.{key} has no effect {why}"
         for key, (without, why) in idle.items()
         if without and origins.get(f"parallel.demo.{key}") == "override"
-    ]
-
-
-def moved_embeddings(config: Config) -> list[str]:
-    """A sentence where DeMo's signs would move rows of the embedding that had no gradient: zeros are among the values
-    that travel of a chunk, and a sign is no zero."""
-    demo, width = config.parallel.demo, config.model.hidden_size
-    kept = kept_of(demo.side**2, demo.density, demo.kept)
-    if config.parallel.sync != "demo" or demo.faithful or demo.codec != "sign" or kept <= width:
-        return []
-    return [
-        f"DeMo sends {kept} of every {demo.side**2} values of embedding and head, more than a row's {width}: as signs "
-        "they move rows that had no gradient too; lower parallel.demo.density or set parallel.demo.codec=int8"
     ]

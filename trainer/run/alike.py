@@ -31,6 +31,8 @@ def check_ranks_alike(job: Job) -> None:
     checkpoint = job.resume_from and job.resume_from.name
     mine = (job.fingerprints, checkpoint, _first_weights(job), compared(job.config), job.origins)
     fingerprints, starts, weights, configs, origins = zip(*gathered(mine))
+    if problems := [problem for *_, problem in weights if problem]:
+        raise UserError(problems[0])
     if len(texts := _different(fingerprints)) > 1:
         raise UserError(
             f"the ranks' folders of data hold different texts (fingerprints {' and '.join(texts)}); give all ranks "
@@ -40,9 +42,9 @@ def check_ranks_alike(job: Job) -> None:
         raise UserError(
             f"the ranks go on from different checkpoints ({', '.join(names)}); give all of them the same --resume"
         )
-    if len({checksum for checksum, path in weights if path}) > 1:
+    if len({checksum for checksum, path, _ in weights if path}) > 1:
         raise UserError(
-            f"the ranks start from different weights ({', '.join(_different([path for _, path in weights]))}); give "
+            f"the ranks start from different weights ({', '.join(_different([path for _, path, _ in weights]))}); give "
             "all of them the same checkpoint, or copies of it (run.init_from)"
         )
     keys = dict.fromkeys(key for config in configs for key in config)
@@ -59,19 +61,19 @@ def check_ranks_alike(job: Job) -> None:
     )
 
 
-def _first_weights(job: Job) -> tuple[int, str]:
+def _first_weights(job: Job) -> tuple[int, str, str]:
     """The checkpoint of run.init_from, where this attempt reads it: a checksum of what its manifest says of the files
-    with its tensors (others name times and places), and its path; else no path."""
+    with its tensors (others name times and places), its path (else none), and why it can no longer be read."""
     config = job.config
     if config.run.init_from is None or (job.resume_from is not None and config.optimizer.only == "all"):
-        return 0, ""
+        return 0, "", ""
     try:
         checkpoint = find_checkpoint(config.run.init_from, checksums=False)
         entries = read_manifest(checkpoint)["files"]
-    except UserError:  # it was there a moment ago: loading it says what is wrong, here the others wait
-        return 0, ""
+    except UserError as error:  # for all ranks: one that ended alone would leave the others waiting
+        return 0, "", str(error)
     files = sorted(item for item in entries.items() if item[0].endswith(".distcp"))
-    return zlib.crc32(repr(files).encode()), str(checkpoint)
+    return zlib.crc32(repr(files).encode()), str(checkpoint), ""
 
 
 def compared(config: Config) -> dict[str, Any]:

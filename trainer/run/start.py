@@ -20,8 +20,9 @@ from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, l
 from stepline.trainer.errors import DoesNotFit, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.hf.adapters import check_adapters
+from stepline.trainer.plan.effects import unwanted_effects
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_budget, kept_expectation
-from stepline.trainer.plan.idle import idle_keys, moved_embeddings, untrained_router
+from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, resolve
 from stepline.trainer.run.device_memory import device_memory
@@ -168,7 +169,7 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
         refused, (config, origins) = error, asked
         plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus)
     check_adapters(config)
-    notes += warnings + idle_keys(config, origins) + untrained_router(config) + moved_embeddings(config)
+    notes += warnings + idle_keys(config, origins) + unwanted_effects(config)
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
     check_products_of_batch(config, device)

@@ -64,6 +64,14 @@ class Trainee:
             guard=Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device), **more,
         )  # fmt: skip
 
+    def first_difference(self) -> str | None:
+        """The parameter, trained or frozen, in which the replicas are not bit-identical; a collective of all ranks."""
+        sync = self.synchronizer
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        if (name := sync.first_difference()) is None and frozen and sync.replicas > 1:
+            return first_difference(frozen, sync.group)
+        return name
+
 
 @dataclass(kw_only=True)
 class TrainState(Trainee):
@@ -103,14 +111,6 @@ class TrainState(Trainee):
             **self.synchronizer.state_dict(self.synchronizer.replica),
             **self._random_states(),
         }
-
-    def first_difference(self) -> str | None:
-        """The parameter, trained or frozen, in which the replicas are not bit-identical; a collective of all ranks."""
-        sync = self.synchronizer
-        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-        if (name := sync.first_difference()) is None and frozen and sync.replicas > 1:
-            return first_difference(frozen, sync.group)
-        return name
 
     def _shared_tensors(self) -> dict[str, torch.Tensor]:
         """Alike on all replicas, whatever the synchroniser."""

@@ -107,13 +107,14 @@ def test_other_weights_to_start_from_are_refused(start, train, tiny_config, tmp_
     assert codes == [2, 2]
     assert outcome["message"].startswith("the ranks start from different weights (")
 
-    def seen(name: str, only: str, resume: str | None) -> tuple[int, str]:
+    def seen(name: str, only: str, resume: str | None) -> tuple[int, str, str]:
         optimizer, run = SimpleNamespace(only=only), SimpleNamespace(init_from=tmp_path / name)
         return _first_weights(
             SimpleNamespace(config=SimpleNamespace(optimizer=optimizer, run=run), resume_from=resume)
         )
 
     assert seen("first", "all", "step-000001") == seen("other", "all", "step-000001")
+    assert "neither a run with a complete checkpoint" in seen("gone", "all", None)[2]
     for resume in (None, "step-000001"):
         assert seen("first", "adapters", resume)[0] != seen("other", "adapters", resume)[0]
 

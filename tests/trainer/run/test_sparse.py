@@ -138,9 +138,7 @@ def test_the_jump_to_the_dense_phase_is_no_spike(train, tiny_config, tmp_path):
 
 
 @pytest.mark.e2e
-def test_a_validation_that_is_made_up_for_is_of_the_phase_that_led_to_it(
-    train, tiny_config, tmp_path, monkeypatch
-):
+def test_a_validation_that_is_made_up_for_is_of_the_phase_that_led_to_it(train, tiny_config, tmp_path):
     """At the last sparse step: the straight run validates before the dense phase, and so does a resume."""
     options = [*SPARSE, "sparse.dense_fraction=0.5", "checkpoint.every=10", "logging.eval_every=10"]
     folder = tmp_path / "run"

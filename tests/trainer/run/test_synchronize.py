@@ -252,10 +252,10 @@ def frozen_difference(config: str) -> tuple[str | None, str | None]:
     trainee = Trainee.build(job.config, job.device, build_mesh(job.device, 2, 1))
     frozen = trainee.model.layers[0].ffn.w1.weight.requires_grad_(False)
     del trainee.synchronizer.parameters["layers.0.ffn.w1.weight"]
-    before = TrainState.first_difference(trainee)
+    before = trainee.first_difference()
     if dist.get_rank() == 1:
         frozen.data[0, 0] += 1e-3
-    return before, TrainState.first_difference(trainee)
+    return before, trainee.first_difference()
 
 
 def test_frozen_weights_are_compared_too(pool, tiny_config):

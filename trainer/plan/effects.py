@@ -1,0 +1,33 @@
+"""What a config does that nobody would ask for, in words before the first step. Imports no torch."""
+
+from stepline.comm.chunking import kept_of
+from stepline.trainer.config import Config
+
+
+def unwanted_effects(config: Config) -> list[str]:
+    """A sentence for each."""
+    return untrained_router(config) + moved_embeddings(config)
+
+
+def untrained_router(config: Config) -> list[str]:
+    """Where a mixture's loss says nothing to its router: the one chosen expert's weight is then always 1."""
+    moe = config.model.moe
+    if config.model.ffn != "moe" or moe.top_k > 1 or not moe.renormalise:
+        return []
+    return [
+        "with model.moe.top_k=1 and model.moe.renormalise every weight is 1, and the loss does not train the router; "
+        "set model.moe.renormalise=false"
+    ]
+
+
+def moved_embeddings(config: Config) -> list[str]:
+    """Where DeMo's signs would move rows of the embedding that had no gradient: zeros are among the values that travel
+    of a chunk, and a sign is no zero."""
+    demo, width = config.parallel.demo, config.model.hidden_size
+    kept = kept_of(demo.side**2, demo.density, demo.kept)
+    if config.parallel.sync != "demo" or demo.faithful or demo.codec != "sign" or kept <= width:
+        return []
+    return [
+        f"DeMo sends {kept} of every {demo.side**2} values of embedding and head, more than a row's {width}: as signs "
+        "they move rows that had no gradient too; lower parallel.demo.density or set parallel.demo.codec=int8"
+    ]
