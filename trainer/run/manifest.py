@@ -61,9 +61,8 @@ def find_checkpoint(path: Path, *, checksums: bool = True) -> Path:
         run, path = path, found[-1]
     problems = damages(path, checksums=checksums)
     if problems:
-        if (
-            run is not None and not (path / COMPLETE).exists()
-        ):  # a run that trains on has removed it for a newer one
+        # a run that trains on has removed it for a newer one
+        if run is not None and not (path / COMPLETE).exists():
             return find_checkpoint(run, checksums=checksums)
         raise damaged(path, problems[0])
     return path

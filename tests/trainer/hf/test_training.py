@@ -146,9 +146,8 @@ def test_sparse_runs_are_exported_as_they_compute(train, imported, tmp_path, fam
     model, _, _ = load_run(tmp_path / "sparse")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     matrices = [w for name, w in theirs.named_parameters() if ".mlp." in name and ".gate.weight" not in name]
-    assert len(matrices) == (3 if family == "Llama" else 2) * len(
-        theirs.model.layers
-    )  # experts' w1 and w3 are one
+    of_a_block = 3 if family == "Llama" else 2  # experts' w1 and w3 are one
+    assert len(matrices) == of_a_block * len(theirs.model.layers)
     for matrix in matrices:
         assert int((matrix.unflatten(-1, (-1, 4)) != 0).sum(-1).max()) == kept
     tokens = torch.randint(0, 330, (2, 60), generator=torch.Generator().manual_seed(1))

@@ -104,10 +104,8 @@ def test_fp8_on_two_ranks_is_fp8_on_one_but_for_the_scales_of_batches(
     [
         *(("all_reduce", [*FP8, "sparse.grad_weight=mvue"]), ("demo", [*FP8, "sparse.grad_weight=mvue"])),
         *(("demo", [*SPARSE, *more]) for more in (MOE, REVFFN, [*REVFFN, *MOE])),
-        (
-            "demo",
-            [*SPARSE, "sparse.dense_fraction=0.6", "run.compile=true"],
-        ),  # resumed before the dense phase
+        # resumed before the dense phase
+        ("demo", [*SPARSE, "sparse.dense_fraction=0.6", "run.compile=true"]),
     ],
 )
 def test_a_resume_repeats_draws_and_keeps_betas(interrupted, column, sync, model):
