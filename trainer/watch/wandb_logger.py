@@ -161,14 +161,32 @@ class WandbLogger:
             log.info("wandb is back")
 
     def _on_server(self) -> tuple[int, bool]:
-        """The place of the last row in the server's history. Its summary gives the step, and may be ahead: wandb sends
-        a row's summary before the row itself."""
-        summary = self._run.summary
-        step, ahead = summary.get("step", -1), summary.get("_step", -1) + 1 - self._run.starting_step
-        if ahead <= 0:
-            return step, True
-        places = [place_of(row) for row in self._logged(0) if row["step"] <= step]
-        return places[-1 - ahead] if ahead < len(places) else (-1, True)
+        """The place of the last row in the server's history: by the step of its summary, which may be ahead (wandb
+        sends a row's summary before the row itself), and by how many rows it has."""
+        if not self._run.resumed:
+            return -1, True
+        step, held = self._run.summary.get("step", -1), self._rows_on_server()
+        places = [place_of(row) for row in self._logged(0)]
+        by_summary = (step, True)
+        if held is None or held > len(places):
+            return by_summary
+        by_count = places[held - 1] if held > 0 else (-1, True)
+        return min(by_summary, by_count) if step >= 0 else by_count
+
+    def _rows_on_server(self) -> int | None:
+        """How many rows the server has; None where it does not say (the summary is believed then)."""
+        import wandb
+
+        run = self._run
+        try:
+            return (
+                wandb.Api(timeout=LIMITS["init_timeout"])
+                .run(f"{run.entity}/{run.project}/{run.id}")
+                .historyLineCount
+            )
+        except Exception as error:
+            log.debug("wandb's server does not say how many rows it has: %s", error)
+            return None
 
     def _start(self, wandb: Any) -> Any:
         known = getattr(wandb.Settings, "model_fields", LIMITS)

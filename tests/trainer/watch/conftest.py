@@ -4,6 +4,8 @@ import logging
 
 import pytest
 
+from .wandb_server import WandbServer
+
 
 @pytest.fixture
 def said():
@@ -25,3 +27,11 @@ def no_key(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def server(monkeypatch, no_key):
+    with WandbServer() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server

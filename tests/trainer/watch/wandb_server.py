@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,6 +98,8 @@ class StoredRun:
             "tags": [],
             "notes": None,
             "wandbConfig": '{"t": 1}',
+            "projectId": "1",
+            "state": "running",
         }
 
 
@@ -108,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/graphql":
             request = json.loads(body)
             with self.server.lock:
-                data = self._answer(request.get("operationName"), request.get("variables") or {})
+                data = self._answer(_operation(request), request.get("variables") or {})
             return self._reply({"data": data})
         if self.path.endswith("/file_stream"):
             with self.server.lock:
@@ -136,6 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         if operation == "RunResumeStatus":
             bucket = runs[name].bucket() if name in runs else None
             return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "ent"}, "bucket": bucket}}
+        if operation in ("Viewer", "GetDefaultEntity"):
+            return {"viewer": {"id": "v", "entity": "ent", "username": "ent"}}
+        if operation == "Run":
+            return {"project": {"run": runs[name].bucket()}}
         if operation == "UpsertBucket":
             inserted = name not in runs
             run = runs.setdefault(name, StoredRun(name))
@@ -167,3 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         """Nothing on standard error."""
+
+
+def _operation(request: dict) -> str:
+    """The operation's name; wandb's public API gives it in the query alone."""
+    return request.get("operationName") or re.search(r"\b(?:query|mutation)\s+(\w+)", request["query"])[1]
