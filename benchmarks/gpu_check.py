@@ -38,7 +38,7 @@ ROOT = HERE.parent
 PIECES = ("trainer", "models", "comm", "kernels", "configs", "slurm")
 LEAST_SECONDS = 15
 """With less left nothing is started."""
-TESTS_SECONDS, TEST_FILE_SECONDS, SIDE_BY_SIDE = 140, 60, 3
+TESTS_SECONDS, TEST_FILE_SECONDS, SIDE_BY_SIDE = 140, 130, 6
 FIRST, LAST = ("test_sparse", "test_demo", "test_moe", "test_step"), "test_zero"
 OUTCOME = re.compile(r"::(?P<name>.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
 STEP_1B = ("--shape", "1b", "--micro-batch", "8", "--recompute", "none", "--steps", "5")

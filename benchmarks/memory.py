@@ -22,6 +22,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from stepline.models.config import ModelConfig, MoEConfig, RevFFNConfig
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
 from stepline.trainer.plan.memory import Layout, estimate
+from stepline.trainer.run import build
 from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
 from stepline.trainer.watch.allocations import Allocations
@@ -92,6 +94,7 @@ DEMO = {"parallel.sync": "demo"}
 GRADIENTS = {"parallel.demo.accumulate": "gradients"}
 DILOCO = {"parallel.sync": "diloco", "parallel.diloco.every": 1}
 DEALT = {"parallel.experts": 2}
+ALONE = {"optimizer.only": "adapters"}
 GATHERED = {"parallel.reshard_after_forward": False}
 CASES = [
     Case("blocks", BLOCKS),
@@ -111,6 +114,10 @@ CASES = [
     Case("reversible, fp32 streams", REVERSIBLE | {"revffn": RevFFNConfig(streams="fp32")}),
     Case("reversible, adapters", REVERSIBLE | {"revffn": RevFFNConfig(adapters=True)}),
     Case("reversible, coupling revffn, adapters", PUBLISHED),
+    Case("adapters alone", PUBLISHED, settings=ALONE),
+    Case("adapters alone, parameters", PUBLISHED, micro_batch=1, settings=ALONE),
+    Case("adapters alone, two ranks", PUBLISHED, world=2, settings=ALONE),
+    Case("adapters alone, experts", PUBLISHED | MIXTURE, settings=ALONE),
     Case("reversible, experts", REVERSIBLE | MIXTURE),
     Case("reversible, confined attention", REVERSIBLE, settings={"data.confine_attention": True}),
     Case("reversible, compiled", REVERSIBLE | {"num_layers": 3}, settings={"run.compile": True}),
@@ -188,7 +195,11 @@ def measure(case: Case, device: torch.device) -> dict:
     record = Allocations() if device.type == "cpu" else None
     if record is not None:
         record.start()
-    state = Trainee.build(config, device, mesh)
+    # what is frozen takes the same memory wherever its values come from
+    with mock.patch.multiple(
+        build, check_adapters=lambda config: None, load_frozen=lambda model, config: None
+    ):
+        state = Trainee.build(config, device, mesh)
     draw = torch.Generator().manual_seed(dist.get_rank())
     shape = (layout.accumulation, layout.micro_batch, case.seq_len)
     peaks = []

@@ -44,10 +44,11 @@ IN_OLD_FILES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048},
-    "qwen3": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 32768, "head_dim": 128},
+    "qwen3": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 32768, "head_dim": 128,
+              "num_key_value_heads": 32},
     "qwen3_moe": {
         "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 32768, "norm_topk_prob": False,
-        "num_experts": 128, "num_experts_per_tok": 8, "router_aux_loss_coef": 1e-3,
+        "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "router_aux_loss_coef": 1e-3,
     },
     "mixtral": {
         "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072, "num_key_value_heads": 8,
@@ -191,9 +192,18 @@ def hf_config_dict(config: ModelConfig, max_positions: int) -> dict[str, Any]:
     elif family == "mixtral":
         experts = {"num_local_experts": config.moe.experts, "sliding_window": None}
     if experts:
-        experts |= {"num_experts_per_tok": config.moe.top_k, "router_aux_loss_coef": config.moe.balance_loss}
+        coefficient = config.moe.balance_loss / _balance_factor(config.moe.top_k, config.num_layers)
+        experts |= {
+            "num_experts_per_tok": config.moe.top_k, "router_aux_loss_coef": float(f"{coefficient:.12g}"),
+        }  # fmt: skip
     kind = {"architectures": [FAMILIES[family]], "model_type": family}
     return kind | common_config_dict(config, max_positions) | experts
+
+
+def _balance_factor(top_k: int, layers: int) -> float:
+    """Stepline's weight of the balance loss over that of transformers, which counts each of a token's choices in full
+    and takes the mean over the layers; here shares of all choices are summed over the layers."""
+    return top_k / layers
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
@@ -228,6 +238,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
         "tied_embeddings": values.get("tie_word_embeddings", False),
     }
     if family in ("qwen3_moe", "mixtral"):
+        factor = _balance_factor(values["num_experts_per_tok"], values["num_hidden_layers"])
+        balance = values["router_aux_loss_coef"] * factor
         model |= {
             "ffn": "moe",
             "moe": {
@@ -235,7 +247,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
                 "top_k": values["num_experts_per_tok"],
                 "renormalise": family == "mixtral" or values["norm_topk_prob"],
                 "balance": "global",
-                "balance_loss": values["router_aux_loss_coef"],
+                "balance_loss": float(f"{balance:.12g}"),
             },
         }
     return ModelConfig(**model), values["max_position_embeddings"]

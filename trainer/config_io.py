@@ -34,9 +34,10 @@ def find_config(name: str) -> Path:
 def _shipped(path: Path, otherwise: str) -> Path:
     """The shipped config of that name; raises UserError, which begins with `otherwise`."""
     shipped = shipped_configs()
-    for candidate in (shipped / path.name, shipped / f"{path.name}.yaml"):
-        if candidate.is_file():
-            return candidate
+    if len(path.parts) == 1:  # never for a path: it names another file
+        for candidate in (shipped / path.name, shipped / f"{path.name}.yaml"):
+            if candidate.is_file():
+                return candidate
     names = sorted(p.stem for p in shipped.glob("*.yaml"))
     raise UserError(f"{otherwise}{nearest(path.stem, names)} (shipped: {', '.join(names)})")
 

@@ -33,6 +33,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; choose a new folder")
+    if not output.name:  # the current folder
+        output = output.absolute()
     partial = output.with_name(output.name + ".partial")
     with suppress(FileNotFoundError):
         shutil.rmtree(partial)

@@ -17,14 +17,17 @@ pytestmark = [
 ]
 
 
+PATHS = runpy.run_path(str(Path(__file__).parents[1] / "comm" / "chunk_paths.py"), run_name="cases")
+
+
 @pytest.fixture(scope="module")
 def paths():
-    return runpy.run_path(str(Path(__file__).parents[1] / "comm" / "chunk_paths.py"), run_name="cases")
+    return PATHS
 
 
-def test_both_paths_send_and_decode_the_same(paths):
-    for case in paths["CASES"]:
-        paths["check"](case, "cuda")
+@pytest.mark.parametrize("case", PATHS["CASES"], ids=str)  # each compiles kernels of its own
+def test_both_paths_send_and_decode_the_same(paths, case):
+    paths["check"](case, "cuda")
 
 
 def test_more_chunks_than_programs(paths):

@@ -34,28 +34,6 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_learns_is_profiled_and_goes_on_with_the_same_bits(sh, data, tmp_path):
-    run, again = tmp_path / "run", tmp_path / "again"
-    options = [*STEPLINE, "train", "quickstart", f"data.path={data}", *SHAPE, "run.deterministic=true"]
-    sh(*options, f"run.folder={run}", "run.profile=true")
-    losses = {row["step"]: row["loss"] for row in rows(run) if "loss" in row}
-    assert sorted(losses) == list(range(1, 13))
-    assert losses[1] == pytest.approx(math.log(2048), rel=0.05)
-    assert losses[12] < losses[1] - 0.3
-    trace = json.loads((run / "profile" / "rank-0.json").read_text())
-    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
-    assert (run / "profile" / "rank-0-memory.pickle").stat().st_size > 0
-
-    shutil.copytree(run, again)
-    (again / "outcome.json").unlink()
-    for late in (again / "checkpoints").glob("*12"):
-        shutil.rmtree(late)
-    sh(*options, f"run.folder={again}")
-    assert "step-000006 at step 6" in (again / "logs" / "attempt-2" / "rank-0.log").read_text()
-    assert {row["step"]: row["loss"] for row in rows(again) if "loss" in row} == losses
-    assert rows(again)[-1]["val_loss"] == rows(run)[-1]["val_loss"]
-
-
 SPARSE = ["sparse.mode=s-ste", "sparse.grad_weight=mvue"]
 KINDS = {
     "sparse": SPARSE,
@@ -91,6 +69,28 @@ def test_every_kind_of_run_learns_and_logs(data, tmp_path, kind):
     assert all(0 <= row["flip_rate"] < 0.5 for row in steps if "sparse" in kind)
     assert len([row for row in steps if "flip_rate" in row]) == (12 if "sparse" in kind else 0)
     assert all("fp8_flushed" in row for row in steps if "fp8" in kind)
+
+
+def test_a_run_learns_is_profiled_and_goes_on_with_the_same_bits(sh, data, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
+    options = [*STEPLINE, "train", "quickstart", f"data.path={data}", *SHAPE, "run.deterministic=true"]
+    sh(*options, f"run.folder={run}", "run.profile=true")
+    losses = {row["step"]: row["loss"] for row in rows(run) if "loss" in row}
+    assert sorted(losses) == list(range(1, 13))
+    assert losses[1] == pytest.approx(math.log(2048), rel=0.05)
+    assert losses[12] < losses[1] - 0.3
+    trace = json.loads((run / "profile" / "rank-0.json").read_text())
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
+    assert (run / "profile" / "rank-0-memory.pickle").stat().st_size > 0
+
+    shutil.copytree(run, again)
+    (again / "outcome.json").unlink()
+    for late in (again / "checkpoints").glob("*12"):
+        shutil.rmtree(late)
+    sh(*options, f"run.folder={again}")
+    assert "step-000006 at step 6" in (again / "logs" / "attempt-2" / "rank-0.log").read_text()
+    assert {row["step"]: row["loss"] for row in rows(again) if "loss" in row} == losses
+    assert rows(again)[-1]["val_loss"] == rows(run)[-1]["val_loss"]
 
 
 def test_a_compiled_run_is_evaluated_and_writes(sh, data, tmp_path):

@@ -122,7 +122,12 @@ def check_held_out(paths: Sequence[Path], metas: Sequence[Meta], split: str) -> 
     """Raises UserError for a source without text in the split that a run validates on."""
     for path, meta in zip(paths, metas):
         if split not in meta.splits:
-            raise UserError(f"{path} has no split '{split}'; its splits are {', '.join(meta.splits)}")
+            splits = (
+                f"its splits are {', '.join(meta.splits)}"
+                if meta.splits
+                else "it holds a tokenizer and no text"
+            )
+            raise UserError(f"{path} has no split '{split}'; {splits}")
         if meta.splits[split].tokens < 2:
             raise UserError(
                 f"{path} has no tokens in '{split}' to evaluate; prepare it with a held-out share (--{split}-share)"

@@ -23,6 +23,8 @@ from stepline.trainer.files import locked
 FORMAT = 1
 VOCAB_SIZE = 32_000
 COMMIT_SECONDS = 2.0
+LARGE_WHOLE, BYTES_OF_WHOLE = 100_000_000, 120
+"""Text files beyond which a tokenizer that takes whole documents is warned of, and what a byte of them takes there."""
 TOKENIZER_NAME = "tokenizer-name.json"  # while building: names the file or sub-folder of the tokenizer
 
 
@@ -64,9 +66,9 @@ def prepare(
         )
     vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
     output = Path(output)
-    partial = output.with_name(output.name + ".partial")
     if output.exists():
         raise UserError(f"{output} exists already; remove it or choose another --output")
+    partial = output.with_name(output.name + ".partial")
     for name, share in (("val_share", val_share), ("tune_share", tune_share)):
         if not 0 <= share < 1 or val_share + tune_share >= 1:
             raise UserError(
@@ -85,6 +87,14 @@ def prepare(
             raise UserError(f"{_names(inputs)} has no text (no documents); give files with text")
         if progress and skipped["binary"]:
             print(f"prepare: left out {skipped['binary']} binary files found in folders", file=sys.stderr)
+        large = [file for file in files if file.format == "text" and file.size > LARGE_WHOLE]
+        if options.whole and large:
+            print(
+                f"prepare: this tokenizer takes whole documents only: {large[0].path} may need "
+                f"{large[0].size * BYTES_OF_WHOLE / 1e9:.0f} GB of memory; cut it into documents (.jsonl), or give a "
+                "sentencepiece model that keeps white space",
+                file=sys.stderr,
+            )
         request = _request(files, options, given.sha256 if given else vocab_size, shard_tokens)
         partial.mkdir(parents=True, exist_ok=True)
         with _lock(partial), _removed_when_useless(partial, trains=given is None):

@@ -55,7 +55,6 @@ class SentencePieceTokenizer:
     """A sentencepiece model (`.model`). U+2581 is emitted as its three byte pieces, so that it survives."""
 
     kind = "sentencepiece"
-    joinable = True
 
     def __init__(self, proto: bytes, name: str) -> None:
         """Load a serialised model; UserError, naming `name`, when it is none or has no `</s>`."""
@@ -68,7 +67,7 @@ class SentencePieceTokenizer:
             raise UserError(
                 f"{name} is not a tokenizer: give a sentencepiece .model, a tokenizer.json or a folder with one"
             ) from error
-        self._proto = proto
+        self._proto, self.joinable = proto, True
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size = self._decoder.get_piece_size()
         self.eod_id = self._decoder.eos_id()
@@ -76,6 +75,9 @@ class SentencePieceTokenizer:
             raise UserError(f"{name} has no </s> piece to end documents with; train it with eos_id >= 0")
         dummy = self._decoder.encode("a") != self._encoder.encode("a")
         self._prefix = " " if dummy else ""
+        if self._decoder.encode(" a") == self._decoder.encode("a"):
+            # it removes white space at both ends of what it is given: only whole documents, and as it is
+            self._encoder, self._prefix, self.joinable = self._decoder, "", False
         pieces = [self._decoder.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark_ids = pieces if all(self._decoder.is_byte(piece) for piece in pieces) else None
 
@@ -142,9 +144,13 @@ class HuggingFaceTokenizer:
             file = path.parent / name
             if path.name == "tokenizer.json" and file.is_file():
                 self._files[name] = file.read_bytes()
-                eos = json.loads(self._files[name]).get("eos_token")
+                try:
+                    content = json.loads(self._files[name])
+                except ValueError as error:
+                    raise UserError(f"{file} is no JSON ({error}); mend or remove it") from None
+                eos = content.get("eos_token") if isinstance(content, dict) else None
                 eos = eos.get("content") if isinstance(eos, dict) else eos
-                if eos in vocabulary:
+                if isinstance(eos, str) and eos in vocabulary:
                     return eos
         for eos in END_OF_TEXT:
             if eos in vocabulary:

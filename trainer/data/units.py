@@ -54,13 +54,17 @@ def format_of(path: Path) -> str | None:
 
 
 def _walk(folder: Path, outside: Sequence[Path]) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
+    entered = {folder.resolve(), *outside}  # a link may lead back
+
+    def enters(path: Path) -> bool:
+        if path.name.startswith(".") or path.name == "__pycache__" or path.resolve() in entered:
+            return False
+        entered.add(path.resolve())
+        return True
+
+    for root, folders, names in os.walk(folder, followlinks=True):
         here = Path(root)
-        folders[:] = sorted(
-            f
-            for f in folders
-            if not f.startswith(".") and f != "__pycache__" and (here / f).resolve() not in outside
-        )
+        folders[:] = [name for name in sorted(folders) if enters(here / name)]
         yield from (here / name for name in sorted(names) if not name.startswith("."))
 
 
@@ -106,13 +110,13 @@ def discover(
 
 
 def _find_cut(path: str, position: int) -> int:
-    """The first line start at or after `position` (else the first space, else character boundary)."""
+    """The first line start at or after `position` (else the first space, else character boundary, else the end)."""
     near = b"".join(chunks(path, position - 1, position + HEAD_BYTES))
     if (line_end := near.find(b"\n")) >= 0:
         return position + line_end
     if (space := near.find(b" ", 1)) >= 0:
         return position - 1 + space
-    step = next((i for i, byte in enumerate(near[1:]) if byte & 0xC0 != 0x80), 0)
+    step = next((i for i, byte in enumerate(near[1:]) if byte & 0xC0 != 0x80), len(near) - 1)
     return position + step
 
 
@@ -124,7 +128,7 @@ def _tail_cuts(path: str, size: int, options: ReadOptions) -> list[tuple[str, in
         ("tune", 1 - options.val_share),
         ("val", 1.0),
     ):
-        if share == 1:
+        if share == 1 or size < 2:  # one byte cannot be cut
             ends.append((split, size))
             continue
         position = min(max(1, round(size * share)), size - 1)
@@ -133,6 +137,9 @@ def _tail_cuts(path: str, size: int, options: ReadOptions) -> list[tuple[str, in
             low = max(0, position - HEAD_BYTES)
             near = b"".join(chunks(path, low, position + 1))
             cut = low + cut_before(near, position - low)
+            while cut > low and near[cut - low] & 0xC0 == 0x80:
+                cut -= 1
+            cut = cut or size  # a single character is not cut
         ends.append((split, cut))
     return ends
 

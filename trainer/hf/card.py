@@ -53,12 +53,12 @@ def model_card(
         "",
         "## Use",
         "",
-        *_usage(remote, eod_id),
+        *_usage(remote, eod_id, config.data.confine_attention),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _usage(remote: bool, eod_id: int | None) -> list[str]:
+def _usage(remote: bool, eod_id: int | None, confined: bool) -> list[str]:
     code = ", trust_remote_code=True" if remote else ""
     lines = []
     if remote:
@@ -76,8 +76,17 @@ def _usage(remote: bool, eod_id: int | None) -> list[str]:
     if eod_id is not None:
         lines += [
             f'tokenizer = AutoTokenizer.from_pretrained("."{code})',
-            "# a text begins where another ends: this token stood before every document in training",
-            f'ids = [{eod_id}, *tokenizer("Once", add_special_tokens=False).input_ids]',
+            *(
+                (
+                    "# nothing stood before a document in training (data.confine_attention)",
+                    'ids = tokenizer("Once", add_special_tokens=False).input_ids',
+                )
+                if confined
+                else (
+                    "# a text begins where another ends: this token stood before every document in training",
+                    f'ids = [{eod_id}, *tokenizer("Once", add_special_tokens=False).input_ids]',
+                )
+            ),
             "print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=40)[0]))",
         ]
     return [*lines, "```"]

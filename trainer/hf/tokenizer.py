@@ -7,6 +7,8 @@ from typing import Any
 from stepline.trainer.data.conversion import from_sentencepiece
 from stepline.trainer.data.tokenizer import Tokenizer
 
+ADD_TOKENS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+"""Post-processors that put special tokens around a text."""
 SAMPLES = (
     "def main(argv: list[str]) -> int:\n    return 0\n\n\nclass A:\n\tpass\n",
     "  two  spaces,   three; a tab\tand\r\nline ends\n\n\n",
@@ -19,20 +21,23 @@ SAMPLES = (
 """Texts whose ids a converted tokenizer must give exactly: code, white space, scripts, symbols, special names."""
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, trained: bool = True) -> str | None:
     """Writes the files from which `AutoTokenizer` makes the same tokenizer; a sentence where it cannot.
 
     A sentencepiece model becomes a `tokenizer.json` where that gives the same ids on `SAMPLES` and its own pieces, and
     stays a `tokenizer.model` otherwise; the model is written in any case, and `load_tokenizer` finds it in the folder
     again. Begin and end of text are both the token that ends documents: it is what a model of Stepline has seen before
-    each document.
+    each document, and nothing is put before a text unasked. trained: by Stepline; otherwise a tokenizer of Hugging Face
+    stays as it is.
     """
     if tokenizer.kind == "huggingface":
         saved = folder / tokenizer.save(folder)
         for file in list(saved.iterdir()):
             file.replace(folder / file.name)
         saved.rmdir()
-        _add_special(folder, tokenizer)
+        if trained:
+            _drop_templates(folder / "tokenizer.json")
+        _add_special(folder, tokenizer, keeps_begin=not trained)
         return None
     tokenizer.save(folder)
     path = folder / "tokenizer.model"
@@ -51,13 +56,42 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str | None:
     return None
 
 
-def _add_special(folder: Path, tokenizer: Tokenizer) -> None:
-    """tokenizer_config.json, with what was there."""
+def _drop_templates(path: Path) -> None:
+    """Takes out of a tokenizer.json what puts special tokens around a text."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    processor = content.get("post_processor") or {}
+    every = processor.get("processors", [processor] if processor else [])
+    kept = [one for one in every if one["type"] not in ADD_TOKENS]
+    if len(kept) < len(every):
+        content["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _add_special(folder: Path, tokenizer: Tokenizer, keeps_begin: bool = False) -> None:
+    """tokenizer_config.json, with what was there; keeps_begin: the begin-of-text token too."""
     from tokenizers import Tokenizer as FastTokenizer
 
     path = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     eos = FastTokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(tokenizer.eod_id)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos} | config | {"eos_token": eos}
+    begin = config.get("bos_token") if keeps_begin else None
+    config = (
+        {"tokenizer_class": "PreTrainedTokenizerFast"}
+        | config
+        | {"eos_token": eos, "bos_token": begin or eos}
+    )
     config.setdefault("clean_up_tokenization_spaces", False)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def begin_id(folder: Path, tokenizer: Tokenizer) -> int:
+    """Id of the begin-of-text token that an exported folder names."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return tokenizer.eod_id
+    from tokenizers import Tokenizer as FastTokenizer
+
+    begin = json.loads(path.read_text(encoding="utf-8"))["bos_token"]
+    begin = begin["content"] if isinstance(begin, dict) else begin
+    found = FastTokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(begin)
+    return tokenizer.eod_id if found is None else found

@@ -41,6 +41,8 @@ class Sizes:
         self.linear_ffn = model.moe.shared_size if self.mixture else model.ffn_size
         """Width of the feed-forward layer that is no mixture, or beside it."""
         self.ffn = self.expert_ffn + self.width(self.linear_ffn)
+        self.frozen = config.optimizer.only == "adapters"
+        """Whether attention and feed-forward layer are not trained."""
         self.fp8, self.holds_casts = config.precision.fp8, True
         """holds_casts: FP8 weights are cast in each forward and kept for backward; otherwise FSDP2 gathers them."""
         recipe = Products(
@@ -146,7 +148,7 @@ class Sizes:
             sorting = 2 if self.config.parallel.experts > 1 else 0  # where rows have come from, and go back
             saved |= {
                 # the copies that go to the experts, and what comes back, which the scores multiply
-                "rows": 2 * self.copies * self.inner,
+                "rows": (1 if self.frozen else 2) * self.copies * self.inner,
                 # logits, scores, their product with the valid tokens, and the input in fp32
                 "router": 4 * self.statistics(experts)
                 + (0 if self.compute == self.master else self.statistics(self.model.inner_size)),
@@ -155,7 +157,9 @@ class Sizes:
         return saved
 
     def product(self) -> int:
-        """silu(w1 x) * w3 x, as w2 keeps it."""
+        """silu(w1 x) * w3 x, as w2 keeps it for the gradient of its weight."""
+        if self.frozen:
+            return 0
         return self.expert_ffn + self.operand(self.linear_ffn)
 
     def casts(self, shapes: tuple[Shape, ...]) -> int:
@@ -166,7 +170,7 @@ class Sizes:
         """What the backward of one of the feed-forward layer's products takes for a moment."""
         if not self.mixture:
             return self.ffn_products.backward(self.tokens, reads, makes)
-        stack = Group(ffn_shapes(self.model, self.config.parallel.experts)[1:2]).numel
+        stack = 0 if self.frozen else Group(ffn_shapes(self.model, self.config.parallel.experts)[1:2]).numel
         return self.ffn_products.stacked_backward(self.copies * self.tokens, reads, makes, stack)
 
     def saved(self) -> int:

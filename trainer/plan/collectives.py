@@ -82,6 +82,7 @@ class Collectives:
 
     def reduce(self, group: Group, first: bool) -> None:
         """Whole gradients become this rank's shard of their sum; the flat input stays until the next group's."""
+        group = group.trained
         if not self.fsdp or not group.shapes:
             return
         ranks = self.ranks(group)

@@ -15,9 +15,10 @@ from stepline.trainer.plan.cost import (
     iso_loss,
     run_cost,
 )
+from stepline.trainer.plan.effects import repeated_corpus
 from stepline.trainer.plan.explain import plan_json, show
 from stepline.trainer.plan.law_file import named_law
-from stepline.trainer.plan.laws import STEP_LAW, StepLaw
+from stepline.trainer.plan.laws import POWER_LINES, STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import Layout, Memory, estimate, gigabytes, slow_link_shard
 from stepline.trainer.plan.planner import Inputs, Plan, check_range, law_values, make_plan
 from stepline.trainer.plan.resolve import (
@@ -68,23 +69,24 @@ def run_plan(ask: Request, as_json: bool) -> None:
         if ask.params is None or ask.tokens is None:
             raise UserError("give --params and --tokens, or a config")
         inputs = Inputs(
-            ask.params, ask.tokens, ask.active_params, ask.seq_len, ask.world_size, ask.micro_batch
-        )
+            ask.params, ask.tokens, ask.active_params, ask.seq_len, ask.world_size, ask.micro_batch,
+            optimizer=law.optimizer, sync=law.sync,  # numbers alone tell none: a run as those of the law
+        )  # fmt: skip
         flops = 6 * (ask.active_params or ask.params)
         counted = f"6 x {'active N' if inputs.mixture else 'N'} x D, {WEIGHTS_ALONE}"
     else:
-        inputs, law, flops, config = from_config(ask, law)
+        inputs, law, flops, config, notes = from_config(ask, law)
         counted = WHOLE_MODEL
     layout = asked_layout(ask.link_mbit, ask.replicas, config, ask.world_size)
     machine = asked_hardware(ask.device, ask.peak_flops, ask.mfu, inputs.world_size)
     plan = make_plan(inputs, law)
     if config is not None:
-        plan = replace(
-            plan, warnings=(*plan.warnings, *check_dense_end(config.sparse.dense_fraction, plan.steps))
-        )
+        notes += check_dense_end(config.sparse.dense_fraction, plan.steps)
+        plan = replace(plan, warnings=(*plan.warnings, *notes))
     cost = None
     if machine is not None:
-        critical = plan.batch_critical_tokens
+        least = POWER_LINES.min_tokens(inputs.tokens, plan.batch_tokens)
+        critical = POWER_LINES.critical_batch_tokens(least)
         cost = run_cost(inputs.tokens, flops, machine, critical, inputs.seq_len, counted)
     trade = iso_loss(inputs.tokens, plan.batch_tokens, cost)
     sync = None
@@ -165,8 +167,9 @@ def memory_text(memory: Memory, layout: Layout, config: Config) -> str:
     return text
 
 
-def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Config]:
-    """Inputs, law, FLOPs per token and the config itself; --world-size, --micro-batch and --tokens go before it."""
+def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Config, list[str]]:
+    """Inputs, law, FLOPs per token, the config itself and what to say of it; --world-size, --micro-batch and --tokens
+    go before it."""
     for name, key in (
         ("params", "the model's shape"),
         ("active_params", "the model's shape"),
@@ -175,6 +178,7 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
         if getattr(ask, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} does not go with a config: it comes from {key}")
     config, _ = load_config(ask.config, ask.overrides)
+    assumed_gpus = config.run.device == "auto"
     if ask.world_size is None:
         check_run(config, None)
     else:
@@ -184,20 +188,35 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
     if ask.micro_batch is not None:
         config.parallel.micro_batch = ask.micro_batch
     law = law if ask.law is not None else config_law(config)
-    corpus = corpus_tokens(config)
+    corpus, notes = corpus_tokens(config), []
     if ask.world_size is not None and config.parallel.micro_batch == "auto":
         inputs = config_inputs(config, ask.world_size, corpus)
         batch = inputs.batch_tokens or law_values(law, inputs.params, inputs.tokens)[1]
         machine = assumed_machine(config, ask.world_size)
-        config.parallel.micro_batch = auto_micro_batch(config, batch, machine)
+        size = auto_micro_batch(config, batch, machine)
+        if assumed_gpus and size != auto_micro_batch(config, batch, replace(machine, device="cpu")):
+            notes.append(
+                f"the micro-batch of {size}, which the batch is rounded to, is that of GPUs, which are assumed; for "
+                "CPUs add run.device=cpu"
+            )
+        config.parallel.micro_batch = size
     inputs = config_inputs(config, ask.world_size, corpus)
-    return inputs, law, flops_per_token(config.model, config.data.seq_len).total, config
+    notes += repeated_corpus(inputs.tokens, corpus)
+    return inputs, law, flops_per_token(config.model, config.data.seq_len).total, config, notes
 
 
 def corpus_tokens(config: Config) -> int | None:
-    """Training tokens of the prepared data, where the budget leaves D to them and they are there."""
-    if config.budget.tokens is not None or config.budget.steps is not None:
-        return None
+    """Training tokens of the prepared data, None where there is none; raises UserError for data that leaves D open."""
+    folders = [source.path for source in config.data.folders()]
+    if (
+        config.budget.tokens is not None or config.budget.steps is not None
+    ):  # for a note alone: nothing is checked
+        try:
+            metas = [json.loads((path / "meta.json").read_text(encoding="utf-8")) for path in folders]
+            return sum(meta["splits"]["train"]["tokens"] for meta in metas) or None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
     from stepline.trainer.data.dataset import load_meta
 
-    return sum(load_meta(s.path).splits["train"].tokens for s in config.data.folders()) or None
+    metas = [load_meta(path) for path in folders]
+    return sum(meta.splits["train"].tokens for meta in metas if "train" in meta.splits) or None

@@ -107,7 +107,7 @@ def run_cost(
     seq_len: int | None,
     counted: str = WHOLE_MODEL,
 ) -> Cost:
-    """FLOPs, GPU-hours and hours of `tokens`; critical: B_crit in tokens; counted: what the FLOPs are."""
+    """FLOPs, GPU-hours and hours of `tokens`; critical: B_crit(D_min) in tokens; counted: what the FLOPs are."""
     flops = tokens * flops_per_token
     gpu_hours = flops / (machine.peak * machine.mfu) / 3600
     useful = None if seq_len is None else max(1, int(critical // seq_len))

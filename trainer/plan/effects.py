@@ -9,6 +9,15 @@ def unwanted_effects(config: Config) -> list[str]:
     return untrained_router(config) + moved_embeddings(config)
 
 
+def repeated_corpus(budget: float, corpus: int | None) -> list[str]:
+    """Where a budget of training tokens is more than the corpus has."""
+    if not corpus or budget <= 1.01 * corpus:
+        return []
+    return [
+        f"the budget of {budget:,.0f} tokens repeats the corpus of {corpus:,} {budget / corpus:.1f} times"
+    ]
+
+
 def untrained_router(config: Config) -> list[str]:
     """Where a mixture's loss says nothing to its router: the one chosen expert's weight is then always 1."""
     moe = config.model.moe

@@ -9,7 +9,7 @@ from typing import Any
 
 from stepline.trainer.plan.kind import differences
 from stepline.trainer.plan.laws import EPOCH, LossLaw, StepLaw
-from stepline.trainer.plan.planner import Plan
+from stepline.trainer.plan.planner import Inputs, Plan
 
 BEFORE_CANON = "canon=none"
 """Kind of the models of laws and runs that do not tell it: they are older than Canon layers, or of published data."""
@@ -25,9 +25,18 @@ class Expected:
     """Whose number it is."""
 
 
-def own_loss_law(law: StepLaw, kind: str) -> LossLaw | None:
-    """The law's own loss law; None where it has none, or where its models were of another kind than `kind`."""
-    return None if differences(law.kind or BEFORE_CANON, kind) else law.loss_law
+def unlike(law: StepLaw, inputs: Inputs) -> list[str]:
+    """What of a plan the law's runs had otherwise, each in words: then they do not tell its loss."""
+    found = differences(law.kind or BEFORE_CANON, inputs.known_kind)
+    for theirs, ours in ((law.optimizer, inputs.optimizer), (law.sync, inputs.sync)):
+        found += [] if theirs == ours else [f"{theirs}, not {ours}"]
+    return found
+
+
+def own_loss_law(law: StepLaw, inputs: Inputs) -> LossLaw | None:
+    """The law's own loss law; None where it has none, or where its runs were of another kind, with another optimizer
+    or synchroniser."""
+    return None if unlike(law, inputs) else law.loss_law
 
 
 def expected_final_loss(plan: Plan, folder: Path, fingerprints: Sequence[str], split: str) -> Expected | None:
@@ -39,11 +48,10 @@ def expected_final_loss(plan: Plan, folder: Path, fingerprints: Sequence[str], s
     that the run validates on; losses of different splits differ by more than a plan gains.
     """
     n, d, law = plan.inputs.params, plan.inputs.tokens, plan.law
-    kind = plan.inputs.known_kind
-    loss_law = own_loss_law(law, kind)
+    loss_law = own_loss_law(law, plan.inputs)
     if loss_law is not None and law.held_out == held_out_text(fingerprints, split):
         return Expected(loss_law.loss(n, d), f"the loss law of {law.source.name}")
-    return _from_earlier_run(plan, folder, list(fingerprints), split, kind)
+    return _from_earlier_run(plan, folder, list(fingerprints), split)
 
 
 def held_out_text(fingerprints: Sequence[str], split: str) -> str:
@@ -51,9 +59,7 @@ def held_out_text(fingerprints: Sequence[str], split: str) -> str:
     return f"{split} of {'+'.join(fingerprint[:16] for fingerprint in fingerprints)}"
 
 
-def _from_earlier_run(
-    plan: Plan, folder: Path, fingerprints: list[str], split: str, kind: str
-) -> Expected | None:
+def _from_earlier_run(plan: Plan, folder: Path, fingerprints: list[str], split: str) -> Expected | None:
     """L = L_earlier + Epoch(N, D) - Epoch(N_earlier, D_earlier): that run gives the intercept, Epoch's
     Chinchilla fit (arXiv 2404.10102) the difference, from the nearest run and inside of its range only."""
     n, d = plan.inputs.params, plan.inputs.tokens
@@ -68,7 +74,11 @@ def _from_earlier_run(
         same = (planned.get("data"), planned.get("eval_split")) == (fingerprints, split)
         same = same and planned["inputs"]["seq_len"] == plan.inputs.seq_len
         its_kind = planned["inputs"].get("kind") or f"canon={planned.get('canon', 'none')}"
-        same = same and not differences(its_kind, kind)
+        same = same and not differences(its_kind, plan.inputs.known_kind)
+        same = same and all(
+            planned["inputs"].get(key, getattr(plan.inputs, key)) == getattr(plan.inputs, key)
+            for key in ("optimizer", "sync")
+        )
         n0, d0 = planned["params"], planned["tokens"]
         if same and not EPOCH.source.outside(n0, d0):
             distance = abs(math.log(n / n0)) + abs(math.log(d / d0))

@@ -4,7 +4,8 @@ The procedure: `surface.py` fits L/L0(cell) = 1 + excess around the optimum to t
 with Step Law's exponents kept (arXiv 2503.04715) and two intercepts. The exponents are free only with at least
 `LEAST_SIZES` N and D, `LEAST_RUNS_A_CELL` runs a cell and 95 % intervals narrower than `WIDEST_INTERVAL`: they are
 weakly identified, and a law is judged by its regret. Intervals: bootstrap-t over the cells, then over the runs in
-them; a percentile bootstrap over few cells is too narrow.
+them; a percentile bootstrap over few cells is too narrow. Kept exponents have the covariance that Step Law's have, so
+that an interval widens away from the cells.
 """
 
 import math
@@ -16,7 +17,7 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan import surface
 from stepline.trainer.plan.edges import cell_notes
 from stepline.trainer.plan.law_file import FittedPowerLaw, FittedSpread, LawFile
-from stepline.trainer.plan.laws import STEP_LAW
+from stepline.trainer.plan.laws import STEP_LAW, Spread
 from stepline.trainer.plan.loss_fit import fit_loss
 from stepline.trainer.plan.runs import Cell, RunTable, none_usable
 from stepline.trainer.plan.surface import Problem, Surface
@@ -234,13 +235,15 @@ def power_laws(problem: Problem, fitted: Surface, unsure: Uncertainty) -> dict[s
     a, b = (float(value) for value in fitted.optimum)
 
     def law(
-        middle: float, exponents: list[float], centre: tuple[float, ...], rows: list[int]
+        middle: float, exponents: list[float], centre: tuple[float, ...], rows: list[int], published: Spread
     ) -> FittedPowerLaw:
         quantile = float(unsure.quantiles[rows[0]])
         # One quantile for all: the exponents' own are put into their variances.
         stretch = unsure.quantiles[rows] / quantile
         some = unsure.covariance[np.ix_(rows, rows)] * np.outer(stretch, stretch)
         spread = np.zeros((len(centre) + 1, len(centre) + 1))
+        if len(rows) == 1:  # normal quantiles, as published
+            spread[1:, 1:] = np.array(published.covariance)[1:, 1:] * (published.quantile / quantile) ** 2
         spread[: len(rows), : len(rows)] = some
         log_scale = middle - sum(x * math.log(c) for x, c in zip(exponents, centre, strict=True))
         return FittedPowerLaw(
@@ -252,8 +255,8 @@ def power_laws(problem: Problem, fitted: Surface, unsure: Uncertainty) -> dict[s
         )
 
     return {
-        "lr": law(a, e[:2], (n0, d0), lr_rows),
-        "batch_tokens": law(b, e[2:], (d0,), batch_rows),
+        "lr": law(a, e[:2], (n0, d0), lr_rows, STEP_LAW.lr_law.spread),
+        "batch_tokens": law(b, e[2:], (d0,), batch_rows, STEP_LAW.batch_law.spread),
     }
 
 

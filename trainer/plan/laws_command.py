@@ -116,7 +116,7 @@ def run_check(law: str, runs: str, as_json: bool) -> None:
         told = f"regret {mean:.3f} % on average, at most {most:.3f} %"
         print(f"{which.source.name}: {told} ({len(known)} of {len(checks)} cells)")
     else:
-        print(f"{which.source.name}: no cell's grid holds it")
+        print(f"{which.source.name}: no cell has runs around it, near enough to tell")
 
 
 def law_of_check(law: str, runs: str) -> StepLaw:
@@ -156,6 +156,7 @@ def show_checks(checks: list[CellCheck], console: Console) -> None:
     console.print(table)
     if any(c.extrapolated for c in checks):
         console.print(
-            "* outside of the cell's grid, by a parabola through its runs, in no mean (-: too few runs for one)",
+            "* outside of the cell's grid, or between runs too far apart: by a parabola through its runs, in no mean "
+            "(-: too few runs for one)",
             soft_wrap=True,
         )

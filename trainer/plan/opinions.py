@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stepline.trainer.plan.expect import own_loss_law
+from stepline.trainer.plan.expect import own_loss_law, unlike
 from stepline.trainer.plan.laws import DEEPSEEK, EPOCH, PORIAN, POWER_LINES, STEP_LAW, LossLaw
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.power_law import Source
@@ -50,15 +50,15 @@ def second_opinion(plan: Plan) -> dict[str, float]:
 
 
 def usable_loss_law(plan: Plan) -> LossLaw | None:
-    """The law's own where it is of such models; Epoch's where it has none at all."""
-    return EPOCH if plan.law.loss_law is None else own_loss_law(plan.law, plan.inputs.known_kind)
+    """The law's own where it is of such runs; Epoch's where it has none at all."""
+    return EPOCH if plan.law.loss_law is None else own_loss_law(plan.law, plan.inputs)
 
 
 def expected_loss_of(plan: Plan) -> str:
     """Whose loss law it is and what it may be used for, or why there is none."""
     law = usable_loss_law(plan)
     if law is None:
-        return f"{plan.law.source.name} was fitted on models of another kind"
+        return f"{plan.law.source.name} was fitted with {' and '.join(unlike(plan.law, plan.inputs))}"
     if law is EPOCH:
         dense = "; of dense models only, here at all weights of the mixture" if plan.inputs.mixture else ""
         return f"{EPOCH.source.name} ({EPOCH.source.paper}); its intercept is that of its own corpus{dense}"

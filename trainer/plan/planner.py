@@ -178,6 +178,8 @@ def make_plan(inputs: Inputs, law: StepLaw = STEP_LAW) -> Plan:
     warnings = law_warnings(inputs, law)
 
     by_timescale = POWER_LINES.weight_decay(n, d, lr, batch)
+    if inputs.weight_decay is None and not inputs.mixture:
+        warnings += decay_warnings(inputs)
     if inputs.weight_decay is not None:
         decay = inputs.weight_decay
     elif inputs.mixture:
@@ -253,6 +255,16 @@ def law_warnings(inputs: Inputs, law: StepLaw) -> list[str]:
                 f"the laws disagree on the batch: {law.source.name} says {ideal:,.0f} tokens, Power Lines {other:,.0f}"
             )
     return warnings
+
+
+def decay_warnings(inputs: Inputs) -> list[str]:
+    """What of the weight decay's law, of which there is none but the published one, does not fit this run."""
+    other = inputs.optimizer if inputs.optimizer != "adamw" else inputs.sync
+    if other in ("adamw", "all_reduce"):
+        return []
+    return [
+        f"weight decay: Power Lines was fitted with adamw and all_reduce, not {other}: set optimizer.weight_decay"
+    ]
 
 
 def fewest_steps(law: StepLaw) -> int:

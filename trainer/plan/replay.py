@@ -8,11 +8,13 @@ Reversible blocks (models/revffn.py) keep the last two streams and those at anch
 by half, where its recompute makes what the half would have kept.
 """
 
+from dataclasses import replace
+
 from stepline.trainer.config import Config
 from stepline.trainer.plan.activations import Sizes
 from stepline.trainer.plan.collectives import Collectives, Tally
 from stepline.trainer.plan.sync_memory import SyncMemory
-from stepline.trainer.plan.tensors import Group, block_group, cast_group, ffn_shapes, root_group
+from stepline.trainer.plan.tensors import Group, Shape, block_group, cast_group, ffn_shapes, root_group
 
 CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
 """Of kernels/cross_entropy.py, which imports torch."""
@@ -41,29 +43,42 @@ class Replay(Collectives):
         self.gloo = not sizes.cuda
         self.reshards = config.parallel.reshard_after_forward
         self.layers = self.model.num_layers
+        self.adapters_alone = config.optimizer.only == "adapters"
         sizes.holds_casts = not self.fsdp
         self.root, self.block, self.experts = self.groups()
         whole = Group(root_group(self.model).shapes + block_group(self.model).shapes * self.layers)
         if self.fsdp and not self.reshards and whole.numel * self.master <= ONE_GROUP_BYTES:
             # comm/fsdp.py: a small model is one group, but for experts that are dealt
             block, self.block = self.block, Group(())
-            self.root = Group(self.root.shapes + block.shapes * self.layers, block.narrow * self.layers)
+            self.root = Group(
+                self.root.shapes + block.shapes * self.layers,
+                block.narrow * self.layers,
+                frozen=self.root.frozen + block.frozen * self.layers,
+            )
         standard = self.sizes.hidden + self.sizes.wide_norm(self.model.hidden_size)
         self.last = 2 * self.sizes.stream if self.sizes.reversible else standard
         """The last block's output, or the two streams joined, as the final norm keeps it."""
 
     def groups(self) -> tuple[Group, Group, Group]:
         """What is gathered and reduced together: the root's, a block's, and those of its experts that are dealt."""
-        block, narrow = block_group(self.model).shapes, ()
-        if self.config.precision.fp8 and self.fsdp:
-            narrow = cast_group(self.model).shapes
+        root, block = (
+            root_group(self.model, self.adapters_alone),
+            block_group(self.model, self.adapters_alone),
+        )
+        narrow = cast_group(self.model).shapes if self.config.precision.fp8 and self.fsdp else ()
         if self.parts == 1:
-            return root_group(self.model), Group(block, narrow), Group(())
-        dealt = tuple((s[0] // self.parts, *s[1:]) for s in block if len(s) == 3)
+            return root, replace(block, narrow=narrow), Group(())
+
+        def rest(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+            return tuple(shape for shape in shapes if len(shape) < 3)
+
+        def dealt(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+            return tuple((s[0] // self.parts, *s[1:]) for s in shapes if len(s) == 3)
+
         return (
-            root_group(self.model),
-            Group(tuple(s for s in block if len(s) < 3), narrow),
-            Group(dealt, dealt=True),
+            root,
+            Group(rest(block.shapes), narrow, frozen=rest(block.frozen)),
+            Group(dealt(block.shapes), dealt=True, frozen=dealt(block.frozen)),
         )
 
     def run(self) -> None:
@@ -78,12 +93,16 @@ class Replay(Collectives):
     def hold(self) -> None:
         """What is there from the start: parameters, optimizer's state, batch."""
         shard = self.shard if self.fsdp else 1
-        blocks = Group(block_group(self.model).shapes * self.layers)
-        whole = Group(root_group(self.model).shapes + blocks.shapes)
+        root, block = (
+            root_group(self.model, self.adapters_alone),
+            block_group(self.model, self.adapters_alone),
+        )
+        whole = Group(root.shapes + block.shapes * self.layers)
         self.tally.add("parameters", whole.shard(shard) * self.master)
         if self.config.precision.fp8 and self.fsdp:  # the shards as they are gathered
             self.tally.add("parameters", cast_group(self.model).shard(shard) * self.layers)
-        self.sync = SyncMemory(self.config, root_group(self.model), blocks, shard, self.replicas, self.master)
+        trained = (root.trained, Group(block.trained.shapes * self.layers))
+        self.sync = SyncMemory(self.config, *trained, shard, self.replicas, self.master)
         self.tally.add("optimizer", self.sync.state() + self.sync.flying())
         self.tally.add("fixed", self.fixed())
 
@@ -126,7 +145,7 @@ class Replay(Collectives):
     def loss(self, first: bool) -> None:
         """Chunks of logits, with the gradients of hidden states and head (kernels/cross_entropy.py)."""
         tally, sizes, hidden = self.tally, self.sizes, self.sizes.hidden
-        head = self.model.vocab_size * self.model.hidden_size
+        head = 0 if self.adapters_alone else self.model.vocab_size * self.model.hidden_size  # its gradient
         tally.moment = "loss"
         tally.add("activations", hidden)  # normed
         tally.add("logits", hidden + head * self.master)
@@ -147,7 +166,8 @@ class Replay(Collectives):
         """From the final norm to the embedding."""
         tally, sizes, hidden = self.tally, self.sizes, self.sizes.hidden
         behind = 2 * sizes.stream if sizes.reversible else hidden  # gradient behind a block
-        self.gradient(self.model.hidden_size, first)  # the norm's
+        table = 0 if self.adapters_alone else self.model.vocab_size * self.model.hidden_size
+        self.gradient(0 if self.adapters_alone else self.model.hidden_size, first)  # the norm's
         tally.add("activations", behind)
         tally.drop("activations", hidden + self.last)
         for layer in reversed(range(self.layers)):
@@ -166,10 +186,10 @@ class Replay(Collectives):
         tally.moment = "backward of the embedding"
         tally.add("activations", hidden)
         tally.drop("activations", behind)
-        self.gradient(self.model.vocab_size * self.model.hidden_size, first)
+        self.gradient(table, first)
         tally.drop("activations", hidden + sizes.tables())
         if self.model.tied_embeddings:  # the head's gradient, which waited for this one
-            self.tally.drop("gradients", self.model.vocab_size * self.model.hidden_size * self.compute)
+            self.tally.drop("gradients", table * self.compute)
         self.reshard(self.root)
         self.reduce(self.root, first)
         tally.drop("all-gather", self.reduced)
@@ -199,7 +219,7 @@ class Replay(Collectives):
     def ffn_backward(self, first: bool) -> None:
         """Gradients of the feed-forward half; what it saved is still there."""
         tally, sizes, model = self.tally, self.sizes, self.model
-        weights, mixture = Group(ffn_shapes(model, self.parts)).numel, sizes.mixture
+        weights, mixture = self.trained_ffn(), sizes.mixture
         if mixture:  # gradients of the rows that the experts made: scored, in the scores' type, and not
             tally.brief("activations", sizes.copies * (sizes.inner + sizes.statistics(model.inner_size)))
         tally.brief("activations", sizes.ffn_product(model.ffn_size, model.inner_size))
@@ -216,10 +236,15 @@ class Replay(Collectives):
         tally.add("activations", sizes.product())
         self.gradient(weights - 2 * (weights // 3), first)
 
+    def trained_ffn(self) -> int:
+        """Elements of the feed-forward layer that have a gradient, all of them or none."""
+        return 0 if self.adapters_alone else Group(ffn_shapes(self.model, self.parts)).numel
+
     def attention_backward(self, first: bool) -> None:
-        """Gradients of the attention half and of the block's norms."""
+        """Gradients of the attention half and of the block's norms, and of all adapters."""
         sizes, model = self.sizes, self.model
-        self.gradient(block_group(model).numel - Group(ffn_shapes(model)).numel, first)
+        ffn = 0 if self.adapters_alone else Group(ffn_shapes(model)).numel
+        self.gradient(block_group(model, self.adapters_alone).trained.numel - ffn, first)
         # of attention's result, of q, k and v; flash attention on CUDA sums q's in fp32
         beside = 2 * sizes.width(sizes.query) + 2 * sizes.width(sizes.key)
         beside += sizes.statistics(sizes.query) if sizes.cuda else 0

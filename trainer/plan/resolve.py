@@ -77,6 +77,14 @@ def config_inputs(config: Config, world_size: int | None, corpus_tokens: int | N
     )
 
 
+def law_of_resumed(config: Config) -> tuple[StepLaw, list[str]]:
+    """`config_law`; where its file is gone Step Law and a note, since all that a law decides is settled."""
+    try:
+        return config_law(config), []
+    except UserError as error:
+        return STEP_LAW, [f"{error}; the run goes on with what was planned by it"]
+
+
 def config_law(config: Config) -> StepLaw:
     """The law that the config names, Step Law by default."""
     if config.budget.law is None:
@@ -87,18 +95,18 @@ def config_law(config: Config) -> StepLaw:
 
 
 def resolve(
-    config: Config, origins: Origins, machine: Machine, corpus_tokens: int | None
+    config: Config, origins: Origins, machine: Machine, corpus_tokens: int | None, law: StepLaw | None = None
 ) -> tuple[Plan, list[str]]:
     """Replaces every `auto` in place and notes its origin; returns the plan and warnings in plain words.
 
-    corpus_tokens: training tokens on disk, for a config without a budget (one epoch). Raises UserError for
-    a layout that the ranks cannot make.
+    corpus_tokens: training tokens on disk, for a config without a budget (one epoch). law: in the place of the one
+    that the config names. Raises UserError for a layout that the ranks cannot make.
     """
 
     settle = settler(config, origins)
     world, budget, parallel = machine.world_size, config.budget, config.parallel
     settle_machine(config, origins, machine)
-    law = config_law(config)
+    law = law or config_law(config)
     inputs = config_inputs(config, world, corpus_tokens)
     if budget.steps is None:
         settle("budget", "tokens", inputs.tokens, "one epoch of the data")

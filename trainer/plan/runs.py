@@ -199,8 +199,13 @@ def parse(path: Path, line: int, row: dict[str, str], names: dict[str, str]) -> 
         return value
 
     values = {name: number(name) for name in ("params", "tokens", "lr", "batch_tokens")}
-    if row.get(names.get("active_params", "")):
+    if "active_params" in names and row[names["active_params"]]:
         values["active_params"] = number("active_params")
+        if values["active_params"] > values["params"]:
+            raise UserError(
+                f"{path} line {line}: {names['active_params']} is {row[names['active_params']]}, more than "
+                f"{names['params']} {row[names['params']]}, which counts all experts"
+            )
     if names["batch_tokens"] == "bs":
         values["batch_tokens"] *= number("seq_len") if "seq_len" in names else STEP_LAW_SEQUENCE
     # After the multiplication: what a fit takes to powers and compares must not overflow.

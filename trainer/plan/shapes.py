@@ -2,7 +2,7 @@
 
 import math
 
-from stepline.models.config import ModelConfig
+from stepline.models.config import GROUPED, ModelConfig
 from stepline.models.flops import parameter_counts
 from stepline.trainer.errors import UserError
 
@@ -14,28 +14,35 @@ FFN_MULTIPLE = 8
 def with_heads(model: ModelConfig, heads: int, layers: int) -> ModelConfig:
     """The model with another width and depth.
 
-    Kept: head_dim, the width per head, query heads per key-value head, and ffn_size / hidden_size, rounded to a
-    multiple of 8. heads must be a multiple of the query heads per key-value head.
+    Kept: head_dim, the width per head, query heads per key-value head, and ffn_size / hidden_size (that of a shared
+    expert too), rounded to a multiple of 8. heads must be a multiple of the query heads per key-value head.
     """
     hidden = model.hidden_size * heads // model.num_heads
-    ffn = model.ffn_size
-    if heads != model.num_heads:
-        ffn = max(1, round(ffn * heads / model.num_heads / FFN_MULTIPLE)) * FFN_MULTIPLE
+
+    def scaled(size: int) -> int:
+        if heads == model.num_heads or not size:
+            return size
+        return max(1, round(size * heads / model.num_heads / FFN_MULTIPLE)) * FFN_MULTIPLE
+
     kv_heads = None if model.num_kv_heads is None else heads * model.kv_heads // model.num_heads
     changed = {
         "hidden_size": hidden,
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "ffn_size": ffn,
+        "ffn_size": scaled(model.ffn_size),
+        "moe": model.moe.model_dump() | {"shared_size": scaled(model.moe.shared_size)},
     }
     return ModelConfig.model_validate(model.model_dump() | changed)
 
 
 def _head_step(model: ModelConfig) -> int:
-    """The number of heads grows in such steps: whole key-value groups, and a whole width."""
+    """The number of heads grows in such steps: whole key-value groups, and a whole width that layers can read."""
     group = model.num_heads // model.kv_heads
-    whole = model.num_heads // math.gcd(model.num_heads, model.hidden_size)
+    narrow = model.hidden_size // model.inner_size  # 2 where layers read a stream
+    read = narrow * (GROUPED if model.ffn == "moe" else 1)
+    unit = math.lcm(2 if model.blocks == "revffn" else 1, read)
+    whole = model.num_heads * unit // math.gcd(model.num_heads * unit, model.hidden_size)
     return math.lcm(group, whole)
 
 

@@ -237,11 +237,18 @@ def _run(
         schedule=config.schedule.name,
         seed=seed,
         steps=steps,
-        shape={key: getattr(shape, key) for key in SHAPE_KEYS},
+        shape=_shape_keys(shape),
         flops=flops * steps * batch,
         eval_flops=flops / 3 * eval_tokens,
         kind=kind,
     )
+
+
+def _shape_keys(shape: ModelConfig) -> dict[str, int | None]:
+    found = {key: getattr(shape, key) for key in SHAPE_KEYS}
+    if shape.ffn == "moe" and shape.moe.shared_size:
+        found["moe.shared_size"] = shape.moe.shared_size
+    return found
 
 
 def _notes(config: Config, runs: list[SweepRun], corpus_tokens: int | None) -> list[str]:

@@ -1,5 +1,6 @@
 """What a sweep costs before it starts. Imports no torch."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -79,7 +80,9 @@ def find_gpus() -> dict[str, str]:
     names = told.stdout.splitlines() if told.returncode == 0 else []
     if visible is None or not names:
         return {str(i): name for i, name in enumerate(names)}
-    return dict.fromkeys(visible.split(","), names[0])
+    # CUDA takes none from the first number on that is none, such as -1
+    found = itertools.takewhile(lambda name: not name.startswith("-"), map(str.strip, visible.split(",")))
+    return dict.fromkeys(found, names[0])
 
 
 def find_rate(

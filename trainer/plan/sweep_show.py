@@ -18,13 +18,13 @@ def show(
     notes: Sequence[str],
     split: str,
     cost: SweepCost,
-    jobs: int,
+    jobs: int | None,
     console: Console,
     every_run: bool,
 ) -> None:
     """Prints the cells of a sweep (or every run) and the cost of what is still to be done.
 
-    split: the held-out text on which the runs are compared.
+    split: the held-out text on which the runs are compared. jobs: runs at a time; None: as many as SLURM starts.
     """
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -54,9 +54,12 @@ def show(
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     if cost.runs < len(runs):
         console.print(f"{len(runs) - cost.runs} of {len(runs)} runs are done.")
+    together = (
+        f"with {jobs} at a time" if jobs else "of all runs together, of which SLURM starts as many as it can"
+    )
     console.print(
         f"{cost.runs} {'run' if cost.runs == 1 else 'runs'} to do: {cost.tokens:,} training tokens, "
-        f"{cost.flops:.3g} FLOPs, about {_duration(cost.seconds)} with {jobs} at a time ({cost.assumption}).",
+        f"{cost.flops:.3g} FLOPs, about {_duration(cost.seconds)} {together} ({cost.assumption}).",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,6 +1,7 @@
 """The parameters of a model by shape, and how they are grouped and cut. Imports no torch."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from stepline.models.config import CANON_TAPS, ModelConfig
@@ -17,6 +18,8 @@ class Group:
     """Those of them that are gathered in 8 bits."""
     dealt: bool = False
     """Experts that a rank shares with fewer ranks than the rest."""
+    frozen: tuple[Shape, ...] = ()
+    """Those of them that are not trained."""
 
     @property
     def numel(self) -> int:
@@ -26,6 +29,11 @@ class Group:
     def shard(self, ranks: int) -> int:
         """Elements that one of `ranks` holds: equal chunks of dimension 0, the last ones padded (FSDP2)."""
         return sum(math.prod(local_shape(shape, ranks)) for shape in self.shapes)
+
+    @property
+    def trained(self) -> "Group":
+        """Those that have a gradient."""
+        return Group(tuple((Counter(self.shapes) - Counter(self.frozen)).elements()), dealt=self.dealt)
 
     def wide_shard(self, ranks: int) -> int:
         """Of `shard` what is gathered in the compute dtype."""
@@ -56,24 +64,26 @@ def local_shape(shape: Shape, ranks: int) -> Shape:
     return (-(-shape[0] // ranks), *shape[1:])
 
 
-def root_group(model: ModelConfig) -> Group:
-    """Embedding, final norm and head."""
+def root_group(model: ModelConfig, adapters_alone: bool = False) -> Group:
+    """Embedding, final norm and head; adapters_alone: none of them is trained."""
     table = (model.vocab_size, model.hidden_size)
-    return Group((table, table[1:], *(() if model.tied_embeddings else (table,))))
+    shapes = (table, table[1:], *(() if model.tied_embeddings else (table,)))
+    return Group(shapes, frozen=shapes if adapters_alone else ())
 
 
-def block_group(model: ModelConfig) -> Group:
-    """One block, in the order of its modules."""
+def block_group(model: ModelConfig, adapters_alone: bool = False) -> Group:
+    """One block, in the order of its modules; adapters_alone: attention and feed-forward layer are frozen."""
     dim, head = model.inner_size, model.dim_per_head
     norms = ((head,), (head,)) if model.qk_norm else ()
     attention = (*attention_shapes(model), *norms)
+    frozen = (*attention, *ffn_shapes(model)) if adapters_alone else ()
     canon = ((CANON_TAPS * normed_width(model),),) * sum(place in model.canon for place in "AC")
     if model.blocks == "standard":
         return Group(((dim,), *canon, *attention, (dim,), *ffn_shapes(model)))
     full, stream = model.hidden_size, model.hidden_size // 2
     adapter = ((full, stream), (stream, full)) if model.revffn.adapters else ()
     norms = ((stream,),) * (3 if model.coupling == "revffn" else 2)
-    return Group((*norms, *canon, *adapter, *attention, *adapter, *ffn_shapes(model)))
+    return Group((*norms, *canon, *adapter, *attention, *adapter, *ffn_shapes(model)), frozen=frozen)
 
 
 def normed_width(model: ModelConfig) -> int:

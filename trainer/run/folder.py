@@ -54,12 +54,16 @@ def make_folder(folder: Path) -> None:
         raise _unusable(folder, error.strerror) from error
 
 
-def keep_tokenizer(folder: Path, tokenizer: Path) -> None:
-    """Copies the data's tokenizer, a file or a folder, into the run's folder: the run is used where its data is not."""
+def keep_tokenizer(folder: Path, tokenizer: Path, fresh: bool) -> None:
+    """Copies the data's tokenizer, a file or a folder, into the run's folder: the run is used where its data is not.
+
+    fresh: the run begins; what an attempt without a checkpoint has left may be of other data.
+    """
     kept, partial = folder / TOKENIZER, folder / f".{TOKENIZER}"
-    if kept.exists():
+    if kept.exists() and not fresh:
         return
     try:
+        shutil.rmtree(kept, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         copy = shutil.copytree if tokenizer.is_dir() else shutil.copyfile

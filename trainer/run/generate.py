@@ -15,6 +15,8 @@ from stepline.models.transformer import Transformer
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.infer import load_run, run_tokenizer
 
+CONTEXT_OF_TEXT = 8
+"""Tokens of the prompt before which new ones are decoded."""
 READ_AT_ONCE = 512
 """Tokens of a prompt whose logits exist at once."""
 
@@ -63,10 +65,13 @@ def sample(
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token by its logits `[vocab]`; arguments as in `sample`."""
+    """A token by its logits `[vocab]`; arguments as in `sample`. Raises UserError where a logit is no number."""
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged, or the run diverged")
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = torch.softmax(logits / temperature, -1).sort(descending=True)
+    # the largest is 0 before it is divided, as of a tiny temperature the quotient has no bound
+    probabilities, order = torch.softmax((logits - logits.max()) / temperature, -1).sort(descending=True)
     # A token stays while the mass before it is below top_p; the first one always does.
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
@@ -124,10 +129,13 @@ def generate_text(path: Path, prompt: str, *, max_tokens: int = 128, **options: 
         confined=config.data.confine_attention,
         **options,
     )
+    # Behind the prompt's end: alone, some tokenizers would drop the text's first space.
+    before = ids[1:][-CONTEXT_OF_TEXT:]
+    head = len(tokenizer.decode(before))
     said, new = "", []
     for token in stream:
         new.append(token)
-        text = tokenizer.decode(new)
+        text = tokenizer.decode([*before, *new])[head:]
         # A character may need several byte tokens: wait until it is whole, and leave out bytes that become none.
         if not text.endswith("\ufffd"):
             text = text.replace("\ufffd", "")

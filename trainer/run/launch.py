@@ -73,7 +73,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
                 return code
             number, stacks = _start_logs(job)
             if world.rank == 0:  # a folder with nothing else is no run's, to a rank that starts later
-                keep_tokenizer(job.folder, job.metas[0].tokenizer_path)
+                keep_tokenizer(job.folder, job.metas[0].tokenizer_path, fresh=job.resume_from is None)
         except UserError as error:
             if says or _alone(stop):
                 print(f"error: {error}", file=sys.stderr)

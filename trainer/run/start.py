@@ -20,11 +20,11 @@ from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, l
 from stepline.trainer.errors import DoesNotFit, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.hf.adapters import check_adapters
-from stepline.trainer.plan.effects import unwanted_effects
+from stepline.trainer.plan.effects import repeated_corpus, unwanted_effects
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_budget, kept_expectation
 from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
-from stepline.trainer.plan.resolve import Machine, resolve
+from stepline.trainer.plan.resolve import Machine, law_of_resumed, resolve
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
@@ -160,25 +160,25 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
     machine = Machine(world.size, device.type, bf16, memory, world.local_size)
+    law = None
+    if resume_from is not None:
+        law, missing = law_of_resumed(config)
+        notes += missing
     refused, asked = None, (config.model_copy(deep=True), dict(origins))
     try:
-        plan, warnings = resolve(config, origins, machine, corpus)
+        plan, warnings = resolve(config, origins, machine, corpus, law)
     except DoesNotFit as error:
         if not dry:
             raise
         refused, (config, origins) = error, asked
-        plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus)
+        plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus, law)
     check_adapters(config)
     notes += warnings + idle_keys(config, origins) + unwanted_effects(config)
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
     check_products_of_batch(config, device)
     notes += products_done_instead(config, device)
-    budget = config.total_steps() * config.budget.batch_tokens
-    if budget > 1.01 * corpus:
-        notes.append(
-            f"the budget of {budget:,} tokens repeats the corpus of {corpus:,} {budget / corpus:.1f} times"
-        )
+    notes += repeated_corpus(config.total_steps() * config.budget.batch_tokens, corpus)
 
     chosen = resume not in ("auto", "never")
     job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, refused, notes)

@@ -110,6 +110,11 @@ def _run_sweep(ask: Request, as_json: bool) -> int:
     # Not where the runs would be elsewhere: a SLURM array's GPUs are not those of the login node.
     if config.run.device == "cuda" and not (gpus or ask.slurm or ask.dry_run):
         raise UserError("run.device is cuda, but no GPU is found on this machine; set run.device=cpu or auto")
+    if 0 < len(gpus) < sweep.ranks and not (ask.slurm or ask.dry_run):
+        raise UserError(
+            f"a run has {sweep.ranks} ranks (--ranks) and this machine {len(gpus)} GPUs; give fewer ranks, or "
+            "run.device=cpu"
+        )
     if ask.only is not None:
         if not ask.dry_run:
             if new is not None:
@@ -123,7 +128,8 @@ def _run_sweep(ask: Request, as_json: bool) -> int:
     cost = sweep_cost(runs, rate, jobs)
     if not (ask.slurm and ask.print_only):
         split, notes = config.logging.eval_split, new.notes if new else ()
-        show(f"Sweep {sweep.path}", sweep.runs, notes, split, cost, jobs, console, every_run=ask.dry_run)
+        at_once = ask.jobs if ask.slurm else jobs
+        show(f"Sweep {sweep.path}", sweep.runs, notes, split, cost, at_once, console, every_run=ask.dry_run)
     if ask.dry_run:
         if as_json:
             print(json.dumps({"runs": [asdict(run) for run in sweep.runs], "cost": asdict(cost)}))

@@ -24,7 +24,7 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 40
 """torchrun gives its ranks 30 s to end."""
 HOPELESS = 3
-"""Failures without a single success after which the others are not tried."""
+"""Failures of a sweep without a single result after which the others are not tried."""
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS",
 )  # fmt: skip
@@ -77,7 +77,9 @@ class LocalRunner:
 
     def do(self, runs: Sequence[SweepRun]) -> Report:
         """Returns when all have ended, or after a signal (SIGINT, SIGTERM, SIGHUP) with no process left behind."""
-        waiting = deque(runs)
+        # what has been tried comes last: it may fail every time
+        waiting = deque(sorted(runs, key=lambda run: (self.sweep.folder(run) / "output.log").exists()))
+        unproven = not any(self.sweep.result(run) for run in self.sweep.runs)
         with signals_noted() as caught:
             try:
                 while (waiting or self.running) and not caught:
@@ -87,7 +89,8 @@ class LocalRunner:
                     for child in [c for c in self.running if c.process.poll() is not None]:
                         self.running.remove(child)
                         self._ended(child, [*waiting, *(c.run for c in self.running)])
-                    if len(self.report.failed) >= HOPELESS and not self.report.done and waiting:
+                    hopeless = unproven and len(self.report.failed) >= HOPELESS and not self.report.done
+                    if hopeless and waiting:
                         self.say(f"the first {len(self.report.failed)} runs failed: the others are not tried")
                         waiting.clear()
             finally:

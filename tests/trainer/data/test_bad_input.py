@@ -287,3 +287,9 @@ def test_folders_that_are_no_data_folders(tmp_path, tokenizer_file) -> None:
         (out / "meta.json").write_text(text)
         with pytest.raises(UserError, match=r"meta\.json is damaged"):
             load_meta(out)
+
+
+def test_the_current_folder_as_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^\. exists already"):
+        prepare([tmp_path], Path())

@@ -241,3 +241,36 @@ def test_chunks_of_a_range(tmp_path) -> None:
     for name in ("x", "x.gz"):
         for start, end in ((0, None), (5, 2_500_000), (1_048_576, 1_048_577), (2_999_999, None), (10, 10)):
             assert b"".join(chunks(str(tmp_path / name), start, end)) == data[start:end]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text(st.sampled_from("aé数🙂 \n"), max_size=12), min_size=1, max_size=3),
+    st.floats(0, 0.6),
+    st.floats(0, 0.3),
+)
+def test_tails_of_short_files_are_cut_between_characters(
+    tmp_path_factory, texts, val_share, tune_share
+) -> None:
+    folder = tmp_path_factory.mktemp("short")
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    options = ReadOptions(val_share=val_share, tune_share=tune_share)
+    found = documents(planned([folder], options), options)
+    assert "".join(text for _, text in found) == "".join(texts)
+
+
+def test_links_to_folders_are_followed_once(tmp_path) -> None:
+    (tmp_path / "in" / "real").mkdir(parents=True)
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "real" / "a.txt").write_text("a")
+    (tmp_path / "other" / "deep" / "b.txt").write_text("b")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "real")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "output").symlink_to(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "c.txt").write_text("c")
+    files, skipped = discover([tmp_path / "in"], [], (tmp_path / "out",))
+    assert sorted(Path(file.path).name for file in files) == ["a.txt", "b.txt"]
+    assert not skipped

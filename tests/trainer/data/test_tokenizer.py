@@ -6,6 +6,8 @@ import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepline.trainer.data.dataset import TokenSplit
+from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.tokenizer import SentencePieceTokenizer, load_tokenizer, sentences, train_tokenizer
 from stepline.trainer.errors import UserError
 
@@ -105,6 +107,29 @@ def test_dummy_prefix_model_is_encoded_like_sentencepiece_and_joins_across_piece
     assert ours.decode([i for piece in pieces for i in piece]) == "a few\nwords \u2581more"
 
 
+@pytest.mark.parametrize("dummy", [True, False])
+def test_a_model_that_removes_white_space_is_encoded_like_sentencepiece(tmp_path, dummy) -> None:
+    """spm_train's default; its pieces of a document could not be joined, so documents stay whole."""
+    model, text = io.BytesIO(), "a few words, and a few more words of text " * 20
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 3), model_writer=model, model_type="bpe", vocab_size=50,
+        add_dummy_prefix=dummy, minloglevel=2,
+    )  # fmt: skip
+    ours = SentencePieceTokenizer(model.getvalue(), "model")
+    raw = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    for sample in (text, " a", "a ", "a few", "  two  spaces ", "few\u2581words", ""):
+        assert ours.encode(sample) == raw.encode(sample)
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    (tmp_path / "a.txt").write_text("a few words\n" * 20_000)
+    prepare(
+        [tmp_path / "a.txt"], tmp_path / "data", tokenizer=tmp_path / "a.model", workers=1, progress=False
+    )
+    tokens = TokenSplit(tmp_path / "data", "train")
+    got = tokens.read(0, tokens.num_tokens - 1).tolist()
+    assert got == raw.encode(raw.decode(got))
+    assert raw.decode(got).split() == (["a", "few", "words"] * 20_000)[: len(raw.decode(got).split())]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.one_of(unicode_text, st.text("a \n<|end|>")))
 def test_hugging_face_round_trip(hf_folder, text: str) -> None:
@@ -170,3 +195,19 @@ def test_training_sentences_keep_every_trainable_character(text: str) -> None:
     cut = list(sentences([long]))
     assert "".join(cut) == long.replace("\t", "").replace("\0", "")
     assert all(0 < len(sentence) <= 3000 for sentence in cut)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "tokenizer_config.json is no JSON"),
+        ("[]", "names no end-of-text"),
+        ('{"eos_token": ["</s>"]}', "names no end-of-text"),
+    ],
+)
+def test_a_damaged_tokenizer_config_is_one_sentence(hf_folder, tmp_path, content, sentence) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from stepline.trainer.config_io import read_run_config
 from stepline.trainer.errors import UserError
 from stepline.trainer.hf.export import export_run
 from stepline.trainer.hf.importing import import_model
-from stepline.trainer.run.infer import load_run
+from stepline.trainer.run.generate import generate_text
+from stepline.trainer.run.infer import load_run, run_tokenizer
 
 MOE = {"ffn": "moe", "moe": {"experts": 6, "top_k": 2}}
 STOCK = {
@@ -179,6 +182,24 @@ def test_card_and_generation_config(make_run, tmp_path):
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 2, "eos_token_id": 2}
     assert not (tmp_path / "hf.partial").exists()
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_the_card_begins_a_text_as_training_did(make_run, tmp_path, confined):
+    """Its example gives the continuation of `stepline generate`."""
+    run, _ = make_run()
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    raw["data"]["confine_attention"] = confined
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    export_run(run, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(tmp_path / "hf")))
+    code = code.replace("max_new_tokens=40", "max_new_tokens=12, do_sample=False")
+    said = []
+    exec(code.replace("print(tokenizer.decode(model", "said.append((model"), {"said": said})
+    theirs = run_tokenizer(read_run_config(run)).decode(said[0].tolist())
+    ours = "".join(generate_text(run, "Once", max_tokens=12, temperature=0))
+    assert ours.replace("\ufffd", "") == theirs.replace("\ufffd", "")
 
 
 def test_a_folder_with_files_is_left_alone(make_run, tmp_path):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import yaml
 
+from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.hf.export import export_run
 from stepline.trainer.run.generate import generate_text, sample
@@ -59,3 +61,35 @@ def test_greedy_text(make_run, data, tmp_path):
     assert "".join(pieces) == prompt + text.replace(
         "\ufffd", ""
     )  # the bytes of a random model make no characters
+
+
+def test_text_goes_on_behind_a_prompt_with_its_space(make_run, texts, tmp_path):
+    """By a tokenizer that drops the first space of what it decodes, as Llama's does."""
+    import sentencepiece as spm
+
+    spm.SentencePieceTrainer.train(
+        input=str(texts / "000.txt"), model_prefix=str(tmp_path / "llama"), model_type="bpe", vocab_size=310,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    data = tmp_path / "data"
+    prepare([texts], data, tokenizer=tmp_path / "llama.model", workers=1, val_share=0.02, progress=False)
+    run, _ = make_run()
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    raw["data"]["path"] = str(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    tokenizer, prompt = load_tokenizer(data), "alice sends"
+    asked = [tokenizer.eod_id, *tokenizer.encode(prompt)]
+    options = {
+        "context": 64,
+        "eod_id": tokenizer.eod_id,
+        "vocab_size": tokenizer.vocab_size,
+        "temperature": 0.8,
+    }
+    spaced = 0
+    for seed in range(8):
+        new = list(sample(load_run(run)[0], asked, max_tokens=12, seed=seed, **options))
+        whole = tokenizer.decode([*asked, *new]).replace("\ufffd", "")
+        text = "".join(generate_text(run, prompt, max_tokens=12, temperature=0.8, seed=seed))
+        assert text.replace("\ufffd", "") == whole
+        spaced += text.startswith(prompt + " ")
+    assert spaced

@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from stepline.comm.mesh import World
+from stepline.models.hf import config_from_hf
 from stepline.trainer.cli import app, main
 from stepline.trainer.config_io import read_run_config
 from stepline.trainer.data.dataset import load_meta
@@ -219,6 +220,80 @@ def test_the_config_holds_what_the_folder_says(tmp_path, save):
     import_model(tmp_path / "hf", tmp_path / "run")
     sections = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert sections["model"]["moe"] == {
-        "experts": 6, "balance": "global", "balance_loss": 0.02
+        "experts": 6, "balance": "global", "balance_loss": 0.02 * 2 / sections["model"]["num_layers"]
     }  # fmt: skip
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["router_aux_loss_coef"] == 0.02
     assert sections["data"]["seq_len"] == 256
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_whose_begin_of_text_an_export_has(make_run, texts, hf_data, tmp_path, save, trained):
+    """A trained model has seen the end of a document before each text; an import what its tokenizer puts there."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    theirs = tmp_path / "theirs"
+    made = Tokenizer.from_file(str(theirs / "tokenizer.json"))
+    made.add_special_tokens(["<s>"])
+    begin, end = made.token_to_id("<s>"), made.token_to_id("<|end|>")
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    made.save(str(theirs / "tokenizer.json"))
+    (theirs / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<|end|>"}')
+    if trained:
+        prepare([texts], tmp_path / "d", tokenizer=theirs, workers=1, val_share=0.02, progress=False)
+        run, _ = make_run()
+        raw = yaml.safe_load((run / "config.yaml").read_text())
+        raw["data"]["path"] = str(tmp_path / "d")
+        (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    else:
+        save("Llama", tmp_path / "hf")
+        for file in theirs.iterdir():
+            (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
+        import_model(tmp_path / "hf", tmp_path / "run")
+        run = tmp_path / "run"
+    export_run(run, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    named = [
+        json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        for name in ("config", "generation_config")
+    ]
+    first = end if trained else begin
+    assert [raw["bos_token_id"] for raw in named] == [first, first] == [tokenizer.bos_token_id] * 2
+    assert [raw["eos_token_id"] for raw in named] == [end, end] == [tokenizer.eos_token_id] * 2
+    ids = tokenizer("alice").input_ids
+    assert (ids[0] == begin) is not trained
+
+
+def test_a_plan_of_an_import_says_that_it_has_no_budget(data, tmp_path, save, monkeypatch, capsys):
+    from stepline.trainer.data.tokenizer import load_tokenizer
+    from stepline.trainer.hf.tokenizer import write_tokenizer
+
+    save("Qwen3", tmp_path / "hf")
+    write_tokenizer(load_tokenizer(data), tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    for command, sentence in (
+        (["plan", f"{tmp_path}/run/config.yaml"], "the config has no budget"),
+        (["eval", f"{tmp_path}/run"], "has no split 'val'; it holds a tokenizer and no text"),
+    ):
+        monkeypatch.setattr("sys.argv", ["stepline", *command])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Qwen3Moe"])
+def test_key_heads_that_a_config_leaves_out_are_those_of_transformers(tmp_path, save, kind):
+    import transformers
+
+    raw = {
+        "model_type": {"Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe"}[kind],
+        "vocab_size": 331,
+        "hidden_size": 64,
+    }
+    raw |= {"num_attention_heads": 64, "num_hidden_layers": 2, "head_dim": 16, "intermediate_size": 32}
+    raw |= {"moe_intermediate_size": 16} if kind == "Qwen3Moe" else {}
+    theirs = getattr(transformers, f"{kind}Config")(**{k: v for k, v in raw.items() if k != "model_type"})
+    assert config_from_hf(raw)[0].kv_heads == theirs.num_key_value_heads != 64

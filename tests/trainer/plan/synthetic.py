@@ -8,7 +8,6 @@ import numpy as np
 
 from stepline.trainer.plan.runs import COLUMNS
 
-LR, BATCH = (1.5, -0.7, 0.3), (0.6, 0.55)
 STEP = (1.79, -0.713, 0.307), (0.58, 0.571)
 CURVATURE = (0.0106, -0.0048, 0.0117)
 """h11, h12, h22 of released runs."""

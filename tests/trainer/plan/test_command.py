@@ -45,7 +45,11 @@ def test_json_of_two_numbers():
     hours = 6 * 1.1e9 * 1e11 / (989e12 * 0.4) / 3600
     assert values["cost"]["gpu_hours"] == pytest.approx(hours)
     assert values["cost"]["hours"] == pytest.approx(hours / 64)
-    assert values["cost"]["max_useful_gpus"] == 11_650_668 // 4096
+    # Power Lines: D = D_min (1 + B / B_crit(D_min)), B_crit = 2048 * .0471 * D_min^.462
+    assert values["cost"]["max_useful_gpus"] == 2728
+    critical = 2728 * 4096
+    least = (critical / (2048 * 0.0471)) ** (1 / 0.462)
+    assert least * (1 + 1_048_576 / critical) == pytest.approx(1e11, rel=1e-3)
     assert values["hardware"]["measured"] is False
     planned = next(row for row in values["iso_loss"] if row["batch_tokens"] == 1_048_576)
     assert planned["tokens"] == pytest.approx(1e11)
@@ -147,6 +151,8 @@ def test_short():
         ([*TWO, "--mfu", "0.5"], "--mfu needs --device"),
         ([*TWO, "--device", "H200", "--mfu", "40"], "mfu is 40"),
         ([*TWO, "--law", "nowhere.json"], "no law file 'nowhere.json'"),
+        ([*TWO, "--law", "nowhere/quickstart.json"], "no law file 'nowhere/quickstart.json'"),
+        (["nowhere/dense-125m.yaml"], "no config file 'nowhere/dense-125m.yaml'"),
         (["dense-125m", "--params", "1e9"], "--params does not go with a config"),
         (["quickstart", "budget.tokens=1000", "budget.batch_tokens=2048"], "below one batch"),
         (["quickstart", "budget.tokens=10"], "the budget of 10 tokens is below one window of 128"),
@@ -164,3 +170,18 @@ def test_mistakes(tmp_path, arguments, sentence):
     assert done.stderr.startswith("error: ")
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_train_would_say_of_the_data_and_of_another_device(tmp_path):
+    from stepline.trainer.plan.command import corpus_tokens
+
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    three = ["dense-125m", "--world-size", "3", "--json"]
+    gpus = json.loads(plan(*three).stdout)["warnings"]
+    assert any("is that of GPUs, which are assumed; for CPUs add run.device=cpu" in w for w in gpus)
+    for device in ("cpu", "cuda"):
+        told = json.loads(plan(*three, f"run.device={device}").stdout)["warnings"]
+        assert not any("which are assumed" in w for w in told)
+    config = load_config("dense-125m", [f"data.path={folder}", "budget.tokens=1000"])[0]
+    assert corpus_tokens(config) is None

@@ -24,9 +24,7 @@ def own_law(held_out):
     return replace(STEP_LAW, loss_law=loss, held_out=held_out)
 
 
-def earlier(
-    runs, name, loss, *, params=2e8, tokens=2e10, data=DATA, split="val", seq_len=1024, status="done"
-):
+def earlier(runs, name, loss, *, params=2e8, tokens=2e10, data=DATA, split="val", status="done", **inputs):
     folder = runs / name
     folder.mkdir(parents=True)
     plan = {
@@ -34,7 +32,7 @@ def earlier(
         "tokens": tokens,
         "data": data,
         "eval_split": split,
-        "inputs": {"seq_len": seq_len},
+        "inputs": {"seq_len": 1024, "optimizer": "adamw", "sync": "all_reduce"} | inputs,
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "outcome.json").write_text(json.dumps({"status": status, "val_loss": loss}))
@@ -46,8 +44,9 @@ def test_own_law_on_the_same_text():
     assert expected.loss == pytest.approx(1.0 + 30 / 2e5**0.3478 + 100 / 4e5**0.3658, rel=1e-12)
     assert "mine" not in expected.source
     assert "Step Law" in expected.source
-    other = make_plan(Inputs(2e5, 4e5, kind="canon=A"), plan.law)
-    assert expected_final_loss(other, DATA_FOLDER, DATA, "val") is None
+    for otherwise in ({"kind": "canon=A"}, {"optimizer": "muon"}, {"sync": "diloco"}):
+        other = make_plan(Inputs(2e5, 4e5, **otherwise), plan.law)
+        assert expected_final_loss(other, DATA_FOLDER, DATA, "val") is None
 
 
 @pytest.mark.parametrize("held_out", ["tune of 0123456789abcdef", "val of fedcba9876543210", ""])
@@ -67,6 +66,8 @@ def test_earlier_run_gives_the_intercept(tmp_path):
     earlier(tmp_path, "other-data", 9.0, data=["f" * 64])
     earlier(tmp_path, "other-split", 9.0, split="tune")
     earlier(tmp_path, "other-sequence", 9.0, seq_len=512)
+    earlier(tmp_path, "other-optimizer", 9.0, optimizer="muon")
+    earlier(tmp_path, "other-sync", 9.0, sync="demo")
     earlier(tmp_path, "stopped", 9.0, params=1e8, tokens=1e10, status="stopped")
     earlier(tmp_path, "tiny", 9.0, params=1e6, tokens=1e10)
     expected = expected_final_loss(plan, tmp_path / "new", DATA, "val")

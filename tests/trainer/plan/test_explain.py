@@ -188,11 +188,11 @@ def test_beyond_the_critical_batch_cost_rises_faster_than_time_falls():
         cost, saved = slopes(critical * factor)
         assert (cost > saved) is more
         assert saved > 0  # it still falls
-    cost = run_cost(1e11, 6.6e9, hardware("H200", None, 8), plan.batch_critical_tokens, 4096)
+    cost = run_cost(1e11, 6.6e9, hardware("H200", None, 8), critical, 4096)
     console = Console(width=200, file=io.StringIO())
     show(plan, hardware("H200", None, 8), cost, iso_loss(1e11, plan.batch_tokens, cost), console)
-    assert cost.max_useful_gpus == 2844
+    assert cost.max_useful_gpus == 2722
     assert (
-        "beyond 2,844 GPUs (one window each is the critical batch) a further GPU adds more to the cost"
+        "beyond 2,722 GPUs (one window each is the critical batch) a further GPU adds more to the cost"
         in (console.file.getvalue())
     )

@@ -44,6 +44,31 @@ def test_a_law_is_recovered_within_its_interval(tmp_path):
     assert law.assumes == "schedule linear, weight decay 0.1"
 
 
+def test_intervals_widen_away_from_the_cells_where_exponents_are_kept(tmp_path):
+    """The truth has other exponents, such that it is 1.7 of Step Law's standard errors away where N and D are large."""
+    spreads = STEP_LAW.lr_law.spread, STEP_LAW.batch_law.spread
+    lr_covariance, batch_covariance = (np.array(s.covariance)[1:, 1:] for s in spreads)
+    far = np.log([7e9 / 2e7, 2e12 / 4.5e8])
+    off = 1.7 * lr_covariance @ far / np.sqrt(far @ lr_covariance @ far)
+    (n, d), (b,) = STEP_LAW.lr_law.exponents, STEP_LAW.batch_law.exponents
+    lr, batch = (1.79, n + off[0], d + off[1]), (0.58, b + 1.7 * float(batch_covariance[0, 0]) ** 0.5)
+    law = fitted(tmp_path, sweep(noise=0.001, scatter=(0.1, 0.1), lr=lr, batch=batch)).law()
+    assert law.lr_law.exponents == STEP_LAW.lr_law.exponents
+    widths = []
+    for params, tokens in ((2e7, 4.5e8), (1e9, 2e10), (7e9, 2e12)):
+        interval = law.lr_law.interval(params, tokens), law.batch_law.interval(tokens)
+        widths.append([math.log(high / low) for low, high in interval])
+        assert inside(lr[0] * params ** lr[1] * tokens ** lr[2], interval[0])
+        assert inside(batch[0] * tokens ** batch[1], interval[1])
+    for near, middle, farthest in zip(*widths, strict=True):
+        assert near < middle < farthest
+    # exponents that are as uncertain as the published ones: their share of the far interval
+    known = float(far @ lr_covariance @ far)
+    assert widths[2][0] ** 2 == pytest.approx(
+        widths[0][0] ** 2 + (2 * spreads[0].quantile) ** 2 * known, rel=0.02
+    )
+
+
 def test_one_cell_gives_a_law_and_says_what_its_interval_lacks(tmp_path):
     law = fitted(tmp_path, sweep(NINE[:1], noise=0.0002, seed=1))
     assert inside(STEP_LAW.lr(*NINE[0]), law.law().lr_law.interval(*NINE[0]))

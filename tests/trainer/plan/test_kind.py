@@ -77,7 +77,7 @@ def test_a_law_of_another_kind_warns_once_and_expects_no_loss():
     assert told["expected_loss_own"] is True
     told = plan_json(other)
     assert (told["expected_loss"], told["expected_loss_own"]) == (None, False)
-    assert told["expected_loss_of"] == "quickstart was fitted on models of another kind"
+    assert told["expected_loss_of"] == "quickstart was fitted with canon=none, not AC"
     assert told["law"]["kind"] == DENSE
     text = ["8b7428ccd01039cf"]
     assert expected_final_loss(own, Path("/nowhere/run"), text, "tune").loss == pytest.approx(
@@ -98,8 +98,10 @@ def test_two_numbers_of_a_mixture_tell_its_kind():
 
 def test_a_law_that_does_not_tell_its_kind_is_older_than_canon_layers():
     law = replace(named_law("quickstart"), kind="")
-    assert own_loss_law(law, CANON) is None
-    assert own_loss_law(law, "ffn=moe") is law.loss_law
+    assert own_loss_law(law, Inputs(N, D, optimizer="muon", kind=CANON)) is None
+    assert own_loss_law(law, Inputs(N, D, optimizer="muon", kind="ffn=moe")) is law.loss_law
+    assert own_loss_law(law, Inputs(N, D, kind="ffn=moe")) is None
+    assert own_loss_law(law, Inputs(N, D, optimizer="muon", sync="demo", kind="ffn=moe")) is None
     for kind in (CANON, "ffn=moe"):
         assert make_plan(Inputs(N, D, kind=kind), law).warnings == make_plan(Inputs(N, D), law).warnings
     # the published law expects nothing of its own, and says what it said before

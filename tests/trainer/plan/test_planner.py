@@ -93,6 +93,8 @@ def test_each_warning_in_plain_words():
         ("steps are few", {"batch_tokens": 50_000_000}),
         ("fitted with adamw, not muon", {"optimizer": "muon"}),
         ("fitted with all_reduce, not demo", {"sync": "demo"}),
+        ("weight decay: Power Lines was fitted with adamw and all_reduce, not muon", {"optimizer": "muon"}),
+        ("weight decay: Power Lines was fitted with adamw and all_reduce, not demo", {"sync": "demo"}),
         ("clamped to 0.3", {"lr": 1e-5}),
         ("not validated for mixtures", {"active_params": 2e8}),
         ("the laws disagree on the batch", {"params": 1e6, "tokens": 1e8}),

@@ -134,6 +134,7 @@ def test_tokens_that_differ_by_a_batch_are_one_cell(tmp_path):
         (HEADER + ROW + ROW.replace("adamw", "muon"), "mixes optimizer adamw and muon"),
         (HEADER + ROW + ROW.replace("all_reduce", "demo"), "mixes sync all_reduce and demo"),
         (HEADER + ROW + ROW.replace("linear", "wsd"), "mixes schedule linear and wsd"),
+        ("N,Na,D,lr,bs,loss\n2e9,3e9,4e9,1e-3,32,2.5\n", "line 2: Na is 3e9, more than N 2e9, which counts all"),
         (HEADER + "a,1000\n", "line 2 has 2 fields, the header 13"),
     ],
 )  # fmt: skip
@@ -150,3 +151,9 @@ def test_no_file(tmp_path):
     (tmp_path / "binary.csv").write_bytes(bytes(np.arange(255, dtype=np.uint8)))
     with pytest.raises(UserError, match=r"binary\.csv"):
         read_runs(tmp_path / "binary.csv")
+
+
+def test_a_column_without_a_name_is_left_alone(tmp_path):
+    """As pandas writes its index."""
+    table = read(tmp_path, ",lr,bs,loss,D,N\n0,1e-3,32,2.5,4e9,2e9\n")
+    assert [run.active_params for cell in table.cells for run in cell.runs] == [0.0]

@@ -19,6 +19,9 @@ def test_the_law_is_the_fit_of_its_runs():
     assert shipped.lr_law.scale == pytest.approx(again.lr_law.scale, rel=1e-6)
     assert shipped.batch_law.scale == pytest.approx(again.batch_law.scale, rel=1e-6)
     assert shipped.lr_law.exponents == again.lr_law.exponents
+    for n, d in ((4e5, 4e5), (1e9, 2e10)):
+        assert shipped.lr_law.interval(n, d) == pytest.approx(again.lr_law.interval(n, d), rel=1e-3)
+        assert shipped.batch_law.interval(d) == pytest.approx(again.batch_law.interval(d), rel=1e-3)
     assert shipped.kind == again.kind == "ffn=dense blocks=standard canon=none qk_norm=true sparse=none"
     assert shipped.loss_law.loss(4e5, 1e6) == pytest.approx(again.loss_law.loss(4e5, 1e6), rel=1e-6)
     with runs.open(newline="") as file:

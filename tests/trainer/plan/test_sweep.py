@@ -18,7 +18,14 @@ from stepline.trainer.plan.laws import STEP_LAW
 from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.shapes import scaled_shape, widened_shape
 from stepline.trainer.plan.sweep import lay_out
-from stepline.trainer.plan.sweep_cost import START_SECONDS, Rate, find_rate, matmul_rate, sweep_cost
+from stepline.trainer.plan.sweep_cost import (
+    START_SECONDS,
+    Rate,
+    find_gpus,
+    find_rate,
+    matmul_rate,
+    sweep_cost,
+)
 from stepline.trainer.plan.sweep_show import show
 
 SMALL = ModelConfig(
@@ -84,6 +91,26 @@ def test_the_shape_is_the_best_by_the_stated_objective():
         found = scaled_shape(GROUPED, fraction)
         best = min(score(layers, heads) for layers, heads in product(range(2, 41), range(4, 41, 4)))
         assert score(found.num_layers, found.num_heads) == pytest.approx(best)
+
+
+def test_a_shared_expert_is_scaled_too():
+    """And an expert's width stays what grouped products take, however wide a head is."""
+    model = load_config(
+        "moe-tiny", ["model.hidden_size=96", "model.num_heads=8", "model.moe.shared_size=64"]
+    )[0].model
+    for fraction in (0.1, 0.25, 0.5, 2.0):
+        shape = scaled_shape(model, fraction)
+        assert shape.hidden_size % 8 == 0
+        assert shape.moe.shared_size == max(8, round(64 * shape.hidden_size / 96 / 8) * 8)
+        assert abs(shape.moe.shared_size / shape.hidden_size - 64 / 96) <= 4 / shape.hidden_size
+    config = Config.model_validate(
+        {"model": model.model_dump(), "data": {"seq_len": 128}, "budget": {"tokens": 3_000_000}}
+    )
+    run = lay_out(config, Grid(sizes=(0.25,), lr_points=1, batch_points=1), STEP_LAW, None).runs[0]
+    assert "model.moe.shared_size=" in " ".join(run.overrides())
+    assert load_config("moe-tiny", ["model.num_heads=8", *run.overrides()])[0].model == scaled_shape(
+        model, 0.25
+    )
 
 
 def test_widths():
@@ -191,6 +218,28 @@ def test_cost_by_hand():
     assert cost.seconds == pytest.approx(START_SECONDS + cost.flops / 2 / 1e9)
     assert sweep_cost(layout.runs, Rate(1e9, ""), jobs=8).seconds == cost.seconds  # no run is split
     assert sweep_cost([], Rate(1e9, ""), jobs=1).seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, ["0", "1"]),
+        ("1", ["1"]),
+        ("-1", []),
+        ("0,-1,1", ["0"]),
+        ("", []),
+        ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
+    ],
+)
+def test_gpus_are_those_that_cuda_sees(monkeypatch, tmp_path, visible, found):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA H200\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert list(find_gpus()) == found
 
 
 def test_rate_names_what_it_rests_on():

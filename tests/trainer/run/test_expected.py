@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from stepline.comm.mesh import World
 from stepline.trainer.data.dataset import load_meta
+from stepline.trainer.plan.command import Request, run_plan
 from stepline.trainer.plan.expect import held_out_text
 from stepline.trainer.plan.law_file import LawFile, write_law
 from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.start import start_job
 from stepline.trainer.watch.metrics import read_metrics
 
 
@@ -80,3 +83,25 @@ def test_nothing_is_expected_on_other_text(pool, tiny_config, tmp_path):
     pool.run(1, run, str(tiny_config), [f"run.folder={folder}", f"budget.law={law}"], "never", init=False)
     assert json.loads((folder / "plan.json").read_text())["expected_final_loss"] is None
     assert all("expected_final_loss" not in row for row in read_metrics(folder / "metrics.jsonl"))
+
+
+def test_plan_says_as_train_that_the_corpus_repeats(tiny_config, tiny_data, tmp_path, capsys):
+    budget = ["budget.steps=null", "budget.tokens=1000000"]
+    corpus = load_meta(tiny_data).splits["train"].tokens
+    told = f"the budget of 1,000,000 tokens repeats the corpus of {corpus:,} {1e6 / corpus:.1f} times"
+    job = start_job(str(tiny_config), [*budget, f"run.folder={tmp_path / 'new'}"], "auto", World(0, 1, 0, 1))
+    steps = job.config.total_steps() * job.config.budget.batch_tokens
+    assert [note for note in job.notes if "repeats" in note] == [told.replace("1,000,000", f"{steps:,}")]
+    names = (
+        "params",
+        "tokens",
+        "active_params",
+        "seq_len",
+        "micro_batch",
+        "law",
+        "device",
+        "peak_flops",
+        "mfu",
+    )
+    run_plan(Request(str(tiny_config), budget, world_size=1, **dict.fromkeys(names)), as_json=True)
+    assert told in json.loads(capsys.readouterr().out)["warnings"]

@@ -125,3 +125,13 @@ def test_settled_weights_give_the_numbers_of_sparse_ones(ffn):
 def test_a_prompt_that_is_no_text(tmp_path):
     with pytest.raises(UserError, match="--prompt is not valid UTF-8"):
         next(generate_text(tmp_path, "a\udcff"))
+
+
+def test_a_tiny_temperature_takes_the_likeliest_and_damaged_weights_are_said():
+    model, prompt = build(), ids(5)
+    assert greedy(model, prompt, 10, 32, temperature=1e-40) == greedy(model, prompt, 10, 32)
+    with torch.no_grad():
+        model.embed.weight.fill_(torch.nan)
+    for temperature in (0, 0.8):
+        with pytest.raises(UserError, match="logits are not finite"):
+            greedy(model, prompt, 1, 32, temperature=temperature)

@@ -88,6 +88,18 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path, mon
         assert any("has started before" in note for note in job.notes)
         monkeypatch.delenv(name)
 
+    # all that the law decides is decided
+    law.unlink()
+    job = start_job(str(tiny_config), [f"run.folder={folder}", *thirty], "step-000012", one)
+    assert any(
+        note.startswith(f"no law file '{law}'")
+        and note.endswith("the run goes on with what was planned by it")
+        for note in job.notes
+    )
+    assert (job.config.optimizer.lr, job.expected.loss) == (5e-3, plan["expected_final_loss"]["loss"])
+    with pytest.raises(UserError, match="no law file"):
+        start_job(str(tiny_config), [f"run.folder={tmp_path / 'new'}", *thirty], "auto", one)
+
 
 def left_by_a_signal(chosen: bool) -> str:
     job = SimpleNamespace(world=SimpleNamespace(size=1), resume_chosen=chosen)

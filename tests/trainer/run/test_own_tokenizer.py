@@ -69,3 +69,16 @@ def test_the_folders_of_a_mixture_may_have_moved(train, tiny_config, tiny_data, 
     shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
     rows = train(1, tiny_config, tmp_path / "run", *common, f"data.sources={sources[1]}", resume="auto")
     assert [r["loss"] for r in rows if "loss" in r][-1] == [r["loss"] for r in straight if "loss" in r][-1]
+
+
+def test_a_run_that_starts_anew_on_other_data_has_their_tokenizer(
+    train, tiny_config, tiny_data, other_data, tmp_path
+):
+    """Without a checkpoint, as after a kill before the first one, a run on tiny_data has left its tokenizer."""
+    train(1, tiny_config, tmp_path / "run", "budget.steps=2")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "outcome.json").unlink()
+    kept = tmp_path / "run" / "tokenizer" / "tokenizer.model"
+    assert kept.read_bytes() == (tiny_data / "tokenizer.model").read_bytes()
+    train(1, tiny_config, tmp_path / "run", "budget.steps=2", f"data.path={other_data}", resume="auto")
+    assert kept.read_bytes() == (other_data / "tokenizer.model").read_bytes()

@@ -10,7 +10,7 @@ import pytest
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.sweep import run_sweep, threads_of_a_rank
-from stepline.trainer.run.sweep_local import LocalRunner
+from stepline.trainer.run.sweep_local import LocalRunner, Report
 from stepline.trainer.run.sweep_runs import locked, open_sweep
 from stepline.trainer.run.sweep_slurm import array_of, render
 
@@ -104,6 +104,35 @@ def test_a_sweep_that_only_fails_ends_early(runner):
     report = runner.do(runner.sweep.missing())
     assert 3 <= len(report.failed) <= 4
     assert report.failed[0][1] == "no such thing"
+
+
+def test_runs_that_always_fail_do_not_hold_up_the_others(runner, request_of, tmp_path):
+    """Neither in a sweep that has results, nor where the first ones of all fail."""
+    first = runner.sweep.runs[0]
+    runner.program = DONE
+    runner.jobs = 1
+    runner.do([runner.sweep.runs[-1]])
+    runner.report = Report()
+    runner.program = f'assert lr != {first.lr}, "boom"\n' + DONE
+    runner.do(runner.sweep.missing())
+    assert {run.lr for run in runner.sweep.missing()} == {first.lr}
+
+    run_sweep(
+        request_of(
+            slurm=True,
+            print_only=True,
+            output=tmp_path / "other",
+            grid={"lr": tuple(i * 1e-3 for i in range(1, 7))},
+        ),
+        as_json=False,
+    )
+    other = Fake(open_sweep(tmp_path / "other"), jobs=1, threads=1, gpus=[], rate=None, say=lambda text: None)
+    bad = {run.name for run in other.sweep.runs[:3]}
+    other.program = f'import os\nassert os.path.basename(folder) not in {bad}, "boom"\n' + DONE
+    assert len(other.do(other.sweep.missing()).failed) == 3
+    other.report = Report()
+    other.do(other.sweep.missing())
+    assert {run.name for run in other.sweep.missing()} == bad
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(runner):

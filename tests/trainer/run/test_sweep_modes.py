@@ -30,6 +30,20 @@ def folder(request_of, tmp_path, capsys) -> Path:
     return tmp_path / "sweep"
 
 
+def test_more_ranks_than_gpus_are_refused(request_of, tmp_path, monkeypatch, started):
+    monkeypatch.setattr(module, "find_gpus", lambda: {"0": "NVIDIA H200"})
+    with pytest.raises(UserError, match=r"a run has 2 ranks \(--ranks\) and this machine 1 GPUs"):
+        run_sweep(request_of(grid={"ranks": 2}), as_json=False)
+    assert started == []
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_slurm_starts_as_many_as_it_can(request_of, capsys):
+    for jobs, told in ((None, "of all runs together, of which SLURM"), (2, "with 2 at a time")):
+        assert run_sweep(request_of(slurm=True, dry_run=True, jobs=jobs, peak_flops=1e12), as_json=False) == 0
+        assert told in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_dry_run_of_one_run_starts_and_writes_nothing(request_of, tmp_path, capsys, started, as_json):
     assert run_sweep(request_of(only=1, dry_run=True, peak_flops=1e12), as_json) == 0
