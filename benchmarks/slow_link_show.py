@@ -99,13 +99,13 @@ def plot_times(times: dict, path: Path) -> None:
     free = times["methods"].get(FREE, {"seconds": {"unshaped": 1.0}})["seconds"]["unshaped"]
     what = "a step / the step without network" if FREE in times["methods"] else "seconds of a step"
     figure, axes = pyplot.subplots(figsize=(6.5, 4.2))
-    for method, entry in times["methods"].items():
+    for i, (method, entry) in enumerate(times["methods"].items()):
         there = [
             (rate, entry["seconds"][str(rate)] / free)
             for rate in times["rates_mbit"]
             if str(rate) in entry["seconds"]
         ]
-        axes.plot([rate for rate, _ in there], [ratio for _, ratio in there], "o-", label=method)
+        axes.plot([rate for rate, _ in there], [ratio for _, ratio in there], "o-" if i < 10 else "s--", label=method)
     axes.set(xscale="log", yscale="log", xlabel="Mbit/s", ylabel=what)
     axes.legend(fontsize=7)
     figure.tight_layout()
