@@ -105,7 +105,12 @@ def plot_times(times: dict, path: Path) -> None:
             for rate in times["rates_mbit"]
             if str(rate) in entry["seconds"]
         ]
-        axes.plot([rate for rate, _ in there], [ratio for _, ratio in there], "o-" if i < 10 else "s--", label=method)
+        axes.plot(
+            [rate for rate, _ in there],
+            [ratio for _, ratio in there],
+            "o-" if i < 10 else "s--",
+            label=method,
+        )
     axes.set(xscale="log", yscale="log", xlabel="Mbit/s", ylabel=what)
     axes.legend(fontsize=7)
     figure.tight_layout()

@@ -16,15 +16,21 @@ from stepline.trainer.data.parts import SHARD_TOKENS, SPLITS, ShardWriter, token
 from stepline.trainer.data.pool import WorkerLost, run_pool
 from stepline.trainer.data.sources import ReadOptions
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from stepline.trainer.data.units import InputFile, Plan, discover, has_words, plan_units, sample_texts
+from stepline.trainer.data.units import (
+    InputFile,
+    Plan,
+    discover,
+    has_words,
+    large_whole,
+    plan_units,
+    sample_texts,
+)
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import locked
 
 FORMAT = 1
 VOCAB_SIZE = 32_000
 COMMIT_SECONDS = 2.0
-LARGE_WHOLE, BYTES_OF_WHOLE = 100_000_000, 120
-"""Text files beyond which a tokenizer that takes whole documents is warned of, and what a byte of them takes there."""
 TOKENIZER_NAME = "tokenizer-name.json"  # while building: names the file or sub-folder of the tokenizer
 
 
@@ -87,14 +93,8 @@ def prepare(
             raise UserError(f"{_names(inputs)} has no text (no documents); give files with text")
         if progress and skipped["binary"]:
             print(f"prepare: left out {skipped['binary']} binary files found in folders", file=sys.stderr)
-        large = [file for file in files if file.format == "text" and file.size > LARGE_WHOLE]
-        if options.whole and large:
-            print(
-                f"prepare: this tokenizer takes whole documents only: {large[0].path} may need "
-                f"{large[0].size * BYTES_OF_WHOLE / 1e9:.0f} GB of memory; cut it into documents (.jsonl), or give a "
-                "sentencepiece model that keeps white space",
-                file=sys.stderr,
-            )
+        if note := large_whole(files, options):
+            print(f"prepare: {note}", file=sys.stderr)
         request = _request(files, options, given.sha256 if given else vocab_size, shard_tokens)
         partial.mkdir(parents=True, exist_ok=True)
         with _lock(partial), _removed_when_useless(partial, trains=given is None):

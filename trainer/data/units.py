@@ -23,6 +23,7 @@ from stepline.trainer.errors import UserError
 FEW_TEXT_FILES = 50  # below this, whole-file splits would be empty or huge
 SAMPLE_BYTES = 100_000_000  # of text for training a tokenizer
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 18, 8 << 20  # of input; more units than workers, and few enough
+LARGE_WHOLE, BYTES_OF_WHOLE = 100_000_000, 120  # a text that is encoded as one, and what a byte of it takes
 BINARY_SUFFIXES = (
     ".7z .a .avi .bin .bmp .bz2 .class .dll .dylib .exe .gif .ico .idx .jar .jpeg .jpg .lz4 .mo .model .mp3 "
     ".mp4 .npy .npz .o .ogg .pdf .pickle .pkl .png .pt .pth .pyc .pyd .pyo .rar .safetensors .so .sqlite "
@@ -248,6 +249,18 @@ def plan_units(files: Sequence[InputFile], options: ReadOptions) -> Plan:
     if tail:
         rule = f"the tail of each text file (fewer than {FEW_TEXT_FILES} of them); other " + rule
     return Plan(units, weights, rule)
+
+
+def large_whole(files: Sequence[InputFile], options: ReadOptions) -> str | None:
+    """A sentence where a tokenizer that takes whole documents gets a large one."""
+    large = max((f for f in files if f.format == "text"), key=lambda file: file.size, default=None)
+    if not options.whole or large is None or large.size < LARGE_WHOLE:
+        return None
+    needs = f"{large.path} may need {large.size * BYTES_OF_WHOLE / 1e9:.0f} GB of memory"
+    return (
+        f"this tokenizer takes whole documents only: {needs}; cut it into documents (.jsonl), or give a sentencepiece "
+        "model that keeps white space"
+    )
 
 
 def has_words(plan: Plan, options: ReadOptions) -> bool:

@@ -45,16 +45,16 @@ class Request:
 
     config: str | None
     overrides: list[str]
-    params: float | None
-    tokens: float | None
-    active_params: float | None
-    seq_len: int | None
-    world_size: int | None
-    micro_batch: int | None
-    law: str | None
-    device: str | None
-    peak_flops: float | None
-    mfu: float | None
+    params: float | None = None
+    tokens: float | None = None
+    active_params: float | None = None
+    seq_len: int | None = None
+    world_size: int | None = None
+    micro_batch: int | None = None
+    law: str | None = None
+    device: str | None = None
+    peak_flops: float | None = None
+    mfu: float | None = None
     link_mbit: float | None = None
     replicas: int | None = None
 

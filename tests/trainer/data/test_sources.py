@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stepline.trainer.data import sources
 from stepline.trainer.data.sources import ReadOptions, Span, chunks, read_pieces, split_of, text_blocks
-from stepline.trainer.data.units import discover, format_of, plan_units, sample_texts
+from stepline.trainer.data.units import InputFile, discover, format_of, large_whole, plan_units, sample_texts
 from stepline.trainer.errors import UserError
 
 zstandard = pytest.importorskip("zstandard")
@@ -274,3 +274,15 @@ def test_links_to_folders_are_followed_once(tmp_path) -> None:
     files, skipped = discover([tmp_path / "in"], [], (tmp_path / "out",))
     assert sorted(Path(file.path).name for file in files) == ["a.txt", "b.txt"]
     assert not skipped
+
+
+def test_a_large_text_for_a_tokenizer_that_takes_documents_whole() -> None:
+    files = [
+        InputFile("a.txt", "text", 10**7, 0),
+        InputFile("b.txt", "text", 10**9, 0),
+        InputFile("c", "jsonl", 10**10, 0),
+    ]
+    assert large_whole(files, ReadOptions()) is None
+    told = large_whole(files, ReadOptions(whole=True))
+    assert told.startswith("this tokenizer takes whole documents only: b.txt may need 120 GB of memory; ")
+    assert large_whole(files[:1], ReadOptions(whole=True)) is large_whole([], ReadOptions(whole=True)) is None

@@ -25,18 +25,7 @@ def shown(inputs: Inputs) -> str:
 
 
 def asked(config: str | None, *overrides: str, **options) -> Request:
-    names = (
-        "params",
-        "tokens",
-        "active_params",
-        "seq_len",
-        "world_size",
-        "micro_batch",
-        "law",
-        "device",
-        "peak_flops",
-    )
-    return Request(config, list(overrides), **(dict.fromkeys((*names, "mfu")) | options))
+    return Request(config, list(overrides), **options)
 
 
 def planned(capsys, config: str | None, *overrides: str, **options) -> dict:

@@ -15,19 +15,7 @@ ROOM = 1 << 40
 
 
 def plan(name: str, *overrides: str, world: int | None = 8, as_json: bool = True, **asked) -> None:
-    names = (
-        "params",
-        "tokens",
-        "active_params",
-        "seq_len",
-        "micro_batch",
-        "law",
-        "device",
-        "peak_flops",
-        "mfu",
-    )
-    options = dict.fromkeys(names) | asked
-    run_plan(Request(name, list(overrides), world_size=world, **options), as_json)
+    run_plan(Request(name, list(overrides), world_size=world, **asked), as_json)
 
 
 def train(name: str, *overrides: str, world: int = 8, memory: int | None = ROOM):

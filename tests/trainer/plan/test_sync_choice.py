@@ -20,12 +20,10 @@ DEMO = [
     "parallel.demo.owner_reduce_above=8",
 ]  # fmt: skip
 """82 bytes for each 64 x 64 values: .0200 a parameter."""
-NAMES = ("link_mbit", "replicas", "world_size", "device", "mfu", "params", "tokens", "seq_len", "micro_batch")
 
 
 def ask(config: str | None, *overrides: str, **options) -> Request:
-    known = dict.fromkeys(("active_params", "law", "peak_flops", *NAMES)) | options
-    return Request(config=config, overrides=list(overrides), **known)
+    return Request(config=config, overrides=list(overrides), **options)
 
 
 def sync_of(capsys, *arguments: str, **options) -> dict:
