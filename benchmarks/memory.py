@@ -90,6 +90,7 @@ MUON = {"optimizer.name": "muon"}
 FULL, SELECTIVE = {"run.recompute": "full"}, {"run.recompute": "selective"}
 MIXED = {"precision.compute": "bf16"}
 S_STE, FP8 = {"sparse.mode": "s-ste"}, {"precision.fp8": True}
+REDUCED = {"precision.reduce": "bf16"}
 DEMO = {"parallel.sync": "demo"}
 GRADIENTS = {"parallel.demo.accumulate": "gradients"}
 DILOCO = {"parallel.sync": "diloco", "parallel.diloco.every": 1}
@@ -151,6 +152,9 @@ CASES = [
     Case("fsdp, reversible", REVERSIBLE, world=2),
     Case("fsdp, reversible, experts, mixed precision", REVERSIBLE | MIXTURE, world=2, settings=MIXED),
     Case("fsdp, parameters", BLOCKS, world=2, micro_batch=1),
+    Case(
+        "fsdp, recompute full, accumulation 2, bf16 sums", BLOCKS, 2, accumulation=2, settings=FULL | REDUCED
+    ),
     Case("fsdp, kept gathered", BLOCKS, world=2, micro_batch=1, settings=GATHERED),
     Case("fsdp, kept gathered, one group", BLOCKS | {"num_layers": 3}, world=2, settings=GATHERED),
     Case("fsdp, recompute selective", BLOCKS, world=2, settings=SELECTIVE),

@@ -41,6 +41,8 @@ class Collectives:
     def __init__(self, tally: Tally, shard: int, parts: int, spread: int, compute: int, master: int) -> None:
         self.tally, self.shard, self.parts, self.spread = tally, shard, parts, spread
         self.compute, self.master = compute, master
+        self.reduction = master
+        """Of an element while gradients are summed."""
         # run/build.py: one rank that computes in its master dtype needs no FSDP
         self.fsdp = spread > 1 or compute != master
         self.gloo = False
@@ -86,16 +88,18 @@ class Collectives:
         if not self.fsdp or not group.shapes:
             return
         ranks = self.ranks(group)
-        whole = group.shard(ranks) * ranks * self.master
+        whole, part = group.shard(ranks) * ranks * self.reduction, group.shard(ranks) * self.master
         self.tally.drop("all-gather", self.reduced)
         self.tally.add("all-gather", whole)
         self.tally.drop("gradients", group.numel * self.compute)
-        self.tally.add("gradients", whole // ranks)
+        if self.reduction != self.master:
+            self.tally.brief("gradients", group.shard(ranks) * self.reduction)  # before it is cast
+        self.tally.add("gradients", part)
         divided = ranks == 1 and self.spread > 1  # one rank alone divides by 1, out of place
         if divided or (self.gloo and ranks > 1):
             self.tally.brief("all-gather", whole)
         if not first:
-            self.tally.drop("gradients", whole // ranks)  # added to the one that is there
+            self.tally.drop("gradients", part)  # added to the one that is there
         self.reduced = whole
 
     def gradient(self, elements: int, first: bool) -> None:

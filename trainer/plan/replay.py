@@ -39,6 +39,8 @@ class Replay(Collectives):
         self.config, self.model, self.accumulation = config, config.model, accumulation
         spread = world if config.parallel.sync == "all_reduce" else shard
         super().__init__(Tally(), shard, config.parallel.experts, spread, sizes.compute, sizes.master)
+        if config.precision.reduce == "bf16":
+            self.reduction = 2
         self.replicas = world // shard
         self.gloo = not sizes.cuda
         self.reshards = config.parallel.reshard_after_forward

@@ -161,6 +161,7 @@ def close(row: dict) -> None:
         ("adapters alone, two ranks", 2),
         ("adapters alone, experts", 1),
         ("fsdp, recompute full, accumulation 2", 2),
+        ("fsdp, recompute full, accumulation 2, bf16 sums", 2),
         ("2:4, estimator", 1),
         ("fp8, scales of rows", 1),
         ("experts dealt", 2),
