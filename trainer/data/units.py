@@ -54,19 +54,27 @@ def format_of(path: Path) -> str | None:
     return "parquet" if suffix == ".parquet" else "text"
 
 
-def _walk(folder: Path, outside: Sequence[Path]) -> Iterator[Path]:
-    entered = {folder.resolve(), *outside}  # a link may lead back
-
-    def enters(path: Path) -> bool:
-        if path.name.startswith(".") or path.name == "__pycache__" or path.resolve() in entered:
-            return False
-        entered.add(path.resolve())
-        return True
-
-    for root, folders, names in os.walk(folder, followlinks=True):
-        here = Path(root)
-        folders[:] = [name for name in sorted(folders) if enters(here / name)]
+def _walk(folder: Path, outside: Sequence[Path], entered: set[Path]) -> Iterator[Path]:
+    """All files below, then those behind links to folders: each folder once, by its own name where it has one."""
+    links, top = [], folder.resolve()
+    entered.add(top)
+    for root, folders, names in os.walk(folder):
+        here, real = Path(root), []
+        for name in sorted(folders):
+            path = here / name
+            if name.startswith(".") or name == "__pycache__" or path.resolve() in (*outside, *entered):
+                continue
+            if path.is_symlink():
+                links.append(path)
+            else:
+                entered.add(path.resolve())
+                real.append(name)
+        folders[:] = real
         yield from (here / name for name in sorted(names) if not name.startswith("."))
+    for link in links:
+        # one that leads back up would take in what nobody gave
+        if link.resolve() not in entered and not top.is_relative_to(link.resolve()):
+            yield from _walk(link, outside, entered)
 
 
 def discover(
@@ -79,9 +87,11 @@ def discover(
     """
     files: dict[str, InputFile] = {}
     skipped: Counter = Counter()
+    entered: set[Path] = set()
 
     def add(path: Path, named: bool) -> None:
-        if any(fnmatch.fnmatch(path.as_posix(), pattern) for pattern in exclude):
+        names = {path.as_posix(), path.resolve().as_posix()}
+        if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in exclude):
             skipped["excluded"] += 1
             return
         kind = format_of(path)
@@ -101,7 +111,7 @@ def discover(
 
     for path in map(Path, inputs):
         if path.is_dir():
-            for file in _walk(path, outside):
+            for file in _walk(path, outside, entered):
                 add(file, named=False)
         elif path.is_file():
             add(path, named=True)

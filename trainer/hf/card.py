@@ -10,7 +10,7 @@ from stepline.trainer.watch.metrics import iter_metrics
 
 
 def model_card(
-    run: Path, config: Config, state: dict[str, Any], *, kind: str, remote: bool, eod_id: int | None
+    run: Path, config: Config, state: dict[str, Any], *, kind: str, remote: bool, begin_id: int | None
 ) -> str:
     """README.md of the exported folder.
 
@@ -19,7 +19,7 @@ def model_card(
         state: state.json of the exported checkpoint.
         kind: the architecture.
         remote: whether the folder holds the modelling code.
-        eod_id: the token that ends documents, where the tokenizer is in the folder.
+        begin_id: the token that begins a text, where the tokenizer is in the folder.
     """
     counts = parameter_counts(config.model)
     step, tokens = state.get("step", 0), state.get("tokens", 0)
@@ -53,12 +53,12 @@ def model_card(
         "",
         "## Use",
         "",
-        *_usage(remote, eod_id, config.data.confine_attention),
+        *_usage(remote, begin_id, step > 0, config.data.confine_attention),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _usage(remote: bool, eod_id: int | None, confined: bool) -> list[str]:
+def _usage(remote: bool, begin_id: int | None, trained: bool, confined: bool) -> list[str]:
     code = ", trust_remote_code=True" if remote else ""
     lines = []
     if remote:
@@ -73,20 +73,19 @@ def _usage(remote: bool, eod_id: int | None, confined: bool) -> list[str]:
         "",
         f'model = AutoModelForCausalLM.from_pretrained("."{code})',
     ]
-    if eod_id is not None:
+    if begin_id is not None:
+        first, why = (
+            f"{begin_id}, *",
+            "a text begins where another ends: this token stood before every document in training",
+        )
+        if not trained:
+            why = "as this model's texts begin"
+        elif confined:
+            first, why = "*", "nothing stood before a document in training (data.confine_attention)"
         lines += [
             f'tokenizer = AutoTokenizer.from_pretrained("."{code})',
-            *(
-                (
-                    "# nothing stood before a document in training (data.confine_attention)",
-                    'ids = tokenizer("Once", add_special_tokens=False).input_ids',
-                )
-                if confined
-                else (
-                    "# a text begins where another ends: this token stood before every document in training",
-                    f'ids = [{eod_id}, *tokenizer("Once", add_special_tokens=False).input_ids]',
-                )
-            ),
+            f"# {why}",
+            f'ids = [{first}tokenizer("Once", add_special_tokens=False).input_ids]',
             "print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=40)[0]))",
         ]
     return [*lines, "```"]

@@ -21,7 +21,7 @@ from stepline.trainer.hf.blocks import BLOCK_BYTES, StoredTensors
 from stepline.trainer.hf.card import model_card
 from stepline.trainer.hf.custom import custom_config_dict, custom_name, write_code
 from stepline.trainer.hf.shards import INDEX, Unit, deal, open_shard
-from stepline.trainer.hf.tokenizer import begin_id, write_tokenizer
+from stepline.trainer.hf.tokenizer import write_tokenizer
 from stepline.trainer.run.build import recipes
 from stepline.trainer.run.checkpoint import load_tensors
 from stepline.trainer.run.infer import run_tokenizer
@@ -90,14 +90,14 @@ def _write(
         # what moves a choice between experts is not rounded
         units.append(Unit(name, tuple(names), shape, torch.float32 if name.endswith(BIAS) else dtype))
     shards, total = write_weights(checkpoint, units, folder, limit, betas(checkpoint, config, state["step"]))
-    eod_id, begins, notes = _write_tokenizer(config, folder, trained=state["step"] > 0)
+    eod_id, begins, notes = _write_tokenizer(config, state, folder)
     raw |= {"torch_dtype": KIND[dtype]}
     if eod_id is not None:
         ends = {"bos_token_id": begins, "eos_token_id": eod_id}
         raw |= ends
         _write_json(folder / "generation_config.json", ends)
     _write_json(folder / "config.json", raw)
-    card = model_card(run, config, state, kind=architecture, remote=family is None, eod_id=eod_id)
+    card = model_card(run, config, state, kind=architecture, remote=family is None, begin_id=begins)
     write_whole(folder / "README.md", card)
     return Exported(folder, architecture, family is None, shards, total, notes)
 
@@ -165,14 +165,21 @@ def _fill(place: Tensor, stored: StoredTensors, unit: Unit, beta: Tensor | None)
         place[part] = block if beta is None else soft_threshold(block) * beta
 
 
-def _write_tokenizer(config: Config, folder: Path, trained: bool) -> tuple[int | None, int | None, list[str]]:
-    """Ids that end documents and begin texts, and what was not written. trained: by Stepline."""
+def _write_tokenizer(
+    config: Config, state: dict[str, Any], folder: Path
+) -> tuple[int | None, int | None, list[str]]:
+    """Ids that end documents and begin texts, and what was not written."""
     try:
         tokenizer = run_tokenizer(config)
     except UserError as error:
         return None, None, [f"the tokenizer is left out: {error}"]
-    note = write_tokenizer(tokenizer, folder, trained)
-    return tokenizer.eod_id, begin_id(folder, tokenizer), [note] if note else []
+    trained, begins = state["step"] > 0, state.get("bos_token_id")
+    if not isinstance(begins, int) or not 0 <= begins < tokenizer.vocab_size:
+        begins = None
+    note = write_tokenizer(tokenizer, folder, trained, begins)
+    if trained or begins is None:
+        begins = tokenizer.eod_id
+    return tokenizer.eod_id, begins, [note] if note else []
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

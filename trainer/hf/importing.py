@@ -84,7 +84,7 @@ def import_model(folder: Path, output: Path) -> Imported:
         _write_run_config(config, positions, partial, None if note else output.absolute() / "data")
         state = {
             "step": 0, "tokens": 0, "replicas": 1, "fingerprints": [], "architecture": architecture,
-            "max_positions": positions,
+            "max_positions": positions, "bos_token_id": raw.get("bos_token_id"),
         }  # fmt: skip
         write_checkpoint(checkpoint_path(partial, 0), pieces, state)
     tokenizer = "" if note else f" --tokenizer {output}/data"

@@ -21,14 +21,16 @@ SAMPLES = (
 """Texts whose ids a converted tokenizer must give exactly: code, white space, scripts, symbols, special names."""
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, trained: bool = True) -> str | None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, trained: bool = True, begins: int | None = None
+) -> str | None:
     """Writes the files from which `AutoTokenizer` makes the same tokenizer; a sentence where it cannot.
 
     A sentencepiece model becomes a `tokenizer.json` where that gives the same ids on `SAMPLES` and its own pieces, and
     stays a `tokenizer.model` otherwise; the model is written in any case, and `load_tokenizer` finds it in the folder
     again. Begin and end of text are both the token that ends documents: it is what a model of Stepline has seen before
-    each document, and nothing is put before a text unasked. trained: by Stepline; otherwise a tokenizer of Hugging Face
-    stays as it is.
+    each document, and nothing is put before a text unasked. trained: by Stepline; otherwise texts begin as they did,
+    with the token `begins` where that is known.
     """
     if tokenizer.kind == "huggingface":
         saved = folder / tokenizer.save(folder)
@@ -37,7 +39,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, trained: bool = True) ->
         saved.rmdir()
         if trained:
             _drop_templates(folder / "tokenizer.json")
-        _add_special(folder, tokenizer, keeps_begin=not trained)
+        _add_special(folder, tokenizer, trained, begins)
         return None
     tokenizer.save(folder)
     path = folder / "tokenizer.model"
@@ -52,7 +54,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, trained: bool = True) ->
             return f"tokenizer.json is left out: ids would differ on {text[:20]!r}; use tokenizer.model"
     converted.encode_special_tokens = False
     converted.save(str(folder / "tokenizer.json"))
-    _add_special(folder, tokenizer)
+    _add_special(folder, tokenizer, trained, begins)
     return None
 
 
@@ -67,31 +69,20 @@ def _drop_templates(path: Path) -> None:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _add_special(folder: Path, tokenizer: Tokenizer, keeps_begin: bool = False) -> None:
-    """tokenizer_config.json, with what was there; keeps_begin: the begin-of-text token too."""
+def _add_special(folder: Path, tokenizer: Tokenizer, trained: bool, begins: int | None) -> None:
+    """tokenizer_config.json, with what was there; trained: by Stepline, which decides how a text begins."""
     from tokenizers import Tokenizer as FastTokenizer
 
     path = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    eos = FastTokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(tokenizer.eod_id)
-    begin = config.get("bos_token") if keeps_begin else None
-    config = (
-        {"tokenizer_class": "PreTrainedTokenizerFast"}
-        | config
-        | {"eos_token": eos, "bos_token": begin or eos}
-    )
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    eos = fast.id_to_token(tokenizer.eod_id)
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    own = {"eos_token": eos}
+    if trained:  # transformers 4 would put a token before a text where the class is Llama's
+        own |= plain | {"bos_token": eos, "add_bos_token": False, "add_eos_token": False}
+    elif begins is not None:
+        own["bos_token"] = fast.id_to_token(begins)
+    config = plain | {"bos_token": eos} | config | own
     config.setdefault("clean_up_tokenization_spaces", False)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def begin_id(folder: Path, tokenizer: Tokenizer) -> int:
-    """Id of the begin-of-text token that an exported folder names."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return tokenizer.eod_id
-    from tokenizers import Tokenizer as FastTokenizer
-
-    begin = json.loads(path.read_text(encoding="utf-8"))["bos_token"]
-    begin = begin["content"] if isinstance(begin, dict) else begin
-    found = FastTokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(begin)
-    return tokenizer.eod_id if found is None else found

@@ -63,11 +63,11 @@ def keep_tokenizer(folder: Path, tokenizer: Path, fresh: bool) -> None:
     if kept.exists() and not fresh:
         return
     try:
-        shutil.rmtree(kept, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         copy = shutil.copytree if tokenizer.is_dir() else shutil.copyfile
         copy(tokenizer, partial / tokenizer.name)
+        shutil.rmtree(kept, ignore_errors=True)
         partial.rename(kept)
     except OSError as error:
         raise _unusable(folder, error.strerror) from error

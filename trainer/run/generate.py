@@ -70,8 +70,9 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
         raise UserError("the model's logits are not finite: its weights are damaged, or the run diverged")
     if temperature == 0:
         return int(logits.argmax())
-    # the largest is 0 before it is divided, as of a tiny temperature the quotient has no bound
-    probabilities, order = torch.softmax((logits - logits.max()) / temperature, -1).sort(descending=True)
+    # the largest is 0 before it is divided, as of a tiny temperature the quotient has no bound; below 1e-30 it is none
+    scaled = (logits - logits.max()) / max(temperature, 1e-30)
+    probabilities, order = torch.softmax(scaled, -1).sort(descending=True)
     # A token stays while the mass before it is below top_p; the first one always does.
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -13,7 +13,7 @@ from typing import Any
 
 from stepline.trainer.errors import TO_BE_CONTINUED, first_line
 from stepline.trainer.watch.loggers import has_key, run_id, wandb_mode
-from stepline.trainer.watch.sent import Sent, place_of
+from stepline.trainer.watch.sent import NONE, Place, Sent, place_of
 
 log = logging.getLogger("stepline")
 
@@ -153,25 +153,19 @@ class WandbLogger:
                 self.mode = "offline"
         if self._run is None:
             self._run = self._start(wandb)
-        self._sent.start(self.mode, self._on_server() if self.mode == "online" else None)
+        self._sent.start(self.mode, *(self._on_server() if self.mode == "online" else (None,)))
         was_lost, self._lost = self._lost, False  # from here on the queue takes rows again
         for row in self._logged(max(0, self._sent.step)):
             self._send(self._run, row)
         if was_lost:
             log.info("wandb is back")
 
-    def _on_server(self) -> tuple[int, bool]:
-        """The place of the last row in the server's history: by the step of its summary, which may be ahead (wandb
-        sends a row's summary before the row itself), and by how many rows it has."""
+    def _on_server(self) -> tuple[Place, int | None]:
+        """The place of the last row in the server's history, and how many rows it has."""
         if not self._run.resumed:
-            return -1, True
-        step, held = self._run.summary.get("step", -1), self._rows_on_server()
-        places = [place_of(row) for row in self._logged(0)]
-        by_summary = (step, True)
-        if held is None or held > len(places):
-            return by_summary
-        by_count = places[held - 1] if held > 0 else (-1, True)
-        return min(by_summary, by_count) if step >= 0 else by_count
+            return NONE, 0
+        rows, step = self._rows_on_server(), self._run.summary.get("step", -1)
+        return self._sent.last_held(rows, step, [place_of(row) for row in self._logged(0)]), rows
 
     def _rows_on_server(self) -> int | None:
         """How many rows the server has; None where it does not say (the summary is believed then)."""

@@ -269,11 +269,17 @@ def test_links_to_folders_are_followed_once(tmp_path) -> None:
     (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "real")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "output").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "up").symlink_to(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "c.txt").write_text("c")
     files, skipped = discover([tmp_path / "in"], [], (tmp_path / "out",))
-    assert sorted(Path(file.path).name for file in files) == ["a.txt", "b.txt"]
+    paths = [Path(file.path).relative_to(tmp_path / "in").as_posix() for file in files]
+    assert paths == ["real/a.txt", "link/deep/b.txt"]
     assert not skipped
+    for pattern, left in (("*/real/*", ["link/deep/b.txt"]), ("*/other/*", ["real/a.txt"])):
+        files, skipped = discover([tmp_path / "in"], [pattern], (tmp_path / "out",))
+        assert [Path(file.path).relative_to(tmp_path / "in").as_posix() for file in files] == left
+        assert skipped["excluded"] == 1
 
 
 def test_a_large_text_for_a_tokenizer_that_takes_documents_whole() -> None:

@@ -216,11 +216,11 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, 
 
 
 def test_the_config_holds_what_the_folder_says(tmp_path, save):
-    save("Mixtral", tmp_path / "hf", router_aux_loss_coef=0.02)
+    save("Mixtral", tmp_path / "hf", router_aux_loss_coef=0.02, num_hidden_layers=3)
     import_model(tmp_path / "hf", tmp_path / "run")
     sections = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert sections["model"]["moe"] == {
-        "experts": 6, "balance": "global", "balance_loss": 0.02 * 2 / sections["model"]["num_layers"]
+        "experts": 6, "balance": "global", "balance_loss": float(f"{0.02 * 2 / 3:.12g}")
     }  # fmt: skip
     export_run(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["router_aux_loss_coef"] == 0.02
@@ -248,7 +248,7 @@ def test_whose_begin_of_text_an_export_has(make_run, texts, hf_data, tmp_path, s
         raw["data"]["path"] = str(tmp_path / "d")
         (run / "config.yaml").write_text(yaml.safe_dump(raw))
     else:
-        save("Llama", tmp_path / "hf")
+        save("Llama", tmp_path / "hf", bos_token_id=begin)
         for file in theirs.iterdir():
             (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
         import_model(tmp_path / "hf", tmp_path / "run")
@@ -297,3 +297,51 @@ def test_key_heads_that_a_config_leaves_out_are_those_of_transformers(tmp_path, 
     raw |= {"moe_intermediate_size": 16} if kind == "Qwen3Moe" else {}
     theirs = getattr(transformers, f"{kind}Config")(**{k: v for k, v in raw.items() if k != "model_type"})
     assert config_from_hf(raw)[0].kv_heads == theirs.num_key_value_heads != 64
+
+
+def test_a_balance_loss_of_transformers_is_ours_times_top_k_over_layers():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theirs = load_balancing_loss_func((logits,) * 3, 6, 2)
+    shares = torch.nn.functional.one_hot(logits.topk(2).indices, 6).double().mean(dim=(0, 1))
+    ours = (
+        3 * 6 * (shares * logits.softmax(-1).mean(0)).sum()
+    )  # as tests/models/test_moe.py has it, of three layers
+    config, _ = config_from_hf(
+        {
+            "model_type": "mixtral",
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+        }
+        | {
+            "num_key_value_heads": 2,
+            "intermediate_size": 16,
+            "num_local_experts": 6,
+            "router_aux_loss_coef": 0.5,
+        }
+    )
+    assert config.moe.balance_loss * ours.item() == pytest.approx(0.5 * theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("begins", [1, 2, None])
+def test_an_untrained_import_begins_texts_as_before(data, tmp_path, save, begins):
+    """A sentencepiece model alone does not tell: Llama's models begin with <s>, those of Stepline with </s>."""
+    from stepline.trainer.data.tokenizer import load_tokenizer
+
+    save("Llama", tmp_path / "hf", bos_token_id=begins)
+    load_tokenizer(data).save(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    named = [
+        json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        for name in ("config", "generation_config")
+    ]
+    assert [raw["bos_token_id"] for raw in named] == [begins or 2] * 2
+    shown = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (shown["bos_token"], shown["eos_token"]) == ("<s>" if begins == 1 else "</s>", "</s>")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'ids = [{begins or 2}, *tokenizer("Once"' in card
+    assert "in training" not in card

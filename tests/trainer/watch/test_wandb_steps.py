@@ -96,6 +96,31 @@ def test_the_file_of_what_was_sent_may_be_missing(server, tmp_path):
     assert stored(server, tmp_path).steps == [1, 2]
 
 
+def test_an_offline_attempt_that_waits_for_its_sync_sends_nothing_twice(server, tmp_path):
+    """Rows 1 to 5 lie in a folder; then two of those sent online are lost, before a resume at step 7."""
+    logger = make(tmp_path, "offline")
+    for step in range(1, 6):
+        logger.log(row(step))
+    logger.finish(75)
+    logger = make(tmp_path, "online", rows=[row(s) for s in range(1, 6)])
+    for step in range(6, 13):
+        logger.log(row(step))
+    logger.finish(75)
+    run = stored(server, tmp_path)
+    logger = make(tmp_path, "online", rows=[row(s) for s in range(1, 13)])
+    logger.log(row(13))
+    logger.finish(1)
+    assert run.steps == list(range(6, 14))
+    del run.lines["wandb-history.jsonl"][7], run.lines["wandb-history.jsonl"][6]
+    logger = make(tmp_path, "online", rows=[row(s) for s in range(1, 8)])
+    for step in range(8, 15):
+        logger.log(row(step))
+    logger.finish(0)
+    assert run.steps == list(range(6, 15))
+    sync(server, *offline_folders(tmp_path))
+    assert sorted(run.steps) == list(range(1, 15))
+
+
 def test_a_run_that_had_no_wandb_catches_up(server, tmp_path):
     logger = make(tmp_path, rows=[row(s) for s in range(1, 6)])
     logger.log(row(6))
