@@ -64,6 +64,9 @@ class Sent:
         elif on_server is not None and not self.mode:
             self._last = on_server
         if on_server is not None:
+            lost = self._rows - rows if rows is not None and self._rows is not None else 0
+            for _ in range(min(lost, len(self._latest))):
+                self._latest.pop()
             self._rows = rows
         self.mode = mode
 
