@@ -12,7 +12,7 @@ ATTEMPT = st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(0, 12), s
 
 
 @pytest.mark.parametrize("kept", [4, 256])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(attempts=st.lists(ATTEMPT, min_size=1, max_size=5))
 def test_every_row_is_there_once(tmp_path_factory, kept, attempts):
     path = tmp_path_factory.mktemp("sent") / "wandb-sent.json"
