@@ -250,9 +250,8 @@ def _write_tokenizer(folder: Path, run: Path) -> str | None:
         "splits": {},
     }
     write_whole(data / "meta.json", json.dumps(meta, indent=1) + "\n")
-    keep_tokenizer(
-        run, data / meta["tokenizer"]["file"], fresh=True
-    )  # data.path is absolute, and the run may be moved
+    # data.path is absolute, and the run may be moved
+    keep_tokenizer(run, data / meta["tokenizer"]["file"], fresh=True)
     return None
 
 

@@ -208,9 +208,8 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
 def corpus_tokens(config: Config) -> int | None:
     """Training tokens of the prepared data, None where there is none; raises UserError for data that leaves D open."""
     folders = [source.path for source in config.data.folders()]
-    if (
-        config.budget.tokens is not None or config.budget.steps is not None
-    ):  # for a note alone: nothing is checked
+    given = config.budget.tokens is not None or config.budget.steps is not None
+    if given:  # for a note alone: nothing is checked
         try:
             metas = [json.loads((path / "meta.json").read_text(encoding="utf-8")) for path in folders]
             return sum(meta["splits"]["train"]["tokens"] for meta in metas) or None

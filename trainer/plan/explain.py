@@ -233,8 +233,8 @@ def show(
         console.print(f"these FLOPs are {cost.counted}", soft_wrap=True, highlight=False)
     if cost is not None and cost.max_useful_gpus is not None:
         console.print(
-            f"beyond {cost.max_useful_gpus:,} GPUs (one window each is the critical batch) a further GPU adds more to "
-            "the cost than it takes off the time",
+            f"beyond {cost.max_useful_gpus:,} GPUs (one window each is the critical batch of D_min) a further GPU adds "
+            "more to the cost than it takes off the time",
             soft_wrap=True,
         )
     show_tradeoffs(plan, trade, console)

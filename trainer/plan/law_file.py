@@ -162,7 +162,7 @@ def find_law(name: str | Path) -> Path:
         return path
     shipped = shipped_configs() / "laws"
     candidate = shipped / f"{path.name.removesuffix('.json')}.json"
-    if candidate.is_file() and path.name == str(name):  # never for a path: it names another file
+    if candidate.is_file() and len(path.parts) == 1:  # never for a path: it names another file
         return candidate
     names = sorted(p.stem for p in shipped.glob("*.json"))
     names.append(PUBLISHED)

@@ -45,7 +45,8 @@ class Replay(Collectives):
         self.gloo = not sizes.cuda
         self.reshards = config.parallel.reshard_after_forward
         self.layers = self.model.num_layers
-        self.adapters_alone = config.optimizer.only == "adapters"
+        self.table = 0 if sizes.frozen else self.model.vocab_size * self.model.hidden_size
+        """Elements of the gradient of the embedding, or of the head."""
         sizes.holds_casts = not self.fsdp
         self.root, self.block, self.experts = self.groups()
         whole = Group(root_group(self.model).shapes + block_group(self.model).shapes * self.layers)
@@ -64,8 +65,8 @@ class Replay(Collectives):
     def groups(self) -> tuple[Group, Group, Group]:
         """What is gathered and reduced together: the root's, a block's, and those of its experts that are dealt."""
         root, block = (
-            root_group(self.model, self.adapters_alone),
-            block_group(self.model, self.adapters_alone),
+            root_group(self.model, self.sizes.frozen),
+            block_group(self.model, self.sizes.frozen),
         )
         narrow = cast_group(self.model).shapes if self.config.precision.fp8 and self.fsdp else ()
         if self.parts == 1:
@@ -96,8 +97,8 @@ class Replay(Collectives):
         """What is there from the start: parameters, optimizer's state, batch."""
         shard = self.shard if self.fsdp else 1
         root, block = (
-            root_group(self.model, self.adapters_alone),
-            block_group(self.model, self.adapters_alone),
+            root_group(self.model, self.sizes.frozen),
+            block_group(self.model, self.sizes.frozen),
         )
         whole = Group(root.shapes + block.shapes * self.layers)
         self.tally.add("parameters", whole.shard(shard) * self.master)
@@ -147,7 +148,7 @@ class Replay(Collectives):
     def loss(self, first: bool) -> None:
         """Chunks of logits, with the gradients of hidden states and head (kernels/cross_entropy.py)."""
         tally, sizes, hidden = self.tally, self.sizes, self.sizes.hidden
-        head = 0 if self.adapters_alone else self.model.vocab_size * self.model.hidden_size  # its gradient
+        head = self.table  # its gradient
         tally.moment = "loss"
         tally.add("activations", hidden)  # normed
         tally.add("logits", hidden + head * self.master)
@@ -168,8 +169,7 @@ class Replay(Collectives):
         """From the final norm to the embedding."""
         tally, sizes, hidden = self.tally, self.sizes, self.sizes.hidden
         behind = 2 * sizes.stream if sizes.reversible else hidden  # gradient behind a block
-        table = 0 if self.adapters_alone else self.model.vocab_size * self.model.hidden_size
-        self.gradient(0 if self.adapters_alone else self.model.hidden_size, first)  # the norm's
+        self.gradient(0 if self.sizes.frozen else self.model.hidden_size, first)  # the norm's
         tally.add("activations", behind)
         tally.drop("activations", hidden + self.last)
         for layer in reversed(range(self.layers)):
@@ -188,10 +188,10 @@ class Replay(Collectives):
         tally.moment = "backward of the embedding"
         tally.add("activations", hidden)
         tally.drop("activations", behind)
-        self.gradient(table, first)
+        self.gradient(self.table, first)
         tally.drop("activations", hidden + sizes.tables())
         if self.model.tied_embeddings:  # the head's gradient, which waited for this one
-            self.tally.drop("gradients", table * self.compute)
+            self.tally.drop("gradients", self.table * self.compute)
         self.reshard(self.root)
         self.reduce(self.root, first)
         tally.drop("all-gather", self.reduced)
@@ -240,13 +240,13 @@ class Replay(Collectives):
 
     def trained_ffn(self) -> int:
         """Elements of the feed-forward layer that have a gradient, all of them or none."""
-        return 0 if self.adapters_alone else Group(ffn_shapes(self.model, self.parts)).numel
+        return 0 if self.sizes.frozen else Group(ffn_shapes(self.model, self.parts)).numel
 
     def attention_backward(self, first: bool) -> None:
         """Gradients of the attention half and of the block's norms, and of all adapters."""
         sizes, model = self.sizes, self.model
-        ffn = 0 if self.adapters_alone else Group(ffn_shapes(model)).numel
-        self.gradient(block_group(model, self.adapters_alone).trained.numel - ffn, first)
+        ffn = 0 if self.sizes.frozen else Group(ffn_shapes(model)).numel
+        self.gradient(block_group(model, self.sizes.frozen).trained.numel - ffn, first)
         # of attention's result, of q, k and v; flash attention on CUDA sums q's in fp32
         beside = 2 * sizes.width(sizes.query) + 2 * sizes.width(sizes.key)
         beside += sizes.statistics(sizes.query) if sizes.cuda else 0

@@ -182,6 +182,6 @@ def test_beyond_the_critical_batch_cost_rises_faster_than_time_falls():
     show(plan, hardware("H200", None, 8), cost, iso_loss(1e11, plan.batch_tokens, cost), console)
     assert cost.max_useful_gpus == 2722
     assert (
-        "beyond 2,722 GPUs (one window each is the critical batch) a further GPU adds more to the cost"
+        "beyond 2,722 GPUs (one window each is the critical batch of D_min) a further GPU adds more to the cost"
         in (console.file.getvalue())
     )
