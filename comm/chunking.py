@@ -47,9 +47,13 @@ class Chunking:
 
     @classmethod
     def flat(cls, shape: tuple[int, ...], limit: int) -> "Chunking":
-        """Chunks of at most `limit` values of the flattened tensor, for what is not transformed."""
-        numel = math.prod(shape)
-        return cls((numel,), 1, even_length(max(numel, 1), limit))
+        """Chunks of at most `limit` values, for what is not transformed: of whole rows, or within one. Of a chunk, as
+        many values travel whatever they are, and of a piece of a row fewer may have a gradient than travel."""
+        rows, cols = math.prod(shape[:-1]), shape[-1]
+        if cols > limit:
+            return cls((rows, cols), 1, even_length(cols, limit))
+        together = even_length(max(rows, 1), limit // max(cols, 1))
+        return cls((rows * cols,), 1, together * max(cols, 1))
 
     @property
     def blocks(self) -> tuple[int, int, int]:

@@ -59,7 +59,7 @@ class MoEConfig(Section):
     balance: Literal["bias", "global", "switch", "none"] = "bias"
     """What evens the experts' load: a bias on the choice alone (arXiv 2408.15664), alike at any number of ranks and
     micro-batches; the Switch loss (arXiv 2101.03961) with the load of all ranks' micro-batches (global, arXiv
-    2501.11873) or of each alone (switch)."""
+    2501.11873; of a replica's where `parallel.sync` is not all_reduce) or of each alone (switch)."""
     bias_rate: float = Field(1e-3, gt=0, le=1)
     """Balance bias: by how much a bias moves in a step."""
     balance_loss: float = Field(1e-2, ge=0)

@@ -108,7 +108,7 @@ class MoE(nn.Module):
         self.register_buffer("sums", torch.zeros(len(SUMS)), persistent=False)
         self.counting = False
         self.sum_ranks: Callable[[Tensor], Tensor] | None = None
-        """Balance global: sums a micro-batch's load over all ranks; without it this rank is all."""
+        """Balance global: sums a micro-batch's load over the ranks that share it; without it this rank is all."""
         self._record: list[Tensor] | None = None
         self._replay: Iterator[Tensor] | None = None
 

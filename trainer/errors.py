@@ -59,10 +59,11 @@ class TrainingStopped(Exception):
 class ToBeContinued(Exception):
     """The run was told to stop and has saved, on all ranks: one sentence, exit code 75.
 
-    told: the launchers (`StopSignal.launcher`) whose ranks have received a signal.
+    told: the launchers (`StopSignal.launcher`) whose ranks have received a signal, and how often each had started its
+        ranks again.
     """
 
-    def __init__(self, sentence: str, told: list[str]) -> None:
+    def __init__(self, sentence: str, told: dict[str, int]) -> None:
         super().__init__(sentence)
         self.told = told
 

@@ -48,7 +48,19 @@ def test_cutting_and_joining_loses_nothing(shape, divisors):
     assert torch.equal(join(chunks, chunking), x)
     assert chunks.square().sum() == pytest.approx(x.square().sum().item(), rel=1e-5)  # padded by zeros
     flat = Chunking.flat(shape, 64)
-    assert torch.equal(join(split(x.reshape(-1), flat), flat), x.reshape(-1))
+    assert torch.equal(join(split(x, flat), flat).view_as(x), x)
+
+
+@pytest.mark.parametrize(("shape", "cut"), [
+    ((32000, 100), ((3200000,), 1000)), ((5000, 72), ((360000,), 1008)), ((331, 36), ((11916,), 1008)),
+    ((9, 1025), ((9, 1025), 513)), ((9, 1024), ((9216,), 1024)), ((3, 7), ((21,), 21)), ((2000,), ((1, 2000), 1000)),
+])  # fmt: skip
+def test_flat_chunks_are_whole_rows_or_within_one(shape, cut):
+    flat = Chunking.flat(shape, 1024)
+    assert (flat.shape, flat.height, flat.width) == (cut[0], 1, cut[1])
+    chunks = split(torch.arange(math.prod(shape)).float().view(shape), flat).flatten(1)
+    rows = [set((chunk[chunk > 0] // shape[-1]).tolist()) for chunk in chunks]
+    assert all(len(row) == 1 for row in rows) or flat.width % shape[-1] == 0
 
 
 def test_chunks_are_neighbouring_blocks():

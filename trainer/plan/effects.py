@@ -1,12 +1,12 @@
 """What a config does that nobody would ask for, in words before the first step. Imports no torch."""
 
-from stepline.comm.chunking import kept_of
+from stepline.comm.chunking import Chunking, kept_of
 from stepline.trainer.config import Config
 
 
 def unwanted_effects(config: Config) -> list[str]:
     """A sentence for each."""
-    return untrained_router(config) + moved_embeddings(config)
+    return untrained_router(config) + moved_embeddings(config) + coarse_inverse(config)
 
 
 def repeated_corpus(budget: float, corpus: int | None) -> list[str]:
@@ -33,10 +33,22 @@ def moved_embeddings(config: Config) -> list[str]:
     """Where DeMo's signs would move rows of the embedding that had no gradient: zeros are among the values that travel
     of a chunk, and a sign is no zero."""
     demo, width = config.parallel.demo, config.model.hidden_size
-    kept = kept_of(demo.side**2, demo.density, demo.kept)
+    chunk = Chunking.flat((config.model.vocab_size, width), demo.side**2).width
+    kept = kept_of(chunk, demo.density, demo.kept)
     if config.parallel.sync != "demo" or demo.faithful or demo.codec != "sign" or kept <= width:
         return []
     return [
-        f"DeMo sends {kept} of every {demo.side**2} values of embedding and head, more than a row's {width}: as signs "
+        f"DeMo sends {kept} of every {chunk} values of embedding and head, more than a row's {width}: as signs "
         "they move rows that had no gradient too; lower parallel.demo.density or set parallel.demo.codec=int8"
+    ]
+
+
+def coarse_inverse(config: Config) -> list[str]:
+    """Where a fixed point is sought among values of 8 bits: a value that rounds otherwise moves it."""
+    model = config.model
+    if model.blocks != "revffn" or model.coupling != "revffn" or not config.precision.fp8:
+        return []
+    return [
+        "with precision.fp8 the blocks of model.coupling=revffn are inverted only as well as 8 bits allow: gradients "
+        "are off by up to about as much as FP8 itself puts them off; those of model.coupling=exact are not"
     ]

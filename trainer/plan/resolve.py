@@ -14,7 +14,7 @@ from stepline.trainer.plan.memory import fit_layout
 from stepline.trainer.plan.planner import Inputs, Plan, law_values, make_plan
 from stepline.trainer.plan.product_checks import check_products
 from stepline.trainer.plan.schedule_text import MOST_WARMUP, auto_warmup
-from stepline.trainer.plan.zero import Settle, settle_zero
+from stepline.trainer.plan.zero import Settle, check_zero, settle_zero
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
 """Tokens beyond which a larger micro-batch is not faster."""
@@ -188,6 +188,8 @@ def settle_machine(config: Config, origins: Origins, machine: Machine) -> None:
 
 def check_run(config: Config, world: int | None) -> None:
     """Raises UserError for what no run of the config on `world` ranks can do; None: on any number of them."""
+    if config.parallel.backend == "zero":
+        check_zero(config)
     if world is not None and config.parallel.shard != "auto":
         check_layout(config.parallel.shard, world)
     check_experts(config, world)

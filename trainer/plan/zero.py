@@ -21,7 +21,7 @@ def reduce_bucket(config: Config, elements: int) -> int:
 
 
 def settle_zero(config: Config, machine: "Machine", settle: Settle) -> None:
-    """Fills what DeepSpeed leaves no choice for; raises UserError for what it cannot do."""
+    """Fills what DeepSpeed leaves no choice for; raises UserError for what it cannot do on this machine."""
     parallel, world = config.parallel, machine.world_size
     settle("run", "compile", False, "DeepSpeed's hooks")
     settle("parallel", "shard", world, "ZeRO shards over all ranks")
@@ -30,6 +30,12 @@ def settle_zero(config: Config, machine: "Machine", settle: Settle) -> None:
             f"parallel.shard is {parallel.shard} and ZeRO shards over all {world} ranks; set parallel.shard to auto, "
             "or parallel.backend to fsdp for several replicas"
         )
+    check_keys(config, machine)
+
+
+def check_zero(config: Config) -> None:
+    """Raises UserError for what DeepSpeed cannot do on any machine."""
+    parallel, compute = config.parallel, config.precision.compute
     for key, given, only in (
         ("parallel.sync", parallel.sync, "all_reduce"),
         ("parallel.experts", parallel.experts, 1),
@@ -39,19 +45,17 @@ def settle_zero(config: Config, machine: "Machine", settle: Settle) -> None:
         ("precision.fp8", config.precision.fp8, False),
         ("run.compile", config.run.compile, False),
     ):
-        if given != only:
+        if given not in (only, "auto"):
             given, only = (str(value).lower() for value in (given, only))
             raise UserError(
                 f"parallel.backend=zero has no {key}={given}: set it to {only}, or parallel.backend to fsdp"
             )
-    compute = config.precision.compute
     if compute == "fp64":
         raise UserError(
             "DeepSpeed has no float64; set precision.compute to fp32, or parallel.backend to fsdp"
         )
     if compute == "bf16" and parallel.zero.stage == 1:
         raise UserError("ZeRO stage 1 sums gradients in bf16 here; set parallel.zero.stage to 2")
-    check_keys(config, machine)
 
 
 def check_keys(config: Config, machine: "Machine") -> None:

@@ -21,7 +21,7 @@ from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, User
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, sound_checkpoint
 from stepline.trainer.run.evaluate import evaluate
 from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, retire, step_of
-from stepline.trainer.run.outcome import write_outcome
+from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
 from stepline.trainer.run.state import TrainState
@@ -165,12 +165,12 @@ class Attempt:
 
     def to_be_continued(self, number: int) -> ToBeContinued:
         """What all ranks say when they leave by a signal, and whose ranks have received one."""
-        told = gathered(self.stop.launcher if self.stop.number else None, self.group)
+        told = gathered((self.stop.launcher, restarts()) if self.stop.number else None, self.group)
         saved = f"step {self.state.step} is saved" if self.state.step else "no step was made"
         # with it the run would go back to that checkpoint
         command = "the same command" + (" without --resume" if self.job.resume_chosen else "")
         message = f"{signal.Signals(number).name}: {saved}; {command} continues the run"
-        return ToBeContinued(message, sorted({launcher for launcher in told if launcher}))
+        return ToBeContinued(message, dict(sorted(one for one in set(told) if one)))
 
     def saved(self) -> dict[str, Any]:
         """What the heartbeat says of checkpoints."""
@@ -202,8 +202,9 @@ def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
     job.notes += notes
     counters = state.load(job.resume_from, group)
     if job.world.rank == 0:
-        for later in complete_checkpoints(job.folder):
-            if step_of(later) > state.step:  # of a course that the user has gone back from
+        # of a course that the user has gone back from; the newest first, which a restart would take
+        for later in reversed(complete_checkpoints(job.folder)):
+            if step_of(later) > state.step:
                 retire(later, SUPERSEDED)
                 job.notes.append(f"{later.name} no longer counts: the run goes on from step {state.step}")
         run_id = job.folder / "run_id"

@@ -1,8 +1,7 @@
 """The one place that joins models, comm and kernels, in one order:
 
-model on meta -> sparse and FP8 layers -> experts on the ep mesh -> recompute -> compile per block (or half) -> shard
--> init -> beta -> optimizer -> synchroniser (synchronize.py) ->
-checkpoint load (state.py).
+model on meta -> sparse and FP8 layers -> recompute -> compile per block (or half) -> experts on the ep mesh -> shard
+-> init -> beta -> optimizer -> synchroniser (synchronize.py) -> checkpoint load (state.py).
 
 DeepSpeed fuses what comes after recompute: its order stands in comm/zero.py.
 """
@@ -16,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from stepline.comm.experts import expert_mesh, place_experts
-from stepline.comm.fsdp import shard_model
+from stepline.comm.fsdp import shard_model, sum_over_shards
 from stepline.comm.pieces import parts
 from stepline.models.init import init_parameter
 from stepline.models.moe import MoE
@@ -46,18 +45,18 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
         _recompute(block, config.run.recompute)
         if config.run.compile is True:
             _compile(block, config)
-    if mesh is not None and mesh.size() > 1:
-        for module in model.modules():
-            if isinstance(module, MoE):
-                module.sum_ranks = all_sum
+    replicate = config.parallel.sync == "all_reduce"  # otherwise the replicas are the synchroniser's
+    mixtures = [m for m in model.modules() if isinstance(m, MoE)]
+    for mixture in mixtures if mesh is not None and mesh.size() > 1 else ():
+        # over a slow link no layer of a micro-batch waits
+        mixture.sum_ranks = all_sum if replicate else functools.partial(sum_over_shards, mesh=mesh)
     if mesh is not None and config.parallel.backend == "zero":
         return model
-    experts, cut = [m.experts for m in model.modules() if isinstance(m, MoE)], None
+    experts, cut = [m.experts for m in mixtures], None
     if config.parallel.experts > 1 and mesh is not None:
         cut = expert_mesh(mesh, config.parallel.experts)
         for module in experts:
             place_experts(module, cut)
-    replicate = config.parallel.sync == "all_reduce"  # otherwise the replicas are the synchroniser's
     if mesh is not None and (
         (mesh if replicate else mesh["shard"]).size() > 1 or compute != master_dtype(config)
     ):

@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import itertools
 import logging
 import os
 import signal
@@ -34,7 +33,7 @@ from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
 from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
-from stepline.trainer.run.outcome import diverged_before, forget_outcome, told_launchers, write_outcome
+from stepline.trainer.run.outcome import diverged_before, forget_outcome, restarts, told_before, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
 
@@ -56,7 +55,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
     with contextlib.ExitStack() as held:
         try:
             world = launched_world(rendezvous=False)
-            job = start_job(config, overrides, resume, world)
+            job = start_job(config, overrides, resume, world, launcher=stop.launcher)
             if (code := _nothing_to_do(job)) is not None:
                 return code
             launched_world()  # raises where the ranks cannot meet
@@ -66,14 +65,20 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if world.rank == 0:
                 held.enter_context(_only_one(job.folder))
             join(world, job.device, job.config.parallel.timeout_s)
+            again, launchers = zip(*gathered((job.again, stop.launcher)))
+            asked, resume = resume, "auto" if any(again) else resume
             if _has_moved_on(job, resume):
                 job = start_job(config, overrides, resume, world)
+            job.launchers = sorted(set(launchers))
+            if asked != resume:
+                job.notes.append(
+                    f"this launch has begun before: the run goes on from its newest checkpoint, not by --resume {asked}"
+                )
             if (code := _nothing_to_do(job, stop.launcher)) is not None:
                 dist.destroy_process_group()
                 return code
             number, stacks = _start_logs(job)
-            if world.rank == 0:  # a folder with nothing else is no run's, to a rank that starts later
-                keep_tokenizer(job.folder, job.metas[0].tokenizer_path, fresh=job.resume_from is None)
+            _keep_tokenizer(job)
         except UserError as error:
             if says or _alone(stop):
                 print(f"error: {error}", file=sys.stderr)
@@ -86,6 +91,19 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             raise
         dist.destroy_process_group()
         return code
+
+
+def _keep_tokenizer(job: Job) -> None:
+    """Once ranks have met: a folder with nothing else is no run's, to a later one. Raises UserError on all ranks."""
+    problem = [None]
+    if job.world.rank == 0:
+        try:
+            keep_tokenizer(job.folder, job.metas[0].tokenizer_path, fresh=job.resume_from is None)
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 def _alone(stop: StopSignal) -> bool:
@@ -105,19 +123,18 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
     launcher: of this rank; with it all ranks ask each other whether one of theirs was told to stop, and whether the run
     has diverged in the launch that starts it again.
     """
-    steps, code, says, told, diverged = job.config.total_steps(), None, "", False, None
+    steps, code, says, told, diverged = job.config.total_steps(), None, "", [], None
     finished = (
         job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
     )
     if launcher is not None:
-        mine = (finished, diverged_before(job.folder), launcher, told_launchers(job.folder))
-        ends, words, launchers, left = zip(*gathered(mine))
+        mine = (finished, diverged_before(job.folder, launcher), told_before(job.folder, launcher))
+        ends, words, told = zip(*gathered(mine))
         finished = ends[0]  # another node may see the end of the run a while later
-        diverged = next(filter(None, words), None)  # torchrun's agents count their restarts each for itself
-        told = not set(launchers).isdisjoint(itertools.chain(*left))
+        diverged = next(filter(None, words), None)
     if finished:
         code, says = DONE, f"{job.folder} is finished; choose another run.folder for a new run"
-    elif told:
+    elif any(told):
         code, says = TO_BE_CONTINUED, f"{job.folder} was told to stop and has saved; start it again"
     elif diverged:
         code, says = FAILED, f"error: not started again, as this launch has diverged: {diverged}"
@@ -181,6 +198,7 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         raise
     finally:
         outcome["seconds"] = round(time.time() - started, 1)
+        outcome["launched_by"] = {stop.launcher: restarts()}
         if job.world.rank == 0 or code == FAILED:  # the rank that fails first knows why
             write_outcome(job.folder, number, code, **outcome)
     return code

@@ -20,6 +20,7 @@ from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import learning_rate_multiplier
 from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due, verify_data
+from stepline.trainer.run.outcome import note_begun
 from stepline.trainer.run.products import choose_products
 from stepline.trainer.run.profile import profiler
 from stepline.trainer.run.signals import StopSignal
@@ -245,6 +246,7 @@ def _write_description(job: Job, state: TrainState, number: int) -> dict[str, An
     state.run_id = run_id(job.folder)
     write_config(job.config, job.origins, job.folder / "config.yaml")
     write_environment(job, number)
+    note_begun(job.folder, job.launchers)
     if job.resume_from is None or job.replanned or not path.exists():  # else a resumed run keeps its plan
         plan = plan_json(job.plan) | {
             "data": job.fingerprints,

@@ -9,6 +9,9 @@ from typing import Any
 from stepline.trainer.errors import STATUS, TO_BE_CONTINUED
 from stepline.trainer.files import write_whole
 
+BEGUN = ".begun.json"
+"""In a run's folder: the launch that trains there."""
+
 log = logging.getLogger("stepline")
 
 
@@ -31,28 +34,37 @@ def write_outcome(folder: Path, attempt: int, exit_code: int, **more: Any) -> No
         log.error("outcome.json cannot be written (%s): %s", error.strerror, outcome)
 
 
-def told_launchers(folder: Path) -> list[str]:
-    """Where this process is a restart, by torchrun, of ranks that have saved: the launchers whose ranks were told to.
+def told_before(folder: Path, launcher: str) -> bool:
+    """Whether this process is a restart, by torchrun, of a rank that was told to stop and has saved.
 
-    torchrun takes exit code 75 of its ranks for a failure. While one of these launchers is still there, the run stays
-    stopped; once they have left an elastic launch, it goes on without them.
+    torchrun takes exit code 75 of its ranks for a failure. While the launcher of one that was told is still there, the
+    run stays stopped; once it has left an elastic launch, the run goes on without it. A node that comes has all agents
+    stop their ranks too, and start them again without a restart that counts.
     """
-    outcome = _before_restart(folder)
-    return outcome.get("told", []) if outcome.get("status") == STATUS[TO_BE_CONTINUED] else []
+    outcome = read_outcome(folder)
+    left = outcome.get("status") == STATUS[TO_BE_CONTINUED]
+    return left and _restarted(outcome, outcome.get("told"), launcher)
 
 
-def diverged_before(folder: Path) -> str | None:
+def diverged_before(folder: Path, launcher: str) -> str | None:
     """Where this process is a restart, by torchrun, of a run that diverged, as it would again: what that one said."""
-    outcome = _before_restart(folder)
-    return outcome["message"] if outcome.get("diverged") else None
+    outcome = read_outcome(folder)
+    again = outcome.get("diverged") and _restarted(outcome, outcome.get("launched_by"), launcher)
+    return outcome["message"] if again else None
 
 
-def _before_restart(folder: Path) -> dict[str, Any]:
-    """What the ranks said that this same launch has started before; empty where this is no restart."""
-    outcome, now = read_outcome(folder), _launcher()
-    before = outcome.get("launcher") or {}
-    again = now and before.get("run_id") == now["run_id"] and now["restarts"] > before.get("restarts", 0)
-    return outcome if again else {}
+def _restarted(outcome: dict[str, Any], counts: Any, launcher: str) -> bool:
+    """Whether this launcher has started its ranks again since: agents of torchrun count each for itself."""
+    now, before = _launcher(), outcome.get("launcher") or {}
+    known = isinstance(counts, dict) and launcher in counts
+    return bool(
+        now and known and before.get("run_id") == now["run_id"] and now["restarts"] > counts[launcher]
+    )
+
+
+def restarts() -> int:
+    """How often torchrun's agent has started this rank again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
 def forget_outcome(folder: Path) -> None:
@@ -60,14 +72,28 @@ def forget_outcome(folder: Path) -> None:
     (folder / "outcome.json").unlink(missing_ok=True)
 
 
-def started_again() -> bool:
-    """Whether torchrun or SLURM has started this command before, in the same job."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(os.environ.get(name, "0") not in ("", "0") for name in counts)
+def note_begun(folder: Path, launchers: list[str]) -> None:
+    """Keeps who has begun to train in `folder`, where --resume said: started again, they go on from there."""
+    begun = {"launchers": launchers, "job": os.environ.get("SLURM_JOB_ID"), "requeues": _requeues()}
+    write_whole(folder / BEGUN, json.dumps(begun) + "\n")
+
+
+def begun_before(folder: Path, launcher: str) -> bool:
+    """Whether torchrun's agent, or SLURM in the same job, has started this command before, and that has begun."""
+    try:
+        begun = dict(json.loads((folder / BEGUN).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+    job = os.environ.get("SLURM_JOB_ID")
+    requeued = job is not None and begun.get("job") == job and _requeues() > begun.get("requeues", 0)
+    return requeued or ("TORCHELASTIC_RUN_ID" in os.environ and launcher in begun.get("launchers", ()))
+
+
+def _requeues() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _launcher() -> dict[str, Any] | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return {"run_id": os.environ["TORCHELASTIC_RUN_ID"], "restarts": restarts}
+    return {"run_id": os.environ["TORCHELASTIC_RUN_ID"], "restarts": restarts()}

@@ -22,7 +22,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.launcher = f"{socket.gethostname()}:{os.getppid()}"
+        self.launcher = _name_of(os.getppid())
         """Whoever has started this process; taken down at the start, as it may die."""
 
     @classmethod
@@ -61,6 +61,16 @@ class StopSignal:
             print(f"{number.name} after SIGINT: leaving without saving", file=sys.stderr, flush=True)
             os._exit(LEFT_AT_ONCE)
         self.received = self.received or number
+
+
+def _name_of(process: int) -> str:
+    """Host, number and time of start: numbers are given again, and in a container mostly the same one."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            began = file.read().rpartition(")")[2].split()[19]  # in ticks since the machine's
+    except (OSError, IndexError):
+        began = "0"
+    return f"{socket.gethostname()}:{process}:{began}"
 
 
 def _end_with_launcher() -> None:

@@ -29,7 +29,7 @@ from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
 from stepline.trainer.run.manifest import read_state, step_of
-from stepline.trainer.run.outcome import started_again
+from stepline.trainer.run.outcome import begun_before
 from stepline.trainer.run.products import check_products_of_batch, products_done_instead
 from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.watchdog import SPARE_S
@@ -62,6 +62,10 @@ class Job:
     """How 2:4 sparse products are made, by shape, and what was measured for that."""
     replanned: bool = False
     """Whether plan.json was made for another budget, which a resume has changed."""
+    again: bool = False
+    """Whether this launch, as far as this rank's launcher knows, has begun to train in this folder before."""
+    launchers: list[str] = field(default_factory=list)
+    """`StopSignal.launcher` of all ranks, once they have met."""
 
     @property
     def folder(self) -> Path:
@@ -124,23 +128,29 @@ def join(world: World, device: torch.device, timeout_s: float) -> None:
         ) from error
 
 
-def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry: bool = False) -> Job:
+def start_job(
+    name: str,
+    overrides: list[str],
+    resume: str,
+    world: World,
+    *,
+    dry: bool = False,
+    launcher: str | None = None,
+) -> Job:
     """Reads and checks the config, the data, the machine and the run's folder; starts nothing.
 
     resume: `auto` continues the run of that folder where it has a complete checkpoint, `never` refuses a folder
     that is not empty, anything else is the checkpoint to continue from. dry: a step that does not fit is planned all
-    the same, and `refused`. Raises UserError.
+    the same, and `refused`. launcher: of this rank, before ranks have met: what it has begun goes on, and of `never`
+    they decide together (`launch.py`). Raises UserError.
     """
     config, origins = load_config(name, overrides)
     check_folder(config.run.folder)
-    again = resume not in ("auto", "never") and started_again()
+    again = launcher is not None and begun_before(config.run.folder, launcher)
     if again:
         resume = "auto"
-    resume_from, damage = checkpoint_to_resume(config.run.folder, resume)
-    if again:
-        damage.append(
-            "this job has started before: the run goes on from its newest checkpoint, not from --resume's"
-        )
+    asks_others = resume == "never" and launcher is not None and world.size > world.local_size
+    resume_from, damage = (None, []) if asks_others else checkpoint_to_resume(config.run.folder, resume)
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins, step_of(resume_from))
@@ -181,7 +191,9 @@ def start_job(name: str, overrides: list[str], resume: str, world: World, *, dry
     notes += repeated_corpus(config.total_steps() * config.budget.batch_tokens, corpus)
 
     chosen = resume not in ("auto", "never")
-    job = Job(config, origins, world, device, metas, plan, None, resume_from, chosen, refused, notes)
+    job = Job(
+        config, origins, world, device, metas, plan, None, resume_from, chosen, refused, notes, again=again
+    )
     if resume_from is not None:
         _note_new_budget(job)
     if resume_from is None or job.replanned:

@@ -118,8 +118,9 @@ def main() -> int:
     if "free_bytes" in FAULTS:
         shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, int(FAULTS["free_bytes"]))
     launch.LOCK_WAIT_S = FAULTS.get("lock_wait", launch.LOCK_WAIT_S)
-    config, *overrides = sys.argv[2:]
-    return launch.run_training(config, overrides, "auto", STOP)
+    config, *overrides = [word for word in sys.argv[2:] if not word.startswith("--resume=")]
+    resume = next((word.partition("=")[2] for word in sys.argv if word.startswith("--resume=")), "auto")
+    return launch.run_training(config, overrides, resume, STOP)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ def test_a_node_leaves_and_comes_back(start, undisturbed, tmp_path, leaves):
     The node that hosts the rendezvous stays: with it the job would end.
     """
     folder, all_there = tmp_path / "run", tmp_path / "all-there"
-    options = [f"budget.steps={STEPS}", "logging.eval_every=0"]
+    options, asked = (
+        [f"budget.steps={STEPS}", "logging.eval_every=0"],
+        "never" if leaves == "killed" else "auto",
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,6 +45,7 @@ def test_a_node_leaves_and_comes_back(start, undisturbed, tmp_path, leaves):
         return start(
             folder,
             *options,
+            f"--resume={asked}",  # the run of this launch, whichever of its nodes has begun it
             ranks=1,
             torchrun=[*elastic, conf],
             faults={"sleep": {"step": 0.35}, "awake": str(all_there)},

@@ -21,12 +21,14 @@ def attempts(folder: Path) -> list[str]:
 
 
 def test_a_rank_dies_in_a_step(start, same, tmp_path):
-    """SIGKILL to one of torchrun's ranks: it starts them again, and they go on from the last checkpoint."""
+    """SIGKILL to one of torchrun's ranks: it starts them again, and they go on from the last checkpoint, though this
+    command was to find no run."""
     folder = tmp_path / "run"
-    run = start(folder, torchrun=RESTARTING, faults=UNHURRIED).reach(25)
+    run = start(folder, "--resume=never", torchrun=RESTARTING, faults=UNHURRIED).reach(25)
     os.kill(run.ranks()[1], signal.SIGKILL)
     run.until(lambda: len(attempts(folder)) == 2).reach(25)
     assert run.end() == [0], run.text()
+    assert "goes on from its newest checkpoint, not by --resume never" in run.text()
     same(folder)
 
 

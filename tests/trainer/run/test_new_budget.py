@@ -77,16 +77,30 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path, mon
     assert (job.plan.inputs.tokens, job.plan.inputs.settled_at) == (20 * 192, 20 * 192)
     assert job.expected.loss == short[-1]["expected_final_loss"]
 
-    # where torchrun or SLURM starts the same command again, what it says of the checkpoint is done
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        monkeypatch.setenv(name, "0")
-        job = start_job(str(tiny_config), [f"run.folder={folder}", *thirty], "step-000012", one)
-        assert (job.resume_from.name, job.resume_chosen) == ("step-000012", True)
-        monkeypatch.setenv(name, "1")
-        job = start_job(str(tiny_config), [f"run.folder={folder}", *thirty], "step-000012", one)
-        assert (job.resume_from.name, job.resume_chosen) == ("step-000030", False)
-        assert any("has started before" in note for note in job.notes)
-        monkeypatch.delenv(name)
+    # where torchrun's agent or SLURM has begun to train and starts the same command again, what it says is done
+    begun = {"launchers": ["agent"], "job": "7", "requeues": 0}
+    (folder / ".begun.json").write_text(json.dumps(begun))
+    launched = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}  # as where a node has come
+    for environment, launcher, again in (
+        ({}, "agent", False),
+        (launched, "agent", True),
+        (launched, "another", False),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}, "another", False),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, "another", True),
+        ({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, "another", False),
+    ):
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            asked = str(tiny_config), [f"run.folder={folder}", *thirty]
+            job = start_job(*asked, "step-000012", one, launcher=launcher)
+            chosen = ("step-000030", False) if again else ("step-000012", True)
+            assert (job.resume_from.name, job.resume_chosen, job.again) == (*chosen, again)
+            if again:
+                assert start_job(*asked, "never", one, launcher=launcher).resume_from.name == "step-000030"
+            else:
+                with pytest.raises(UserError, match="holds a run already"):
+                    start_job(*asked, "never", one, launcher=launcher)
 
     # all that the law decides is decided
     law.unlink()

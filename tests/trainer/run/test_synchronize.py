@@ -21,6 +21,10 @@ SYNCS = {
     "demo": ["parallel.sync=demo", "parallel.demo.chunk=8"],
     "delayed": ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.delay=1"],
     "owners": ["parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.owner_reduce_above=1"],
+    "gradients": [  # no sign: that of what cancels out is one of rounding
+        "parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.accumulate=gradients",
+        "parallel.demo.version=2", "parallel.demo.phi=identity",
+    ],
     "muon": [
         "parallel.sync=demo", "parallel.demo.chunk=8", "parallel.demo.accumulate=gradients",
         "parallel.demo.version=2", "parallel.demo.phi=muon",
@@ -56,7 +60,33 @@ def test_the_layout_of_a_replica_does_not_matter_and_training_learns(train, tiny
         assert logged[-1]["bytes_sent"] == logged[-1]["bytes_received"]
 
 
-@pytest.mark.parametrize("sync", ["demo", "delayed", "owners", "diloco", "random_k"])
+ALIGNED = ["model.hidden_size=32", "model.num_heads=2", "model.ffn_size=64", "model.vocab_size=352"]
+"""Widths whose halves are whole chunks of 8."""
+
+
+@pytest.mark.parametrize("sync", ["demo", "delayed", "gradients"])
+def test_where_shards_end_as_chunks_do_layout_and_resume_on_another_change_nothing(
+    train, tiny_config, tmp_path, sync
+):
+    """Two replicas of one rank, two of two ranks, and the latter's checkpoint continued by the former."""
+    options = [*SYNCS[sync], *ALIGNED, "model.num_layers=1", "precision.compute=fp64", "checkpoint.every=8"]
+    whole = train(2, tiny_config, tmp_path / "whole", "parallel.shard=1", *options)
+    shards = train(4, tiny_config, tmp_path / "shards", "parallel.shard=2", *options)
+    for checkpoint in complete_checkpoints(tmp_path / "shards"):
+        if not checkpoint.name.endswith("8"):
+            shutil.rmtree(checkpoint)
+    again = train(2, tiny_config, tmp_path / "shards", "parallel.shard=1", *options, resume="auto")
+    log = (tmp_path / "shards/logs/attempt-2/rank-0.log").read_text()
+    assert "step-000008" in log
+    for rows in (shards, again):
+        assert [row["step"] for row in rows] == [row["step"] for row in whole]
+        assert (losses(rows) / losses(whole) - 1).abs().max() < 1e-12
+        assert rows[-1]["val_loss"] == pytest.approx(whole[-1]["val_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "sync", ["demo", "delayed", "owners", "gradients", "muon", "faithful", "diloco", "random_k"]
+)
 def test_resume_is_bitwise_at_the_same_world_size(interrupted, sync):
     options = [
         *SYNCS[sync],
