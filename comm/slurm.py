@@ -14,9 +14,14 @@ def is_rank() -> bool:
     return own and "RANK" not in os.environ and "WORLD_SIZE" not in os.environ and int(os.environ[TASKS]) > 1
 
 
-def gave_gpus_to_tasks() -> bool:
-    """Whether each task of the step, and no torchrun within it, has GPUs of its own (`--gpus-per-task`)."""
-    return {TASKS, "SLURM_GPUS_PER_TASK"} <= os.environ.keys() and "TORCHELASTIC_RUN_ID" not in os.environ
+def gave_gpus_to_tasks(visible: int, tasks: int) -> bool:
+    """Whether each of a node's tasks, and no torchrun within one, has GPUs of its own: by `--gpus-per-task`, or where
+    it sees but some of the step's (`--gpu-bind`, `--ntasks-per-gpu`)."""
+    if TASKS not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
+    of_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    bound = of_node.isdigit() and visible < int(of_node) and tasks <= int(of_node)
+    return bound or "SLURM_GPUS_PER_TASK" in os.environ
 
 
 def torchrun_variables() -> dict[str, str]:

@@ -102,7 +102,7 @@ class GuardConfig(Section):
     window: int = Field(128, ge=8, le=65536)
     """Accepted steps that make the recent mean."""
     max_skipped: int = Field(10, ge=1)
-    """Stop the run after this many skipped steps in a row."""
+    """Stop the run after this many skipped steps in a row; looked at every so many steps and with each row."""
 
 
 class OptimizerConfig(Section):

@@ -34,6 +34,7 @@ class Guard:
         self.accepted = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_total = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._longest = torch.zeros((), dtype=torch.int64, device=device)
         self._slots = torch.arange(window, device=device)
 
     @torch.no_grad()
@@ -53,7 +54,14 @@ class Guard:
         self.accepted.add_(~skip)
         self.skipped_total.add_(skip)
         self.skipped_in_a_row.copy_(torch.where(skip, self.skipped_in_a_row + 1, 0))
+        self._longest.copy_(torch.maximum(self._longest, self.skipped_in_a_row))
         return skip.float()
+
+    def take_longest(self) -> int:
+        """The most skipped steps in a row since the last call, ended by now or not; the host waits for the device."""
+        longest = int(self._longest)
+        self._longest.zero_()
+        return longest
 
     def forget(self) -> None:
         """The history ends: what comes is another function of the parameters, whose losses are others."""

@@ -8,8 +8,8 @@ from stepline.trainer.config import Config
 
 
 def kind_of(config: Config) -> str:
-    """`ffn=dense blocks=standard canon=none qk_norm=true sparse=none`; a mixture's experts and a reversible block's
-    coupling too."""
+    """`ffn=dense blocks=standard canon=none qk_norm=true sparse=none`; a mixture's experts, a reversible block's
+    coupling, and what is trained where that is not all, too."""
     model = config.model
     said: dict[str, object] = {"ffn": model.ffn}
     if model.ffn == "moe":
@@ -22,17 +22,19 @@ def kind_of(config: Config) -> str:
         "qk_norm": "true" if model.qk_norm else "false",
         "sparse": config.sparse.mode,
     }
+    if config.optimizer.only == "adapters":
+        said["trained"] = "adapters"
     return " ".join(f"{key}={value}" for key, value in said.items())
 
 
 def differences(law: str, model: str) -> list[str]:
     """`canon=none, not AC` for each key that both kinds have, with other values; what one does not tell is no
     difference."""
-    mine = _parts(model)
+    mine, its = _parts(model), _parts(law)
+    if its:
+        its.setdefault("trained", "all")
     return [
-        f"{key}={value}, not {mine[key]}"
-        for key, value in _parts(law).items()
-        if mine.get(key, value) != value
+        f"{key}={value}, not {mine[key]}" for key, value in its.items() if mine.get(key, value) != value
     ]
 
 

@@ -206,6 +206,7 @@ STEP_LAW = StepLaw(
         (0.571,),
         Spread((1e11,), (13.91758564, 0.57094436), ((0.00183108, 0.00067584), (0.00067584, 0.00034852))),
     ),
+    kind="blocks=standard canon=none sparse=none",
 )
 POWER_LINES = PowerLines(
     Source(

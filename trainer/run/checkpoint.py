@@ -35,6 +35,7 @@ from stepline.trainer.run.manifest import (
     read_manifest,
     remove,
     retire,
+    superseded_checkpoints,
     step_of,
 )
 
@@ -256,13 +257,16 @@ class Checkpointer:
             raise SaveFailed(failure[0])
 
     def _make_room(self, pending: _Pending) -> None:
-        """An empty folder on a disk with enough space; old ephemeral checkpoints make way, the newest one stays."""
+        """An empty folder on a disk with enough space; what no longer counts makes way, then old ephemeral checkpoints;
+        the newest one stays."""
         path = pending.path
         if path.exists():
             shutil.rmtree(path)  # left by an attempt that died while writing, or superseded
         path.mkdir(parents=True)
         while (free := shutil.disk_usage(path).free) < pending.needed:
-            if not self._remove_ephemeral(complete_checkpoints(self.run)[:-1], keep=0):
+            if useless := superseded_checkpoints(self.run):
+                shutil.rmtree(useless[0])
+            elif not self._remove_ephemeral(complete_checkpoints(self.run)[:-1], keep=0):
                 path.rmdir()
                 raise OSError(f"needs {pending.needed / 1e9:.3g} GB on a disk with {free / 1e9:.3g} GB free")
 

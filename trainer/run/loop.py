@@ -105,7 +105,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 if is_logged(state.step, config):
                     row = step_row(state, result, lr) | attempt.speed.lap(state.step)
                     watch.log(row)
-                    stop_after_skips(row["skipped_in_a_row"], config)
+                if is_logged(state.step, config) or state.step % config.optimizer.guard.max_skipped == 0:
+                    stop_after_skips(state.guard.take_longest(), config)
 
                 if validation_due(state.step, config) and not stopping:
                     validation = attempt.validate(whole=last)

@@ -142,6 +142,11 @@ def damaged_checkpoints(run: Path) -> list[Path]:
     return [p for p in _folders(run) if (p / DAMAGED).exists()]
 
 
+def superseded_checkpoints(run: Path) -> list[Path]:
+    """Those of a course that the run has gone back from, oldest first."""
+    return [p for p in _folders(run) if (p / SUPERSEDED).exists()]
+
+
 def remove(checkpoint: Path) -> None:
     """Deletes a checkpoint; should that be cut short, it is an incomplete one."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)

@@ -81,7 +81,7 @@ class Job:
 def pick_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
     """The device of this rank, and what was done instead of what one would expect."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked != "cpu" and 0 < gpus < world.local_size and slurm.gave_gpus_to_tasks():
+    if asked != "cpu" and 0 < gpus < world.local_size and slurm.gave_gpus_to_tasks(gpus, world.local_size):
         return torch.device("cuda", 0), []
     if asked == "cuda" and gpus == 0:
         raise UserError("run.device is cuda but this machine has no usable GPU; use run.device=cpu or auto")

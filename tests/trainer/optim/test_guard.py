@@ -59,6 +59,7 @@ def test_nan_in_the_first_step_and_recovery():
     assert guard.skipped_in_a_row.item() == 2
     assert feed(guard, 3.0, 1.0) == 0
     assert (guard.skipped_in_a_row.item(), guard.skipped_total.item(), guard.accepted.item()) == (0, 2, 1)
+    assert [guard.take_longest(), guard.take_longest()] == [2, 0]
 
 
 def test_a_flat_history_does_not_make_noise_a_spike():

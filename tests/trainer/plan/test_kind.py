@@ -104,9 +104,26 @@ def test_a_law_that_does_not_tell_its_kind_is_older_than_canon_layers():
     assert own_loss_law(law, Inputs(N, D, optimizer="muon", sync="demo", kind="ffn=moe")) is None
     for kind in (CANON, "ffn=moe"):
         assert make_plan(Inputs(N, D, kind=kind), law).warnings == make_plan(Inputs(N, D), law).warnings
-    # the published law expects nothing of its own, and says what it said before
-    plan = make_plan(Inputs(1e9, 2e10, kind=CANON), STEP_LAW)
-    assert plan.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["model.canon=AC"], ["canon=none, not AC"]),
+        (["model.blocks=revffn"], ["blocks=standard, not revffn"]),
+        (["sparse.mode=s-ste"], ["sparse=none, not s-ste"]),
+        (
+            ["model.blocks=revffn", "model.revffn.adapters=true", "optimizer.only=adapters"],
+            ["blocks=standard, not revffn and trained=all, not adapters"],
+        ),
+    ],
+)
+def test_the_published_law_is_of_plain_models(overrides, told):
+    """It expects no loss of its own."""
+    plan = make_plan(Inputs(1e9, 2e10, kind=kind_of(load_config("dense-1b", overrides)[0])), STEP_LAW)
+    said = "Step Law was fitted on models with {}: its learning rate and batch are a guess here"
+    assert list(plan.warnings) == [said.format(one) for one in told]
     assert plan_json(plan)["expected_loss_own"] is False
 
 

@@ -124,6 +124,28 @@ def test_the_space_that_is_asked_for_counts_every_replica(pool, tmp_path):
     )  # of each of four replicas 10,000 values
 
 
+def test_what_no_longer_counts_makes_room(pool, tmp_path):
+    (left,) = pool.run(1, short_of_room, str(tmp_path))
+    assert left == ["step-000001", "step-000005", "step-000009"]  # of the abandoned ones the oldest has made way
+
+
+def short_of_room(folder: str) -> list[str]:
+    run = Path(folder)
+    for step, mark in ((1, "COMPLETE"), (3, "SUPERSEDED"), (5, "SUPERSEDED")):
+        (run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+        (run / f"checkpoints/step-{step:06d}" / mark).touch()
+    saver = Checkpointer(run, 2, torch.device("cpu"), lambda said: None)
+    free = mock.patch.object(
+        checkpoint.shutil,
+        "disk_usage",
+        lambda _: SimpleNamespace(free=0 if (run / "checkpoints/step-000003").exists() else 10**12),
+    )
+    with free:
+        saver.save(9, {"model.w": torch.zeros(10)}, {}, PERMANENT)
+        assert saver.finish()
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
 def without_room(folder: str) -> float:
     failures = []
     saver = Checkpointer(Path(folder), 2, torch.device("cpu"), failures.append)

@@ -107,6 +107,11 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
     assert pick_device("auto", World(1, 2, 1, 2))[0] == torch.device(
         "cuda", 1
     )  # by --gpu-bind=none, all of them
+    monkeypatch.delenv("SLURM_GPUS_PER_TASK")
+    for of_node, bound in ((8, True), (4, True), (2, False)):  # --gpu-bind=single:2 of so many, or two in all
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(of_node))
+        assert (pick_device("auto", four)[0] == torch.device("cuda", 0)) == bound
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
     assert pick_device("auto", four)[0].type == "cpu"
 
