@@ -126,7 +126,11 @@ def test_the_space_that_is_asked_for_counts_every_replica(pool, tmp_path):
 
 def test_what_no_longer_counts_makes_room(pool, tmp_path):
     (left,) = pool.run(1, short_of_room, str(tmp_path))
-    assert left == ["step-000001", "step-000005", "step-000009"]  # of the abandoned ones the oldest has made way
+    assert left == [
+        "step-000001",
+        "step-000005",
+        "step-000009",
+    ]  # of the abandoned ones the oldest has made way
 
 
 def short_of_room(folder: str) -> list[str]:
@@ -135,12 +139,11 @@ def short_of_room(folder: str) -> list[str]:
         (run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
         (run / f"checkpoints/step-{step:06d}" / mark).touch()
     saver = Checkpointer(run, 2, torch.device("cpu"), lambda said: None)
-    free = mock.patch.object(
-        checkpoint.shutil,
-        "disk_usage",
-        lambda _: SimpleNamespace(free=0 if (run / "checkpoints/step-000003").exists() else 10**12),
-    )
-    with free:
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=0 if (run / "checkpoints/step-000003").exists() else 10**12)
+
+    with mock.patch.object(checkpoint.shutil, "disk_usage", usage):
         saver.save(9, {"model.w": torch.zeros(10)}, {}, PERMANENT)
         assert saver.finish()
     return sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -2,14 +2,18 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from stepline.comm.mesh import World
+from stepline.comm.mesh import World, build_mesh
 from stepline.models.moe import MoE
+from stepline.trainer.run.build import build_model
 from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
-from stepline.trainer.run.state import Trainee
+from stepline.trainer.run.state import Trainee, TrainState
+from stepline.trainer.run.step import accumulate
 
 MOE = [
     "model.ffn=moe", "model.hidden_size=40", "model.head_dim=12", "model.ffn_size=24", "model.moe.experts=5",
@@ -85,6 +89,44 @@ def test_expert_parallelism_gives_the_curve_of_one_plain_rank(
     many = train(world, tiny_config, tmp_path / "many", *common, *options)
     assert (column(many) / column(one) - 1).abs().max() < 1e-12
     assert (column(many, "grad_norm") / column(one, "grad_norm") - 1).abs().max() < 1e-10
+
+
+def gradients(config: str, options: list[str]) -> dict[str, np.ndarray]:
+    """Of the first step, whole, by parameter."""
+    job = start_job(config, options, "never", World.from_environment())
+    mesh = build_mesh(job.device, job.world.size, job.config.parallel.shard)
+    state = TrainState.create(job.config, job.device, mesh, job.world.rank, job.fingerprints)
+    sync, z_loss = state.synchronizer, job.config.model.z_loss
+    accumulate(state.model, next(state.loader), state.device, z_loss, sync.parts, sync.announce, sync.midway)
+    state.loader.close()
+    made = {name: p.grad for name, p in state.model.named_parameters()}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).numpy() for name, g in made.items()}
+
+
+@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 4), (4, 2)])
+def test_gradients_of_dealt_experts_are_those_of_a_whole_layer(pool, tiny_config, tmp_path, world, degree):
+    """In fp32, to 1e-6 of the largest of each parameter."""
+    options = [*MOE, "model.moe.experts=8", f"run.folder={tmp_path / 'run'}"]
+    (whole,) = pool.run(1, gradients, str(tiny_config), [*options, "parallel.micro_batch=6"])
+    dealt = pool.run(world, gradients, str(tiny_config), [*options, f"parallel.experts={degree}"])[0]
+    assert dealt.keys() == whole.keys()
+    for name, expected in whole.items():
+        assert np.abs(dealt[name] - expected).max() <= 1e-6 * np.abs(expected).max(), name
+
+
+@pytest.mark.parametrize("sync", ["all_reduce", "demo"])
+def test_global_balance_is_of_all_ranks_or_across_slow_links_of_a_replica(pool, tiny_config, tmp_path, sync):
+    options = [*MOE, "model.moe.balance=global", f"run.folder={tmp_path / 'run'}", "parallel.shard=2"]
+    ranks = pool.run(4, shared_load, str(tiny_config), [*options, f"parallel.sync={sync}"])
+    assert ranks == ([[10, 10]] * 4 if sync == "all_reduce" else [[3, 3], [3, 3], [7, 7], [7, 7]])
+
+
+def shared_load(config: str, options: list[str]) -> list[int]:
+    """What each layer takes for the load where rank r has sent r + 1 tokens."""
+    job = start_job(config, options, "never", World.from_environment())
+    model = build_model(job.config, job.device, build_mesh(job.device, 4, job.config.parallel.shard))
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    return [int(layer.sum_ranks(torch.tensor(job.world.rank + 1))) for layer in layers]
 
 
 @pytest.mark.e2e
