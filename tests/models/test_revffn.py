@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stepline.models.revffn import take_max
+from stepline.models.sparse_linear import Recipe, convert
 
 reversible = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reversible_models.py")))
 shape, build, gentle, tokens = reversible.shape, reversible.build, reversible.gentle, reversible.tokens
@@ -92,6 +93,21 @@ def test_fixed_point_has_a_floor_where_branches_are_rounded(compute, streams, er
         residuals.append(take_max(model.layers, "residual"))
     assert error / 10 < errors[1] <= errors[0] < error
     assert residuals[0] == residuals[1] > 0
+
+
+def test_in_8_bits_a_fixed_point_adds_as_much_error_as_the_bits_do(relative_error):
+    """What is said before the first step (trainer/plan/effects.py), of gradients against those of fp32."""
+    wide = {"hidden_size": 64, "head_dim": 16, "ffn_size": 32}  # what FP8 products take
+    model = gentle(build(shape(12, "revffn", "grid", iterations=8).model_copy(update=wide)))
+    batch = tokens(seq=16)
+    plain = gradients(model, batch, stored=True)
+    weights = model.state_dict()
+    convert(model, Recipe(fp8=True), Recipe(fp8=True))
+    model.load_state_dict(weights)
+    stored, replayed = gradients(model, batch, stored=True), gradients(model, batch)
+    error = relative_error(stored, plain)
+    assert error / 3 < relative_error(replayed, stored) < 1.5 * error
+    assert relative_error(replayed, plain) < 1.3 * error
 
 
 def test_residual_shrinks_with_the_iterations_and_tells_the_error(relative_error):

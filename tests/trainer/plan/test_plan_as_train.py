@@ -61,6 +61,20 @@ def test_what_train_refuses(arguments, sentence):
 
 
 @pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (["parallel.sync=demo"], "parallel.sync=demo"), (["sparse.mode=s-ste"], "sparse.mode=s-ste"),
+        (["precision.fp8=true"], "precision.fp8=true"), (["parallel.experts=2"], "parallel.experts=2"),
+        (["run.compile=true"], "run.compile=true"),
+    ],
+)  # fmt: skip
+def test_what_deepspeed_has_not_is_refused_without_a_number_of_ranks(given, key):
+    with pytest.raises(UserError, match=f"^parallel.backend=zero has no {key}: set it to "):
+        plan("dense-125m", "parallel.backend=zero", *given, world=None)
+    plan("dense-125m", "parallel.backend=zero", world=None)
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ("olmoe-1b-7b parallel.experts=6", "the 64 experts cannot be dealt evenly to 6 ranks"),

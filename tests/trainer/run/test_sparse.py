@@ -59,6 +59,28 @@ def test_every_layout_gives_the_curve_of_one_plain_rank(train, tiny_config, tmp_
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
+    "options",
+    [
+        ["parallel.shard=2", "run.recompute=full", "parallel.reshard_after_forward=false"],
+        ["parallel.shard=2", "optimizer.name=muon", *REVFFN],
+    ],
+    ids=["recompute", "revffn"],
+)
+def test_the_estimator_draws_alike_on_whole_and_on_sharded_weights(
+    train, tiny_config, tmp_path, options, column
+):
+    """Of the same micro-batches, of whose gradients each rank keeps a half; against ranks that hold all, float64."""
+    common = [*SPARSE, "sparse.grad_weight=mvue", "precision.compute=fp64", "parallel.micro_batch=1"]
+    common += [o for o in options if o.startswith(("model", "optimizer"))]
+    whole = train(2, tiny_config, tmp_path / "whole", *common, "parallel.shard=1")
+    other = train(2, tiny_config, tmp_path / "other", *common, *options)
+    exact = train(2, tiny_config, tmp_path / "exact", *common, "sparse.grad_weight=dense")
+    assert (column(other) / column(whole) - 1).abs().max() < 1e-10
+    assert (column(exact)[2:] / column(whole)[2:] - 1).abs().min() > 1e-6
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
     ("what", "recompute", "tolerance"),
     [
         (SPARSE, "none", 1e-5),

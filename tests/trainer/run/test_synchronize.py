@@ -204,8 +204,10 @@ def test_mistakes_are_said_in_one_sentence(tiny_config, tmp_path, capsys, option
             ["accumulate=gradients", "alpha=0.5"],
             "parallel.demo.alpha has no effect without parallel.demo.version=2",
         ),
-        (["density=0.25"], "DeMo sends 256 of every 1024 values of embedding and head, more than a row's"),
+        (["density=0.25"], "DeMo sends 252 of every 1008 values of embedding and head, more than a row's"),
         (["density=0.25", "codec=int8"], None),
+        (["density=0.037", "chunk=32"], "DeMo sends 37 of every 1008 values of embedding and head"),
+        (["density=0.035", "chunk=32"], None),
         ([], None),
     ],
 )
