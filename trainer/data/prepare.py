@@ -21,6 +21,7 @@ from stepline.trainer.data.partial import (
 )
 from stepline.trainer.data.parts import SHARD_TOKENS, SPLITS, ShardWriter, token_dtype, write_json
 from stepline.trainer.data.pool import WorkerLost, run_pool
+from stepline.trainer.data.round_trip import RoundTrip, check_round_trip, samples
 from stepline.trainer.data.sources import NULL, ReadOptions
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from stepline.trainer.data.tokenizer_training import train_tokenizer
@@ -59,7 +60,7 @@ def prepare(
     new tokenizer is done.
 
     Raises UserError for whatever the user can mend: missing or damaged input, a tokenizer that is none or is given
-    together with `vocab_size`, a full disk, an `output` that exists.
+    together with `vocab_size` or loses text, a full disk, an `output` that exists.
     """
     if tokenizer is not None and vocab_size is not None:
         raise UserError(
@@ -105,12 +106,17 @@ def prepare(
                     raise UserError(
                         f"{_names(inputs)} has no text (nothing but white space); give files with text"
                     )
+                kept, note = RoundTrip(), None
+                if given is not None:
+                    kept, note = check_round_trip(given, str(tokenizer), samples(plan, options))
+                if note:
+                    _say(note)
                 used = _tokenizer(partial, given, plan, options, vocab_size, progress)
                 writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size), shard_tokens)
                 _encode(plan, writer, workers, partial, options, progress)
                 if progress and writer.skipped[NULL]:
                     _say(f"left out {writer.skipped[NULL]:,} rows whose '{text_key}' is null")
-                meta = _meta(writer, used, plan, options, inputs, dict(skipped + writer.skipped))
+                meta = _meta(writer, used, kept, plan, options, inputs, dict(skipped + writer.skipped))
                 _check(meta, inputs, options)
                 write_json(finished, meta)
             meta = json.loads(finished.read_text(encoding="utf-8"))
@@ -225,6 +231,7 @@ def _encode(
 def _meta(
     writer: ShardWriter,
     used: Tokenizer,
+    kept: RoundTrip,
     plan: Plan,
     options: ReadOptions,
     inputs: Sequence[Path],
@@ -245,6 +252,7 @@ def _meta(
             "kind": used.kind,
             "file": json.loads((writer.folder / TOKENIZER_NAME).read_text()),
             "sha256": used.sha256,
+            **asdict(kept),
         },
         "vocab_size": used.vocab_size,
         "eod_id": used.eod_id,

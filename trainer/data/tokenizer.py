@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import UserError, first_line
 
 SPACE_MARK = "\u2581"  # sentencepiece's internal space: in a text it would come back as an ordinary space
 # Serialised protobuf messages merge when they are concatenated; this one sets normalizer_spec (field 3)
@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
     """`sentencepiece` or `huggingface`."""
     joinable: bool
     """Whether a document may be encoded in pieces that are cut at line ends."""
+    unknown_id: int | None
+    """Id that stands for what there is no token for; None: there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without special tokens; special tokens' names in the text are ordinary text."""
@@ -40,6 +42,14 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens give no text."""
+        ...
+
+    def unknown(self, text: str) -> list[str]:
+        """The stretches of `text` that are encoded as unknown."""
+        ...
+
+    def normalized(self, text: str) -> str:
+        """What the tokenizer's own normaliser makes of `text`."""
         ...
 
     def save(self, folder: Path) -> str:
@@ -66,7 +76,7 @@ class SentencePieceTokenizer:
         self._proto, self.joinable = proto, True
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size = self._decoder.get_piece_size()
-        self.eod_id = self._decoder.eos_id()
+        self.eod_id, self.unknown_id = self._decoder.eos_id(), self._decoder.unk_id()
         if self.eod_id < 0:
             raise UserError(f"{name} has no </s> piece to end documents with; train it with eos_id >= 0")
         dummy = self._decoder.encode("a") != self._encoder.encode("a")
@@ -96,6 +106,15 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode([int(i) for i in ids])
+
+    def unknown(self, text: str) -> list[str]:
+        pieces = self._encoder.encode([text], out_type=str, num_threads=1)[
+            0
+        ]  # an unknown one is the text itself
+        return [piece for piece in pieces if self._encoder.piece_to_id(piece) == self.unknown_id]
+
+    def normalized(self, text: str) -> str:
+        return self._decoder.normalize(text)
 
     def save(self, folder: Path) -> str:
         (folder / "tokenizer.model").write_bytes(self._proto)
@@ -128,6 +147,8 @@ class HuggingFaceTokenizer:
         self._files = {path.name: content}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         eos = self._end_of_text(path, vocabulary)
+        model = json.loads(content)["model"]
+        self.unknown_id = model.get("unk_id", vocabulary.get(model.get("unk_token")))
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod_id = vocabulary[eos]
         self.sha256 = hashlib.sha256(content + eos.encode()).hexdigest()
@@ -159,10 +180,26 @@ class HuggingFaceTokenizer:
         return self.encode_pieces([text], [True])[0]
 
     def encode_pieces(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def _encodings(self, texts: Sequence[str]) -> list:
+        try:
+            return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(
+                f"the tokenizer cannot encode all of the text ({first_line(error)}); give one with tokens for it"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eod_id], skip_special_tokens=False)
+
+    def unknown(self, text: str) -> list[str]:
+        (encoding,) = self._encodings([text])
+        return [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets) if i == self.unknown_id]
+
+    def normalized(self, text: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
 
     def save(self, folder: Path) -> str:
         (folder / "tokenizer").mkdir(exist_ok=True)
