@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -134,7 +135,7 @@ class HuggingFaceTokenizer:
             raise UserError(
                 f"{path} is a Hugging Face tokenizer: install it with `pip install tokenizers`"
             ) from error
-        content = path.read_bytes()
+        self._name, content = str(path), path.read_bytes()
         try:
             self._tokenizer = FastTokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exceptions
@@ -147,8 +148,6 @@ class HuggingFaceTokenizer:
         self._files = {path.name: content}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         eos = self._end_of_text(path, vocabulary)
-        model = json.loads(content)["model"]
-        self.unknown_id = model.get("unk_id", vocabulary.get(model.get("unk_token")))
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod_id = vocabulary[eos]
         self.sha256 = hashlib.sha256(content + eos.encode()).hexdigest()
@@ -176,6 +175,11 @@ class HuggingFaceTokenizer:
             f"{path} names no end-of-text token; put a tokenizer_config.json with `eos_token` beside it"
         )
 
+    @cached_property
+    def unknown_id(self) -> int | None:
+        model = json.loads(self._tokenizer.to_str())["model"]
+        return model.get("unk_id", self._tokenizer.token_to_id(model.get("unk_token") or ""))
+
     def encode(self, text: str) -> list[int]:
         return self.encode_pieces([text], [True])[0]
 
@@ -185,9 +189,9 @@ class HuggingFaceTokenizer:
     def _encodings(self, texts: Sequence[str]) -> list:
         try:
             return self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exceptions
+        except Exception as error:
             raise UserError(
-                f"the tokenizer cannot encode all of the text ({first_line(error)}); give one with tokens for it"
+                f"{self._name} cannot encode all text ({first_line(error)}); give one with all bytes among its tokens"
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:

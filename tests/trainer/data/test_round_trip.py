@@ -92,6 +92,16 @@ def test_unknown_words_beyond_one_percent_are_refused_and_below_said(hugging_fac
     )
 
 
+def test_a_tokenizer_that_gives_up(tmp_path) -> None:
+    """No token for a word, and no unknown one: the library raises a bare Exception."""
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<eos>": 1}))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        UserError, match=r"^/.*tokenizer\.json cannot encode all text \(.*Missing \[UNK\].*\); give one"
+    ):
+        load_tokenizer(tmp_path)
+
+
 def test_a_normaliser_is_said_and_not_refused(hugging_face) -> None:
     """T5's and BERT's: white space, forms, case and accents."""
     end = "; bits per byte are over the bytes of the text as it was"
