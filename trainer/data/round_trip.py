@@ -24,7 +24,7 @@ NO_TEXT = (SPACE_MARK, "\ufffd")  # a space to some tokenizers; what is decoded 
 class RoundTrip:
     """What came back of a sample."""
 
-    unchanged: bool = True
+    keeps_text: bool = True
     unknown_share: float = 0.0
     """Of the characters, those that unknown tokens stand for."""
 
@@ -37,12 +37,11 @@ def check_round_trip(
     Raises UserError, with `name` of the tokenizer, where characters are lost without a trace or more than MOST_UNKNOWN
     of them as unknown tokens. Case, forms of characters and white space may change: a normaliser's work is no loss.
     """
-    characters, changed = 0, None
+    characters, keeps_text, changed = 0, True, None
     unknown: Counter[str] = Counter()  # characters, by file
     examples: dict[str, None] = {}
     given: dict[str, str] = {}  # character to the first file with it
     returned: set[str] = set()
-    unchanged = True
     for file, text in texts:
         characters += len(text)
         ids = tokenizer.encode(text)
@@ -50,7 +49,7 @@ def check_round_trip(
         returned.update(visible(back))
         if back == text:
             continue
-        unchanged = False
+        keeps_text = False
         if lost := tokenizer.unknown(text):
             unknown[file] += sum(map(len, lost))
             examples |= dict.fromkeys(lost)
@@ -77,7 +76,7 @@ def check_round_trip(
     note = (
         f"the tokenizer {name} {' and '.join(said)}; bits per byte are over the bytes of the text as it was"
     )
-    return RoundTrip(unchanged, share), note if said else None
+    return RoundTrip(keeps_text, share), note if said else None
 
 
 def samples(plan: Plan, options: ReadOptions) -> Iterator[tuple[str, str]]:

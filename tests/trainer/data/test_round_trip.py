@@ -163,12 +163,12 @@ def test_prepare_refuses_before_it_encodes_or_records_what_came_back(tmp_path, c
         prepare([tmp_path / "good.txt", tmp_path / "code.c"], tmp_path / "out", **options)
     assert not (tmp_path / "out.partial").exists()
     meta = prepare([tmp_path / "good.txt"], tmp_path / "out", **options)
-    assert (meta["tokenizer"]["unchanged"], meta["tokenizer"]["unknown_share"]) == (False, 0.0)
+    assert (meta["tokenizer"]["keeps_text"], meta["tokenizer"]["unknown_share"]) == (False, 0.0)
     assert (
         capsys.readouterr().err.count(f"prepare: the tokenizer {tmp_path / 't5.model'} changes text (") == 1
     )
     meta = prepare([tmp_path / "code.c"], tmp_path / "own", vocab_size=265, val_share=0.1, progress=False)
-    assert (meta["tokenizer"]["unchanged"], meta["tokenizer"]["unknown_share"]) == (True, 0.0)
+    assert (meta["tokenizer"]["keeps_text"], meta["tokenizer"]["unknown_share"]) == (True, 0.0)
 
 
 def test_the_sample_is_bounded_and_passes_over_what_cannot_be_read(tmp_path: Path) -> None:
