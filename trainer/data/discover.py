@@ -107,7 +107,7 @@ def discover(
         if not excluded(folder := Path(error.filename), "/"):
             raise UserError(
                 f"the folder {folder} cannot be listed ({error.strerror}); make it readable, or leave it out with "
-                f"--exclude '{folder}/*'"
+                f"`prepare --exclude '{folder}/*'`"
             )
         skipped["excluded"] += 1
 

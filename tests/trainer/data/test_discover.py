@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch) -> None:
     closed = tmp_path / "in" / "closed"
     assert str(caught.value) == (
         f"the folder {closed} cannot be listed (Permission denied); make it readable, or leave it out with "
-        f"--exclude '{closed}/*'"
+        f"`prepare --exclude '{closed}/*'`"
     )
     files, skipped = discover([tmp_path / "in"], [f"{closed}/*"])
     assert [Path(file.path).name for file in files] == ["a.txt"]
