@@ -115,7 +115,7 @@ class SentencePieceTokenizer:
         return [piece for piece in pieces if self._encoder.piece_to_id(piece) == self.unknown_id]
 
     def normalized(self, text: str) -> str:
-        return self._decoder.normalize(text)
+        return self.decode(self.encode(text))  # what is not unknown comes back as it was normalised
 
     def save(self, folder: Path) -> str:
         (folder / "tokenizer.model").write_bytes(self._proto)
