@@ -33,7 +33,7 @@ EXCLUDE = ["*/test/*", "*/tests/*", "*/idle_test/*", "*/site-packages/*", "*/dis
 
 def corpus(folder: Path, copies: int) -> list[Path]:
     """Copies of the standard library's readable source files under `folder`."""
-    from stepline.trainer.data.units import discover
+    from stepline.trainer.data.discover import discover
 
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [Path(f.path) for f in discover([root], EXCLUDE)[0] if f.path.endswith(".py")]

@@ -28,7 +28,8 @@ from stepline.comm.mesh import World, build_mesh, start_process_group
 from stepline.models.config import ModelConfig
 from stepline.models.flops import flops_per_token, parameter_counts
 from stepline.trainer.config import Config
-from stepline.trainer.config_io import find_config, load_config, parse_overrides
+from stepline.trainer.config_io import find_config, load_config
+from stepline.trainer.config_yaml import parse_overrides
 from stepline.trainer.data.loader import Batch
 from stepline.trainer.plan.memory import Layout, estimate
 from stepline.trainer.run.products import choose_products

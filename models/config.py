@@ -1,9 +1,10 @@
 """The shape of a model. Imports no torch, so that the planner can count parameters in milliseconds."""
 
 import math
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 CANON_TAPS = 4
 """Tokens that a Canon layer reads, the current one included."""
@@ -22,10 +23,26 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min(small + [number // d for d in small], key=lambda d: (abs(d - wanted), d))
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a field's annotation names, at any depth."""
+    if get_origin(annotation) is Literal:
+        return set(map(type, get_args(annotation)))
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
+
+
 class Section(BaseModel):
     """A section of the configuration: unknown keys are refused, attribute docstrings become help."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads `yes` and `on` as true, which pydantic would take for 1."""
+        kinds = _kinds(cls.model_fields[info.field_name].annotation) if isinstance(value, bool) else set()
+        if {int, float} & kinds and bool not in kinds:
+            raise PydanticCustomError("no_number", "true and false are no numbers")
+        return value
 
 
 class RopeScaling(Section):

@@ -12,7 +12,7 @@ import typer
 from stepline.trainer.cli_cluster import doctor, submit
 from stepline.trainer.cli_hf import export, import_folder
 from stepline.trainer.cli_laws import laws_app, sweep
-from stepline.trainer.cli_options import Json
+from stepline.trainer.cli_options import Json, Overrides
 from stepline.trainer.cli_report import report
 from stepline.trainer.cli_usage import UsageError, usage_sentence
 from stepline.trainer.errors import USER_ERROR, UserError, speaks
@@ -47,7 +47,7 @@ def _root(
 @app.command()
 def plan(
     config: Annotated[str | None, typer.Argument(help="YAML file, or the name of a shipped config.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    overrides: Overrides = None,
     params: Annotated[float | None, typer.Option(help="N: non-embedding linear weights, e.g. 1.1e9.")] = None,
     tokens: Annotated[float | None, typer.Option(help="D: training tokens, e.g. 1e11.")] = None,
     active_params: Annotated[
@@ -141,7 +141,7 @@ def prepare(
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped config.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint of the run.")] = "auto",
     dry_run: Annotated[bool, typer.Option(help="Resolve and print the config, then stop.")] = False,
 ) -> None:

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from stepline.trainer.cli_options import Json
+from stepline.trainer.cli_options import Json, Overrides
 
 
 def submit(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped config.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="Nodes of the job.")] = 1,
     gpus_per_node: Annotated[
         int | None, typer.Option(help="GPUs, and ranks, of each node; 0: CPUs. \\[default: 8]")
@@ -55,7 +55,9 @@ def submit(
 def doctor(
     folder: Annotated[str, typer.Option(help="Where runs are kept: its disk is looked at.")] = "runs",
     thorough: Annotated[bool, typer.Option(help="Try torch.compile as well (half a minute).")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds that one rank waits for another.", min=1)] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one rank waits for another.", min=1, max=31_536_000)
+    ] = 60.0,
     as_json: Json = False,
 ) -> None:
     """What this machine can do, what will not work and why; under torchrun an all-reduce between the ranks too.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stepline.trainer.cli_options import Json
+from stepline.trainer.cli_options import Json, Overrides
 
 
 def sweep(
@@ -13,7 +13,7 @@ def sweep(
     config: Annotated[
         str | None, typer.Argument(help="YAML file, or the name of a shipped config; not needed to go on.")
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    overrides: Overrides = None,
     sizes: Annotated[
         str | None, typer.Option(help="Fractions of the config's N. \\[default: 0.25,0.5,1]")
     ] = None,

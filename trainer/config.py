@@ -10,30 +10,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stepline.models.config import ModelConfig, Section
+from stepline.trainer.config_optimizer import OptimizerConfig, ScheduleConfig
 from stepline.trainer.config_sparse import SparseConfig
 from stepline.trainer.config_sync import DeMoConfig, DiLoCoConfig, RandomKConfig
+from stepline.trainer.config_types import YEAR_S, Auto, Count, off
 from stepline.trainer.config_zero import DeepSpeedConfig, ZeroConfig
-
-
-def _count(value: object) -> object:
-    """Counts may be written 1e9 or 1_000_000; a fraction is left for pydantic to refuse."""
-    if isinstance(value, str) and value != "auto":
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def _off(value: object) -> object:
-    """YAML reads a bare `off` as false."""
-    return "off" if value is False else value
-
-
-Count = Annotated[int, BeforeValidator(_count)]
-Auto = Literal["auto"]
 
 
 class Source(Section):
@@ -41,7 +22,7 @@ class Source(Section):
 
     path: Path
     """Folder written by `stepline prepare`."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e15)
     """Share of the windows, relative to the other sources' weights."""
 
 
@@ -60,7 +41,7 @@ class DataConfig(Section):
     """Attend only within the same document of a packed window."""
     prefetch: int = Field(2, ge=1, le=64)
     """Batches read ahead by a background thread."""
-    verify: Annotated[Literal["auto", "start", "background", "off"], BeforeValidator(_off)] = "auto"
+    verify: Annotated[Literal["auto", "start", "background", "off"], BeforeValidator(off)] = "auto"
     """Compare the shards that the run reads with their checksums: at the start; in the background of the training;
     off; auto: at the start where a rank has at most 8 GB to read, else in the background."""
 
@@ -92,56 +73,6 @@ class BudgetConfig(Section):
         if self.tokens is not None and self.steps is not None:
             raise ValueError("give either budget.tokens or budget.steps, not both")
         return self
-
-
-class GuardConfig(Section):
-    """When a step is skipped, alike on all ranks, and when the run stops."""
-
-    sigma: float = Field(6.0, gt=0)
-    """Skip a step whose loss or gradient norm is this many standard deviations above the recent mean."""
-    window: int = Field(128, ge=8, le=65536)
-    """Accepted steps that make the recent mean."""
-    max_skipped: int = Field(10, ge=1)
-    """Stop the run after this many skipped steps in a row; looked at every so many steps and with each row."""
-
-
-class OptimizerConfig(Section):
-    """The update."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon for the blocks' matrices with AdamW for the rest (arXiv 2502.16982)."""
-    only: Literal["all", "adapters"] = "all"
-    """What is trained: all, or of pre-trained layers in reversible blocks the adapters and the streams' norms alone;
-    run.init_from then names the checkpoint of the rest."""
-    lr: Auto | Annotated[float, Field(gt=0, le=10)] = "auto"
-    """Peak learning rate; auto: by the scaling law."""
-    weight_decay: Auto | Annotated[float, Field(ge=0, le=10)] = "auto"
-    """Decoupled weight decay of the matrices (norms and embeddings have none); auto: by the scaling law."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """AdamW's first moment; of what waits to be sent (parallel.sync demo and random_k) there is none."""
-    beta2: float = Field(0.95, ge=0, lt=1)
-    """AdamW's second moment."""
-    eps: float = Field(1e-8, gt=0, lt=1)
-    """AdamW's epsilon."""
-    momentum: float = Field(0.95, ge=0, lt=1)
-    """Muon's momentum (Nesterov)."""
-    grad_clip: float = Field(1.0, gt=0)
-    """Largest global gradient norm."""
-    guard: GuardConfig = GuardConfig()
-    """NaN and spike guard."""
-
-
-class ScheduleConfig(Section):
-    """The learning rate over the run."""
-
-    name: Literal["linear", "cosine", "wsd"] = "linear"
-    """Decay after warm-up: linear, cosine, or stable then linear (wsd)."""
-    warmup_steps: Auto | Annotated[Count, Field(ge=0)] = "auto"
-    """Linear warm-up; auto: 10 % of the steps, at most 2000."""
-    final_fraction: float = Field(0.0, ge=0, le=1)
-    """Last learning rate as a fraction of the peak."""
-    decay_fraction: float = Field(0.2, gt=0, le=1)
-    """wsd: share of the steps at the end in which the learning rate decays."""
 
 
 class ParallelConfig(Section):
@@ -176,7 +107,7 @@ class ParallelConfig(Section):
     the memory does not hold them."""
     reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward and gather them again in backward (ZeRO-3)."""
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, le=YEAR_S)
     """Seconds after which a collective that hangs ends the run."""
 
 
@@ -216,7 +147,7 @@ class LoggingConfig(Section):
     """Windows of a validation during the run, evenly spaced; default: the whole split, as at the end."""
     eval_split: Literal["val", "tune"] = "val"
     """Held-out split of the validations; tune for runs that settings are chosen by, so that val stays unseen."""
-    wandb: Annotated[Literal["auto", "online", "offline", "off"], BeforeValidator(_off)] = "auto"
+    wandb: Annotated[Literal["auto", "online", "offline", "off"], BeforeValidator(off)] = "auto"
     """auto: online when a key is there, else offline; off: not at all."""
     project: str = "stepline"
     """wandb project."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from stepline.trainer.config import BUDGET, MAY_CHANGE_ON_RESUME, Config
 from stepline.trainer.config_multiples import multiples_of
+from stepline.trainer.config_yaml import parse_overrides, read_yaml
 from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.files import write_whole
 
@@ -52,21 +53,6 @@ def _find_base(base: str, path: Path) -> Path:
     return _shipped(Path(base), otherwise)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a config file, unchecked; raises UserError where there are none to be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold sections such as `model:` and `data:`")
-    return content
-
-
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections to dotted keys; an empty mapping is a leaf."""
     flat = {}
@@ -94,20 +80,6 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"'{dotted}' goes through '{section}', which is a value and has no keys")
     tree[last] = value
-
-
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`section.key=value` arguments; values are YAML (`null`, `true`, `1e-3`, `[a, b]`)."""
-    parsed = {}
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise UserError(f"'{text}' is not an override; write section.key=value")
-        try:
-            parsed[key] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            raise UserError(f"the value in '{text}' is not valid YAML") from None
-    return parsed
 
 
 def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
@@ -168,7 +140,9 @@ def check(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Config
 def _key(problem: dict[str, Any]) -> list[str]:
     """The dotted key of a problem: a union (`auto` or a number) adds the branch that failed, which is cut off."""
     parts = [str(part) for part in problem["loc"]]
-    return [p for p in parts if p.replace("_", "").isalnum() and p not in {"float", "int", "bool", "literal"}]
+    written = parts[-1:] if problem["type"] == "extra_forbidden" else []  # a user's own, whatever it is
+    parts, kinds = parts[: len(parts) - len(written)], {"float", "int", "bool", "literal"}
+    return [p for p in parts if p.replace("_", "").isalnum() and p not in kinds] + written
 
 
 def section_of(keys: list[str]) -> type[BaseModel] | None:
@@ -202,7 +176,7 @@ def allowed_values(keys: list[str]) -> str:
         for name, words in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
             bound = getattr(item, name, None)
             if isinstance(bound, int | float):
-                bounds.append(f"{words} {bound}")
+                bounds.append(f"{words} {bound:g}" if isinstance(bound, float) else f"{words} {bound}")
         stack += [*get_args(item), *getattr(item, "metadata", ())] if get_origin(item) is not Literal else []
     kind = " ".join([*kinds[:1], " and ".join(dict.fromkeys(bounds))]).strip()
     options = [*choices, kind] if kind else choices

@@ -25,12 +25,19 @@ def write_whole(path: Path, text: str) -> None:
         os.close(folder)
 
 
+def check_no_broken_link(output: Path) -> None:
+    """Raises UserError for a link to nothing, in whose place no folder can be put."""
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"{output} is a link to {output.readlink()}, which does not exist; remove the link")
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Yields an empty folder whose content becomes `output` at the end, or nothing where that fails.
 
     Raises UserError where `output` is not empty or cannot be written.
     """
+    check_no_broken_link(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty; choose a new folder")
     if not output.name:  # the current folder

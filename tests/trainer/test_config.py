@@ -120,7 +120,42 @@ def test_the_written_config_reads_back_and_names_every_origin(tmp_path, file):
         ("optimizer=3", "optimizer is 3; it must be a section with keys of its own"),
         ("parallel.backend=ddp", "parallel.backend is 'ddp'; it must be 'fsdp'"),
         ("model.num_layers=null", "model.num_layers is None; it must be a whole number at least 1"),
+        ("model.num_layers=yes", "model.num_layers is True; it must be a whole number at least 1"),
+        ("optimizer.lr=on", "optimizer.lr is True; it must be 'auto' or a number above 0 and at most 10"),
+        ("parallel.demo.delay=true", "parallel.demo.delay is True; it must be 0 or 1"),
+        ("checkpoint.ephemeral_minutes=no", "ephemeral_minutes is False; it must be a number above 0"),
+        (
+            "parallel.timeout_s=.inf",
+            "parallel.timeout_s is inf; it must be a number above 0 and at most 31536000",
+        ),
+        (
+            "parallel.timeout_s=1e9",
+            "parallel.timeout_s is '1e9'; it must be a number above 0 and at most 31536000",
+        ),
+        (
+            "data.sources=[{path: a, weight: .inf}]",
+            "weight is inf; it must be a number above 0 and at most 1e+15",
+        ),
+        (
+            "data.sources=[{path: a, weight: 1.0e+300}]",
+            "is 1e+300; it must be a number above 0 and at most 1e+15",
+        ),
+        (
+            "data.sources=[{path: a, path: b}]",
+            "the value in 'data.sources=[{path: a, path: b}]' is not valid YAML",
+        ),
+        (
+            "model.num-layers=2",
+            "on the command line: unknown key 'model.num-layers'; did you mean 'num_layers'?",
+        ),
         ("nonsense", "'nonsense' is not an override; write section.key=value"),
+        ("model.=5", "'model.=5' is not an override; write section.key=value"),
+        (".a=5", "'.a=5' is not an override; write section.key=value"),
+        (
+            "budget.tokens=",
+            "'budget.tokens=' has no value; write budget.tokens=VALUE, or budget.tokens=null for none",
+        ),
+        ("run.seed= ", "'run.seed= ' has no value; write run.seed=VALUE, or run.seed=null for none"),
         ("run.seed.deep=1", "run.seed is {'deep': 1}; it must be a whole number"),
     ],
 )
@@ -129,6 +164,40 @@ def test_one_sentence_for_a_mistake(file, override, sentence):
         load_config(str(file), [override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_yes_and_no_stays_so(file):
+    config, _ = load_config(str(file), ["run.compile=yes", "model.qk_norm=on", "data.verify=off"])
+    assert (config.run.compile, config.model.qk_norm, config.data.verify) == (True, True, "off")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: {}\noptimizer: {lr: 1}\nmodel: {}\n", "3 is not valid YAML: 'model' stands in line 1 too"),
+        (
+            "optimizer:\n  lr: 1e-3\n  beta2: 0.9\n  lr: 2e-3\n",
+            "4 is not valid YAML: 'lr' stands in line 2 too",
+        ),
+        ("base: a\nbase: b\n", "2 is not valid YAML: 'base' stands in line 1 too"),
+    ],
+)
+def test_a_key_twice_in_a_file(tmp_path, text, sentence):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert str(error.value) == f"{path}:{sentence}; leave out one of the two"
+
+
+def test_a_merge_key_is_none_twice(file):
+    """YAML's own way to take over keys, of which some are set anew."""
+    file.write_text(
+        file.read_text()
+        + "data: {sources: [&first {path: a, weight: 2}, &second {<<: *first, path: b}, {<<: *second}]}\n"
+    )
+    config, _ = load_config(str(file))
+    assert [(str(s.path), s.weight) for s in config.data.sources] == [("a", 2), ("b", 2), ("b", 2)]
 
 
 def test_the_page_of_all_keys_is_that_of_the_schema():

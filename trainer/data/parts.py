@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -56,7 +57,7 @@ def encode_unit(
     dtype = token_dtype(tokenizer.vocab_size)
     totals = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
-    own = folder / f"{index:08d}.{os.getpid()}"
+    own, skipped = folder / f"{index:08d}.{os.getpid()}", Counter()
     with ExitStack() as stack:
         files: dict[str, tuple] = {}
 
@@ -78,7 +79,7 @@ def encode_unit(
             total["documents"] += len(ends)
             total["bytes"] += sum(piece.num_bytes for piece in pieces)
 
-        for batch in batches(chain.from_iterable(read_pieces(span, options) for span in spans)):
+        for batch in batches(chain.from_iterable(read_pieces(span, options, skipped) for span in spans)):
             keep_going()
             encoded = tokenizer.encode_pieces([p.text for p in batch], [p.first for p in batch])
             for piece, ids in zip(batch, encoded):
@@ -92,7 +93,7 @@ def encode_unit(
         for kind in ("bin", "idx"):
             os.replace(f"{own}.{split}.{kind}", folder / f"{index:08d}.{split}.{kind}")
     summary = {split: total | {"sha256": hashes[split].hexdigest()} for split, total in totals.items()}
-    Path(f"{own}.summary.json").write_text(json.dumps(summary))
+    Path(f"{own}.summary.json").write_text(json.dumps(summary | {"skipped": skipped}))
     os.replace(f"{own}.summary.json", folder / f"{index:08d}.json")
 
 
@@ -120,12 +121,15 @@ class ShardWriter:
         self.folder, self.parts, self.dtype, self.shard_tokens = folder, parts, dtype, shard_tokens
         self.next_unit = 0
         self.splits = {split: SplitProgress() for split in SPLITS}
+        self.skipped: Counter = Counter()
+        """What was left out of the parts, and why."""
         self._state = folder / "joined.json"
         self._done: list[Path] = []
         if self._state.exists():
             state = json.loads(self._state.read_text())
             self.next_unit = state["next_unit"]
             self.splits = {split: SplitProgress(**state["splits"][split]) for split in SPLITS}
+            self.skipped = Counter(state.get("skipped"))  # an older version wrote none
         shards = {shard["file"]: shard for split in self.splits.values() for shard in split.shards}
         empty = {"tokens": 0, "documents": 0}
         for file in [*folder.glob("*-*.bin"), *folder.glob("*-*.idx")]:
@@ -141,6 +145,7 @@ class ShardWriter:
         """Append the next unit's part to the shards."""
         summary_file = self.parts / f"{self.next_unit:08d}.json"
         summary = json.loads(summary_file.read_text())
+        self.skipped += Counter(summary.pop("skipped", None))
         for split, total in summary.items():
             progress = self.splits[split]
             if total["tokens"]:
@@ -197,8 +202,8 @@ class ShardWriter:
                 for suffix in (".bin", ".idx"):
                     with open((self.folder / shard["file"]).with_suffix(suffix), "rb+") as file:
                         os.fsync(file.fileno())
-        state = {"next_unit": self.next_unit, "splits": {k: asdict(v) for k, v in self.splits.items()}}
-        write_json(self._state, state)
+        splits = {split: asdict(progress) for split, progress in self.splits.items()}
+        write_json(self._state, {"next_unit": self.next_unit, "splits": splits, "skipped": self.skipped})
         for path in self._done:
             path.unlink()
         self._done.clear()

@@ -8,34 +8,30 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from stepline.trainer.data.discover import InputFile, discover
+from stepline.trainer.data.partial import (
+    TOKENIZER_NAME,
+    Refused,
+    only_one,
+    removed_when_useless,
+    start_or_resume,
+)
 from stepline.trainer.data.parts import SHARD_TOKENS, SPLITS, ShardWriter, token_dtype, write_json
 from stepline.trainer.data.pool import WorkerLost, run_pool
-from stepline.trainer.data.sources import ReadOptions
-from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from stepline.trainer.data.units import (
-    InputFile,
-    Plan,
-    discover,
-    has_words,
-    large_whole,
-    plan_units,
-    sample_texts,
-)
+from stepline.trainer.data.round_trip import RoundTrip, check_round_trip, samples
+from stepline.trainer.data.sources import NULL, ReadOptions
+from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer
+from stepline.trainer.data.tokenizer_training import train_tokenizer
+from stepline.trainer.data.units import Plan, has_words, large_whole, plan_units, sample_texts
 from stepline.trainer.errors import UserError
-from stepline.trainer.files import locked
+from stepline.trainer.files import check_no_broken_link
 
 FORMAT = 1
 VOCAB_SIZE = 32_000
 COMMIT_SECONDS = 2.0
-TOKENIZER_NAME = "tokenizer-name.json"  # while building: names the file or sub-folder of the tokenizer
-
-
-class _Refused(UserError):
-    """All is done and of no use: the same call would do the same again."""
 
 
 def prepare(
@@ -64,7 +60,7 @@ def prepare(
     new tokenizer is done.
 
     Raises UserError for whatever the user can mend: missing or damaged input, a tokenizer that is none or is given
-    together with `vocab_size`, a full disk, an `output` that exists.
+    together with `vocab_size` or loses text, a full disk, an `output` that exists.
     """
     if tokenizer is not None and vocab_size is not None:
         raise UserError(
@@ -72,6 +68,7 @@ def prepare(
         )
     vocab_size = VOCAB_SIZE if vocab_size is None else vocab_size
     output = Path(output)
+    check_no_broken_link(output)
     if output.exists():
         raise UserError(f"{output} exists already; remove it or choose another --output")
     partial = output.with_name(output.name + ".partial")
@@ -88,17 +85,20 @@ def prepare(
     if workers < 1:
         raise UserError(f"--workers {workers} is out of range; give 1 or more")
     try:
-        files, skipped = discover(inputs, exclude, (output.resolve(), partial.resolve()))
+        prepared: list[Path] = []
+        files, skipped = discover(inputs, exclude, (output.resolve(), partial.resolve()), prepared)
         if not any(file.size for file in files):
             raise UserError(f"{_names(inputs)} has no text (no documents); give files with text")
         if progress and skipped["binary"]:
-            print(f"prepare: left out {skipped['binary']} binary files found in folders", file=sys.stderr)
+            _say(f"left out {skipped['binary']} binary files found in folders")
+        if progress and prepared:
+            _say(f"left out what an earlier `stepline prepare` wrote: {_names(prepared)}")
         if note := large_whole(files, options):
-            print(f"prepare: {note}", file=sys.stderr)
+            _say(note)
         request = _request(files, options, given.sha256 if given else vocab_size, shard_tokens)
         partial.mkdir(parents=True, exist_ok=True)
-        with _lock(partial), _removed_when_useless(partial, trains=given is None):
-            _start_or_resume(partial, request)
+        with only_one(partial), removed_when_useless(partial, trains=given is None):
+            start_or_resume(partial, request)
             finished = partial / "meta.json"  # from then on nothing is left but to clear up
             if not finished.exists():
                 plan = plan_units(files, options)
@@ -106,10 +106,17 @@ def prepare(
                     raise UserError(
                         f"{_names(inputs)} has no text (nothing but white space); give files with text"
                     )
+                kept, note = RoundTrip(), None
+                if given is not None:
+                    kept, note = check_round_trip(given, str(tokenizer), samples(plan, options))
+                if note:
+                    _say(note)
                 used = _tokenizer(partial, given, plan, options, vocab_size, progress)
                 writer = ShardWriter(partial, partial / "parts", token_dtype(used.vocab_size), shard_tokens)
                 _encode(plan, writer, workers, partial, options, progress)
-                meta = _meta(writer, used, plan, options, inputs, dict(skipped))
+                if progress and writer.skipped[NULL]:
+                    _say(f"left out {writer.skipped[NULL]:,} rows whose '{text_key}' is null")
+                meta = _meta(writer, used, kept, plan, options, inputs, dict(skipped + writer.skipped))
                 _check(meta, inputs, options)
                 write_json(finished, meta)
             meta = json.loads(finished.read_text(encoding="utf-8"))
@@ -142,58 +149,14 @@ def _names(inputs: Sequence[Path]) -> str:
     return ", ".join(map(str, inputs)) or "the input"
 
 
+def _say(sentence: str) -> None:
+    print(f"prepare: {sentence}", file=sys.stderr, flush=True)
+
+
 def _request(files: Sequence[InputFile], options: ReadOptions, *rest: str | int) -> str:
     """Hash of everything that a half-done folder must agree on to be gone on with."""
     value = [FORMAT, [asdict(file) for file in files], asdict(options), rest]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-@contextmanager
-def _lock(partial: Path) -> Iterator[None]:
-    """Keep a second `prepare` out of the same folder."""
-    with ExitStack() as held:
-        try:
-            mine = held.enter_context(locked(partial / "lock", wait=False))
-        except UserError:  # a file system without locks: nothing is left there
-            if [path.name for path in partial.iterdir()] == ["lock"]:
-                shutil.rmtree(partial)
-            raise
-        if mine is None:
-            raise UserError(f"another `stepline prepare` is writing {partial}; wait for it")
-        yield
-
-
-@contextmanager
-def _removed_when_useless(partial: Path, trains: bool) -> Iterator[None]:
-    """Leaves no folder behind after an error that came before anything that the same call could go on with.
-
-    trains: a tokenizer in the folder is a new one, which takes minutes.
-    """
-    try:
-        yield
-    except (UserError, OSError) as error:
-        parts = (partial / "joined.json").exists() or any((partial / "parts").glob("[0-9]*.json"))
-        trained = trains and (partial / TOKENIZER_NAME).exists()
-        trained |= (partial / "meta.json").exists()
-        if isinstance(error, _Refused) or not (parts or trained):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _start_or_resume(partial: Path, request: str) -> None:
-    """Keep what a killed run of the same request left; clear anything else."""
-    marker = partial / "request.json"
-    if not (marker.exists() and json.loads(marker.read_text()) == request):
-        for path in partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
-        write_json(marker, request)
-    parts = partial / "parts"
-    parts.mkdir(exist_ok=True)
-    for path in parts.glob("*.*.*.*"):  # INDEX.PID.SPLIT.KIND: a part that was being written
-        path.unlink()
 
 
 def _tokenizer(
@@ -215,10 +178,8 @@ def _announced(texts: Iterator[str], vocab_size: int) -> Iterator[str]:
     for text in texts:
         size += len(text.encode())
         yield text
-    print(
-        f"prepare: training a tokenizer of {vocab_size:,} tokens on {size / 1e6:,.1f} MB of text; it may take minutes",
-        file=sys.stderr,
-        flush=True,
+    _say(
+        f"training a tokenizer of {vocab_size:,} tokens on {size / 1e6:,.1f} MB of text; it may take minutes"
     )
 
 
@@ -270,6 +231,7 @@ def _encode(
 def _meta(
     writer: ShardWriter,
     used: Tokenizer,
+    kept: RoundTrip,
     plan: Plan,
     options: ReadOptions,
     inputs: Sequence[Path],
@@ -290,6 +252,7 @@ def _meta(
             "kind": used.kind,
             "file": json.loads((writer.folder / TOKENIZER_NAME).read_text()),
             "sha256": used.sha256,
+            **asdict(kept),
         },
         "vocab_size": used.vocab_size,
         "eod_id": used.eod_id,
@@ -305,10 +268,10 @@ def _check(meta: dict, inputs: Sequence[Path], options: ReadOptions) -> None:
     """Refuse a result without training text, or without a split that was asked for."""
     splits = meta["splits"]
     if not any(split["tokens"] for split in splits.values()):
-        raise _Refused(f"{_names(inputs)} has no text (no documents); give files with text")
+        raise Refused(f"{_names(inputs)} has no text (no documents); give files with text")
     for split, share in (("train", 1.0), ("val", options.val_share), ("tune", options.tune_share)):
         if share > 0 and not splits[split]["tokens"]:
-            raise _Refused(
+            raise Refused(
                 f"no document of {_names(inputs)} fell into the split '{split}'; "
                 f"give more documents or a larger share (val_share {options.val_share})"
             )

@@ -4,15 +4,18 @@ import gzip
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepline.trainer.data.parquet import group_texts
 from stepline.trainer.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16  # what a document's split depends on
 PIECE_BYTES = 1 << 16  # sentencepiece is twice as fast on 64 KiB as on 1 MiB (its symbols stay in cache)
+NULL = "null text"  # among the counts of what was left out
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,8 @@ def _lines(span: Span) -> Iterator[tuple[int, bytes]]:
         yield index, b"".join(pending)
 
 
-def _json_texts(span: Span, options: ReadOptions) -> Iterator[str]:
+def _json_texts(span: Span, options: ReadOptions) -> Iterator[str | None]:
+    """The text of each line, None for a null."""
     for index, line in _lines(span):
         if span.start == 0 and index == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -247,7 +251,7 @@ def _json_texts(span: Span, options: ReadOptions) -> Iterator[str]:
         else:
             if not isinstance(row, dict):
                 problem = "is not a JSON object"
-            elif not isinstance(row.get(options.text_key), str):
+            elif not isinstance(row.get(options.text_key, 0), str | None):
                 problem = f"has no text under '{options.text_key}'"
             else:
                 yield row[options.text_key]
@@ -259,29 +263,21 @@ def _json_texts(span: Span, options: ReadOptions) -> Iterator[str]:
             raise UserError(f"{span.path}:{line_number} {problem}; mend or remove the line")
 
 
-def _parquet_texts(span: Span, options: ReadOptions) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(span.path) as file:
-            rows = file.iter_batches(batch_size=1024, row_groups=[span.start], columns=[options.text_key])
-            for batch in rows:
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{span.path} is not a sound Parquet file ({error}); download it again") from error
-
-
-def read_pieces(span: Span, options: ReadOptions) -> Iterator[Piece]:
+def read_pieces(span: Span, options: ReadOptions, skipped: Counter | None = None) -> Iterator[Piece]:
     """The non-empty documents of a span, long ones in pieces of about PIECE_BYTES cut at line ends.
 
-    Raises UserError, naming the file and the place, for anything that is not valid text.
+    Rows whose text is null are none; `skipped` counts them. Raises UserError, naming the file and the place, for
+    anything that is not valid text.
     """
     if span.format == "text":
         yield from _text_pieces(span, options)
         return
-    texts = _json_texts(span, options) if span.format == "jsonl" else _parquet_texts(span, options)
+    jsonl, skipped = span.format == "jsonl", Counter() if skipped is None else skipped
+    texts = _json_texts(span, options) if jsonl else group_texts(span.path, span.start, options.text_key)
     for text in texts:
+        if text is None:
+            skipped[NULL] += 1
+            continue
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:

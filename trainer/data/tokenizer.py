@@ -1,23 +1,20 @@
 """Tokenizers: a sentencepiece model or a Hugging Face tokenizer, behind one small interface."""
 
 import hashlib
-import io
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import UserError, first_line
 
 SPACE_MARK = "\u2581"  # sentencepiece's internal space: in a text it would come back as an ordinary space
 # Serialised protobuf messages merge when they are concatenated; this one sets normalizer_spec (field 3)
 # .add_dummy_prefix (field 3) to false in whatever model it is appended to.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
-SENTENCE_CHARS = 3000
-UNTRAINABLE = "[\0\t\u2585]"  # sentencepiece drops training sentences with these; their bytes stand for them
 
 
 class Tokenizer(Protocol):
@@ -33,6 +30,8 @@ class Tokenizer(Protocol):
     """`sentencepiece` or `huggingface`."""
     joinable: bool
     """Whether a document may be encoded in pieces that are cut at line ends."""
+    unknown_id: int | None
+    """Id that stands for what there is no token for; None: there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without special tokens; special tokens' names in the text are ordinary text."""
@@ -44,6 +43,14 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens give no text."""
+        ...
+
+    def unknown(self, text: str) -> list[str]:
+        """The stretches of `text` that are encoded as unknown."""
+        ...
+
+    def normalized(self, text: str) -> str:
+        """What the tokenizer's own normaliser makes of `text`."""
         ...
 
     def save(self, folder: Path) -> str:
@@ -70,7 +77,7 @@ class SentencePieceTokenizer:
         self._proto, self.joinable = proto, True
         self.sha256 = hashlib.sha256(proto).hexdigest()
         self.vocab_size = self._decoder.get_piece_size()
-        self.eod_id = self._decoder.eos_id()
+        self.eod_id, self.unknown_id = self._decoder.eos_id(), self._decoder.unk_id()
         if self.eod_id < 0:
             raise UserError(f"{name} has no </s> piece to end documents with; train it with eos_id >= 0")
         dummy = self._decoder.encode("a") != self._encoder.encode("a")
@@ -101,6 +108,15 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._decoder.decode([int(i) for i in ids])
 
+    def unknown(self, text: str) -> list[str]:
+        pieces = self._encoder.encode([text], out_type=str, num_threads=1)[
+            0
+        ]  # an unknown one is the text itself
+        return [piece for piece in pieces if self._encoder.piece_to_id(piece) == self.unknown_id]
+
+    def normalized(self, text: str) -> str:
+        return self.decode(self.encode(text))  # what is not unknown comes back as it was normalised
+
     def save(self, folder: Path) -> str:
         (folder / "tokenizer.model").write_bytes(self._proto)
         return "tokenizer.model"
@@ -119,7 +135,7 @@ class HuggingFaceTokenizer:
             raise UserError(
                 f"{path} is a Hugging Face tokenizer: install it with `pip install tokenizers`"
             ) from error
-        content = path.read_bytes()
+        self._name, content = str(path), path.read_bytes()
         try:
             self._tokenizer = FastTokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the library raises bare Exceptions
@@ -159,14 +175,35 @@ class HuggingFaceTokenizer:
             f"{path} names no end-of-text token; put a tokenizer_config.json with `eos_token` beside it"
         )
 
+    @cached_property
+    def unknown_id(self) -> int | None:
+        model = json.loads(self._tokenizer.to_str())["model"]
+        return model.get("unk_id", self._tokenizer.token_to_id(model.get("unk_token") or ""))
+
     def encode(self, text: str) -> list[int]:
         return self.encode_pieces([text], [True])[0]
 
     def encode_pieces(self, texts: Sequence[str], starts: Sequence[bool]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def _encodings(self, texts: Sequence[str]) -> list:
+        try:
+            return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:
+            raise UserError(
+                f"{self._name} cannot encode all text ({first_line(error)}); give one with all bytes among its tokens"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eod_id], skip_special_tokens=False)
+
+    def unknown(self, text: str) -> list[str]:
+        (encoding,) = self._encodings([text])
+        return [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets) if i == self.unknown_id]
+
+    def normalized(self, text: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
 
     def save(self, folder: Path) -> str:
         (folder / "tokenizer").mkdir(exist_ok=True)
@@ -209,76 +246,3 @@ def _of_both(folder: Path) -> Tokenizer:
     model = SentencePieceTokenizer(proto, str(folder / "tokenizer.model"))
     # another eos_token in the folder's tokenizer_config.json would end documents with another token
     return model if model.eod_id == shown.eod_id else shown
-
-
-def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Cut texts into training sentences of whole lines, at most SENTENCE_CHARS characters each."""
-    for text in texts:
-        for part in re.split(UNTRAINABLE, text):
-            start = 0
-            while start < len(part):
-                end = start + SENTENCE_CHARS
-                if end < len(part):
-                    end = part.rfind("\n", start, end) + 1 or end
-                yield part[start:end]
-                start = end
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Train a byte-pair-encoding sentencepiece model that every text survives unchanged.
-
-    Bytes stand in for rare characters (byte fallback), nothing is normalised, all white space is kept;
-    merges may span line ends and runs of spaces, so that indentation is cheap. The result depends on the
-    texts and `vocab_size` alone. Raises UserError when the texts are too few for `vocab_size`.
-    """
-    import sentencepiece as spm
-
-    model = io.BytesIO()
-    raised: list[Exception] = []
-
-    def noted() -> Iterator[str]:
-        """The sentences; sentencepiece would turn what reading them raises into an error of its own."""
-        try:
-            yield from sentences(texts)
-        except Exception as error:
-            raised.append(error)
-            raise
-
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=noted(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=0.9999,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * SENTENCE_CHARS,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=4,  # a constant, because the model records it
-            minloglevel=2,
-        )
-    except Exception as error:
-        if raised:
-            raise raised[0] from None
-        if not isinstance(error, RuntimeError):
-            raise
-        raise UserError(vocabulary_error(str(error), vocab_size)) from error
-    return SentencePieceTokenizer(model.getvalue(), "the new tokenizer")
-
-
-def vocabulary_error(message: str, vocab_size: int) -> str:
-    """One sentence for what sentencepiece's trainer said about `vocab_size`."""
-    if most := re.search(r"too high \(\d+\).*<= (\d+)", message):
-        return f"--vocab-size {vocab_size} is too large for this text; give at most {most[1]} or more text"
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"--vocab-size {vocab_size} is too small for this text's characters; give at least {least[1]}"
-    if "sentences_.empty()" in message:
-        return "the input has no text to train a tokenizer on; give more text or a --tokenizer"
-    return f"no tokenizer could be trained (--vocab-size {vocab_size}); sentencepiece says: {message}"

@@ -1,13 +1,11 @@
-"""Finding the input files and cutting them into units of work, the same ones for any number of workers."""
+"""Cutting the input files into units of work, the same ones for any number of workers."""
 
-import fnmatch
 import hashlib
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from stepline.trainer.data.discover import InputFile
+from stepline.trainer.data.parquet import group_sizes
 from stepline.trainer.data.sources import (
     HEAD_BYTES,
     ReadOptions,
@@ -18,106 +16,11 @@ from stepline.trainer.data.sources import (
     read_pieces,
     split_of,
 )
-from stepline.trainer.errors import UserError
 
 FEW_TEXT_FILES = 50  # below this, whole-file splits would be empty or huge
 SAMPLE_BYTES = 100_000_000  # of text for training a tokenizer
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 1 << 18, 8 << 20  # of input; more units than workers, and few enough
 LARGE_WHOLE, BYTES_OF_WHOLE = 100_000_000, 120  # a text that is encoded as one, and what a byte of it takes
-BINARY_SUFFIXES = (
-    ".7z .a .avi .bin .bmp .bz2 .class .dll .dylib .exe .gif .ico .idx .jar .jpeg .jpg .lz4 .mo .model .mp3 "
-    ".mp4 .npy .npz .o .ogg .pdf .pickle .pkl .png .pt .pth .pyc .pyd .pyo .rar .safetensors .so .sqlite "
-    ".tar .tgz .tif .tiff .ttf .wav .webp .whl .woff .woff2 .xz .zip"
-)
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """An input file and its format (`text`, `jsonl` or `parquet`)."""
-
-    path: str
-    format: str
-    size: int
-    mtime_ns: int
-
-
-def format_of(path: Path) -> str | None:
-    """`text`, `jsonl`, `parquet`, or None for a suffix known to be binary."""
-    suffixes = [s.lower() for s in path.suffixes]
-    if compression_of(path):
-        suffixes = suffixes[:-1]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in BINARY_SUFFIXES.split():
-        return None
-    if suffix in (".jsonl", ".ndjson"):
-        return "jsonl"
-    return "parquet" if suffix == ".parquet" else "text"
-
-
-def _walk(folder: Path, outside: Sequence[Path], entered: set[Path]) -> Iterator[Path]:
-    """All files below, then those behind links to folders: each folder once, by its own name where it has one."""
-    links, top = [], folder.resolve()
-    entered.add(top)
-    for root, folders, names in os.walk(folder):
-        here, real = Path(root), []
-        for name in sorted(folders):
-            path = here / name
-            if name.startswith(".") or name == "__pycache__" or path.resolve() in (*outside, *entered):
-                continue
-            if path.is_symlink():
-                links.append(path)
-            else:
-                entered.add(path.resolve())
-                real.append(name)
-        folders[:] = real
-        yield from (here / name for name in sorted(names) if not name.startswith("."))
-    for link in links:
-        # one that leads back up would take in what nobody gave
-        if link.resolve() not in entered and not top.is_relative_to(link.resolve()):
-            yield from _walk(link, outside, entered)
-
-
-def discover(
-    inputs: Sequence[Path], exclude: Sequence[str], outside: Sequence[Path] = ()
-) -> tuple[list[InputFile], Counter]:
-    """All input files, in the order given (folders sorted), and how many were left out and why.
-
-    In folders, hidden files, known binary suffixes and files with a NUL byte in their first 64 KiB are left
-    out; a file that is named must be readable. `outside` are folders never entered (the output).
-    """
-    files: dict[str, InputFile] = {}
-    skipped: Counter = Counter()
-    entered: set[Path] = set()
-
-    def add(path: Path, named: bool) -> None:
-        names = {path.as_posix(), path.resolve().as_posix()}
-        if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in exclude):
-            skipped["excluded"] += 1
-            return
-        kind = format_of(path)
-        if named and kind is None:
-            raise UserError(f"{path} is a binary file; give text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
-        stat = path.stat() if path.exists() else None
-        if stat is None or not path.is_file():  # a broken link, a socket
-            skipped["not a file"] += 1
-            return
-        if not named and kind == "text" and compression_of(path) is None:
-            with open(path, "rb") as file:
-                kind = None if b"\0" in file.read(HEAD_BYTES) else kind
-        if kind is None:
-            skipped["binary"] += 1
-            return
-        files.setdefault(str(path.resolve()), InputFile(str(path), kind, stat.st_size, stat.st_mtime_ns))
-
-    for path in map(Path, inputs):
-        if path.is_dir():
-            for file in _walk(path, outside, entered):
-                add(file, named=False)
-        elif path.is_file():
-            add(path, named=True)
-        else:
-            raise UserError(f"{path} does not exist; give files or folders of text")
-    return list(files.values()), skipped
 
 
 def _find_cut(path: str, position: int) -> int:
@@ -179,29 +82,6 @@ def _text_spans(file: InputFile, tail: bool, unit_bytes: int, options: ReadOptio
         start = max(start, end)
 
 
-def _parquet_sizes(path: str, text_key: str) -> list[int]:
-    """Bytes of each row group's text column; UserError when there is no such column."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path} needs pyarrow: `pip install 'stepline[data]'`") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a sound Parquet file ({error}); download it again") from error
-    if text_key not in schema.names:
-        raise UserError(
-            f"{path} has no column '{text_key}' (it has {', '.join(schema.names)}); name the right one"
-        )
-    kind = schema.field(text_key).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{path}: the column '{text_key}' holds {kind}, not text; name the right one")
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    return [max(1, group.total_byte_size) for group in groups]
-
-
 @dataclass(frozen=True)
 class Plan:
     """The units of work, in the order of the output."""
@@ -238,7 +118,7 @@ def plan_units(files: Sequence[InputFile], options: ReadOptions) -> Plan:
         if file.size == 0:
             continue
         if file.format == "parquet":
-            sizes = _parquet_sizes(file.path, options.text_key)
+            sizes = group_sizes(file.path, options.text_key)
             parts = [(Span(file.path, "parquet", i), size) for i, size in enumerate(sizes)]
         elif file.format == "jsonl" and compression_of(file.path) is None:
             starts = range(0, file.size, unit_bytes)

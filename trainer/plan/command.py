@@ -30,6 +30,7 @@ from stepline.trainer.plan.resolve import (
     config_law,
     settle_machine,
 )
+from stepline.trainer.plan.schedule_text import check_warmup
 from stepline.trainer.plan.screen import screen
 from stepline.trainer.plan.sync_choice import Choice, Link, asked_layout
 
@@ -81,6 +82,7 @@ def run_plan(ask: Request, as_json: bool) -> None:
     machine = asked_hardware(ask.device, ask.peak_flops, ask.mfu, inputs.world_size)
     plan = make_plan(inputs, law)
     if config is not None:
+        notes += check_warmup(inputs.warmup_steps or 0, plan.steps)
         notes += check_dense_end(config.sparse.dense_fraction, plan.steps)
         plan = replace(plan, warnings=(*plan.warnings, *notes))
     cost = None

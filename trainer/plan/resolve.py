@@ -13,7 +13,7 @@ from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
 from stepline.trainer.plan.planner import Inputs, Plan, law_values, make_plan
 from stepline.trainer.plan.product_checks import check_products
-from stepline.trainer.plan.schedule_text import MOST_WARMUP, auto_warmup
+from stepline.trainer.plan.schedule_text import MOST_WARMUP, auto_warmup, check_warmup
 from stepline.trainer.plan.zero import Settle, check_zero, settle_zero
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
@@ -135,11 +135,7 @@ def resolve(
     settle("schedule", "warmup_steps", warmup, how)
     settle("checkpoint", "every", max(1, steps // 10), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
-    if config.schedule.warmup_steps >= steps > 1:
-        crowded.append(
-            f"schedule.warmup_steps {config.schedule.warmup_steps} is not below the run's {steps} steps: the learning "
-            "rate never reaches its peak"
-        )
+    crowded += check_warmup(config.schedule.warmup_steps, steps)
     crowded += check_dense_end(config.sparse.dense_fraction, steps)
     # Who sets all three by hand, and who resumes, has no use for what the laws say.
     return plan, crowded + (list(plan.warnings) if planned else [])

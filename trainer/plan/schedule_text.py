@@ -1,4 +1,4 @@
-"""The schedule of a plan in words, with its own numbers. Imports nothing heavy."""
+"""The warm-up of a plan, and its schedule in words, with its own numbers. Imports nothing heavy."""
 
 from stepline.trainer.plan.planner import Plan
 
@@ -9,6 +9,15 @@ WARMUP_SHARE, MOST_WARMUP = 10, 2000
 def auto_warmup(steps: int) -> int:
     """Warm-up steps of a run of so many, where the config leaves them open."""
     return min(MOST_WARMUP, max(1, steps // WARMUP_SHARE))
+
+
+def check_warmup(warmup: int, steps: int) -> list[str]:
+    """A warning where the warm-up takes the whole run."""
+    if warmup < steps or steps == 1:
+        return []
+    return [
+        f"schedule.warmup_steps {warmup} is not below the run's {steps} steps: the learning rate never reaches its peak"
+    ]
 
 
 def percent(share: float) -> str:

@@ -35,8 +35,8 @@ from stepline.trainer.run.manifest import (
     read_manifest,
     remove,
     retire,
-    superseded_checkpoints,
     step_of,
+    superseded_checkpoints,
 )
 
 log = logging.getLogger("stepline")

@@ -22,10 +22,10 @@ from stepline.comm.mesh import World, build_mesh
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
 from stepline.trainer.data.dataset import check_held_out, load_meta, source_names
+from stepline.trainer.data.discover import discover
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.tokenizer import load_tokenizer
-from stepline.trainer.data.units import discover
 from stepline.trainer.errors import USER_ERROR, UserError
 from stepline.trainer.run.evaluate import Score, evaluate
 from stepline.trainer.run.infer import load_run, tokenizer_path

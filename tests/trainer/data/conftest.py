@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepline.trainer.data.tokenizer import SentencePieceTokenizer, train_tokenizer
+from stepline.trainer.data.tokenizer import SentencePieceTokenizer
+from stepline.trainer.data.tokenizer_training import train_tokenizer
 
 WORDS = "the a def return import self for in if not value = ( ) : , loss batch token window été 数据 🙂"
 

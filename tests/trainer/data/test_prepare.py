@@ -263,3 +263,12 @@ def test_a_part_that_a_crash_cut_off_is_refused(tmp_path, tokenizer_file, monkey
     with pytest.raises(UserError, match=r"train\.bin is cut off .* remove .*out\.partial and start again"):
         run([source], tmp_path / "out", tokenizer_file)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_link_to_nothing(tmp_path, tokenizer_file) -> None:
+    source, out = write_jsonl(tmp_path / "x.jsonl", random_texts(9)), tmp_path / "out"
+    out.symlink_to("gone")
+    with pytest.raises(UserError) as caught:
+        run([source], out, tokenizer_file)
+    assert str(caught.value) == f"{out} is a link to gone, which does not exist; remove the link"
+    assert not (tmp_path / "out.partial").exists()

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepline.trainer.data import sources
+from stepline.trainer.data.discover import InputFile, discover
 from stepline.trainer.data.sources import ReadOptions, Span, chunks, read_pieces, split_of, text_blocks
-from stepline.trainer.data.units import InputFile, discover, format_of, large_whole, plan_units, sample_texts
-from stepline.trainer.errors import UserError
+from stepline.trainer.data.units import large_whole, plan_units, sample_texts
 
 zstandard = pytest.importorskip("zstandard")
 OPTIONS = ReadOptions()
@@ -144,65 +144,6 @@ def test_split_is_by_content_and_of_the_asked_share() -> None:
     assert split_of(head + b"1", options) == split_of(head + b"2", options)
 
 
-def test_parquet_row_groups(tmp_path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-
-    texts = [f"text {i} é" for i in range(100)] + [None, ""]
-    table = pyarrow.table({"id": range(102), "body": texts})
-    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=17)
-    options = ReadOptions(text_key="body")
-    assert [text for _, text in documents(planned([tmp_path], options), options)] == texts[:100]
-    with pytest.raises(UserError, match=r"x\.parquet has no column 'text' \(it has id, body\)"):
-        planned([tmp_path])
-    with pytest.raises(UserError, match="holds int64, not text"):
-        planned([tmp_path], ReadOptions(text_key="id"))
-    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a sound Parquet file"):
-        planned([tmp_path], options)
-
-
-def test_folders_leave_out_binary_hidden_and_excluded_files(tmp_path) -> None:
-    for name, data in {
-        "a.txt": b"a",
-        "b.py": b"b",
-        "sub/c.md": b"c",
-        "sub/test/d.txt": b"d",
-        "e.png": b"e",
-        "f.txt": b"\0f",
-        ".git/g.txt": b"g",
-        ".h": b"h",
-        "__pycache__/i.txt": b"i",
-        "out/j.txt": b"j",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "k.txt").symlink_to(tmp_path / "missing")
-    files, skipped = discover([tmp_path, tmp_path / "a.txt"], ["*/test/*"], [(tmp_path / "out").resolve()])
-    assert [Path(file.path).name for file in files] == ["a.txt", "b.py", "c.md"]
-    assert dict(skipped) == {"binary": 2, "excluded": 1, "not a file": 1}
-    with pytest.raises(UserError, match=r"e\.png is a binary file"):
-        discover([tmp_path / "e.png"], [])
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.TXT", "text"),
-        ("a.jsonl", "jsonl"),
-        ("a.jsonl.gz", "jsonl"),
-        ("a.jsonl.zst", "jsonl"),
-        ("a.parquet", "parquet"),
-        ("a.txt.gz", "text"),
-        ("README", "text"),
-        ("a.so", None),
-        ("a.tar.gz", None),
-    ],
-)
-def test_format_by_suffix(name: str, expected: str | None) -> None:
-    assert format_of(Path(name)) == expected
-
-
 def test_tokenizer_sample_holds_training_text_only_and_is_bounded(tmp_path) -> None:
     lines = [f"{'held' if i >= 900 else 'kept'} {i} " + "x" * 5000 for i in range(1000)]
     (tmp_path / "input.txt").write_text("\n".join(lines) + "\n")
@@ -258,28 +199,6 @@ def test_tails_of_short_files_are_cut_between_characters(
     options = ReadOptions(val_share=val_share, tune_share=tune_share)
     found = documents(planned([folder], options), options)
     assert "".join(text for _, text in found) == "".join(texts)
-
-
-def test_links_to_folders_are_followed_once(tmp_path) -> None:
-    (tmp_path / "in" / "real").mkdir(parents=True)
-    (tmp_path / "other" / "deep").mkdir(parents=True)
-    (tmp_path / "in" / "real" / "a.txt").write_text("a")
-    (tmp_path / "other" / "deep" / "b.txt").write_text("b")
-    (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
-    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "real")
-    (tmp_path / "other" / "back").symlink_to(tmp_path / "in")
-    (tmp_path / "in" / "output").symlink_to(tmp_path / "out")
-    (tmp_path / "in" / "up").symlink_to(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "c.txt").write_text("c")
-    files, skipped = discover([tmp_path / "in"], [], (tmp_path / "out",))
-    paths = [Path(file.path).relative_to(tmp_path / "in").as_posix() for file in files]
-    assert paths == ["real/a.txt", "link/deep/b.txt"]
-    assert not skipped
-    for pattern, left in (("*/real/*", ["link/deep/b.txt"]), ("*/other/*", ["real/a.txt"])):
-        files, skipped = discover([tmp_path / "in"], [pattern], (tmp_path / "out",))
-        assert [Path(file.path).relative_to(tmp_path / "in").as_posix() for file in files] == left
-        assert skipped["excluded"] == 1
 
 
 def test_a_large_text_for_a_tokenizer_that_takes_documents_whole() -> None:

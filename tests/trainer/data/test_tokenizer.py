@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from stepline.trainer.data.dataset import TokenSplit
 from stepline.trainer.data.prepare import prepare
-from stepline.trainer.data.tokenizer import SentencePieceTokenizer, load_tokenizer, sentences, train_tokenizer
+from stepline.trainer.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from stepline.trainer.data.tokenizer_training import sentences, train_tokenizer
 from stepline.trainer.errors import UserError
 
 AWKWARD = [

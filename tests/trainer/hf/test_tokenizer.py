@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stepline.trainer.data.tokenizer import load_tokenizer, train_tokenizer
+from stepline.trainer.data.tokenizer import load_tokenizer
+from stepline.trainer.data.tokenizer_training import train_tokenizer
 from stepline.trainer.hf.tokenizer import SAMPLES, write_tokenizer
 
 HERE = Path(__file__).resolve().parent

@@ -35,7 +35,11 @@ def test_json_of_two_numbers():
     values = json.loads(out.stdout)
     assert values["lr"] == pytest.approx(0.001468, rel=1e-3)
     assert (values["batch_tokens"], values["steps"], values["grad_accumulation"]) == (1_048_576, 95_368, 1)
-    assert values["ideal"].keys() == {"lr", "weight_decay", "batch_tokens"}
+    assert values["weight_decay"] == pytest.approx(0.0710, abs=5e-5)
+    assert values["tau"] == pytest.approx(0.1007, abs=5e-5)
+    assert values["batch_critical_tokens"] == pytest.approx(1.165e7, abs=5e3)
+    ideal = {"lr": 0.001525, "weight_decay": 0.0722, "batch_tokens": 1_108_000}
+    assert values["ideal"] == pytest.approx(ideal, rel=1e-3)
     assert values["interval95"]["lr"] == pytest.approx([1.42e-3, 1.70e-3], rel=0.01)
     assert {"power_lines_batch_tokens", "deepseek_lr", "porian_batch_tokens"} <= values[
         "second_opinion"

@@ -60,6 +60,26 @@ def test_what_train_refuses(arguments, sentence):
     assert str(of_plan.value).startswith(sentence)
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(20, 1), (10**6, 1), (19, 0), ("auto", 0)])
+def test_a_warm_up_that_takes_the_whole_run(warmup, warned, capsys):
+    arguments = [
+        "dense-125m",
+        "budget.tokens=5242880",
+        "budget.batch_tokens=262144",
+        f"schedule.warmup_steps={warmup}",
+    ]
+    plan(*arguments)
+    sentence = (
+        f"schedule.warmup_steps {warmup} is not below the run's 20 steps: the learning rate never reaches "
+    )
+    sentence += "its peak"
+    config, origins = load_config(arguments[0], arguments[1:])
+    of_train = resolve(config, origins, Machine(8, "cuda", True, ROOM), 10**8)[1]
+    assert (
+        json.loads(capsys.readouterr().out)["warnings"].count(sentence) == of_train.count(sentence) == warned
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "key"),
     [

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from stepline.trainer.config_io import dump, flatten, read_run_config, read_yaml
+from stepline.trainer.config_io import dump, flatten, read_run_config
+from stepline.trainer.config_yaml import read_yaml
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.outcome import read_outcome
 from stepline.trainer.watch.metrics import iter_metrics
