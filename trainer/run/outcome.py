@@ -8,6 +8,7 @@ from typing import Any
 
 from stepline.trainer.errors import STATUS, TO_BE_CONTINUED
 from stepline.trainer.files import write_whole
+from stepline.trainer.watch.metrics import finite_row
 
 log = logging.getLogger("stepline")
 
@@ -24,7 +25,7 @@ def write_outcome(folder: Path, attempt: int, exit_code: int, **more: Any) -> No
     """Says in outcome.json how an attempt ended; where ranks fail one after the other, the first one's word stays."""
     if read_outcome(folder).get("attempt") == attempt:
         return
-    outcome = {"status": STATUS[exit_code], "exit_code": exit_code, "attempt": attempt, **more}
+    outcome = finite_row({"status": STATUS[exit_code], "exit_code": exit_code, "attempt": attempt, **more})
     try:
         write_whole(folder / "outcome.json", json.dumps(outcome | {"launcher": _launcher()}, indent=2) + "\n")
     except OSError as error:
