@@ -32,6 +32,8 @@ from stepline.trainer.watch.watch import Watch
 
 log = logging.getLogger("stepline")
 
+WRITING = "writing a checkpoint"
+
 
 class Interval:
     """Time between ephemeral checkpoints, by a clock that never jumps."""
@@ -137,7 +139,7 @@ class Attempt:
         if self.saved_step == state.step:
             return
         self.watch.beat(state.step, "saving")
-        with self.speed.paused(), self.dog.paused():
+        with self.speed.paused(), self.dog.longer(self.saver.limit_s, WRITING):
             kind = PERMANENT if permanent else EPHEMERAL
             self.saver.save(state.step, state.tensors(), state.counters(), kind)
         self.saved_step = state.step
@@ -150,18 +152,21 @@ class Attempt:
         Raises TrainingStopped when that fails too.
         """
         self.watch.beat(self.state.step, "saving")
-        with self.dog.paused():
-            if self.saver.finish():
-                return
-            self.saved_step = -1
-            self.save(permanent=self.state.step == self.job.config.total_steps())
-            if self.saver.finish():
-                return
+        if self._written():
+            return
+        self.saved_step = -1
+        self.save(permanent=self.state.step == self.job.config.total_steps())
+        if self._written():
+            return
         last = complete_checkpoints(self.job.folder)
         raise TrainingStopped(
             f"the checkpoint of step {self.state.step} could not be saved; mend the disk under {self.job.folder} and "
             f"start the same command again, which goes on from {last[-1].name if last else 'the beginning'}"
         )
+
+    def _written(self) -> bool:
+        with self.dog.longer(self.saver.limit_s, WRITING):
+            return self.saver.finish()
 
     def to_be_continued(self, number: int) -> ToBeContinued:
         """What all ranks say when they leave by a signal, and whose ranks have received one."""
