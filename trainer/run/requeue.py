@@ -5,6 +5,8 @@ requeued only where that brings the run further: never twice for one attempt, ne
 """
 
 import argparse
+import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -75,7 +77,10 @@ def outcome_of(run: Path, attempt: str) -> dict:
 
 def mistake_in(log: Path) -> str:
     """The sentence with which a rank has refused to start, or an empty text."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
     found = re.search(r"^(?:\d+: )?error: (.+)$", text, re.MULTILINE)  # srun --label puts the task before it
     return found[1] if found else ""
 
@@ -121,8 +126,11 @@ def requeue(job: str, pauses: Sequence[float] = PAUSES_S) -> str:
 
 
 def say(text: str) -> None:
-    """A line of the job's log."""
-    print(f"{time.strftime('%F %T')} {' '.join(text.split())}", flush=True)
+    """A line of the job's log; on a full disk it is lost, and nothing else."""
+    with contextlib.suppress(
+        OSError
+    ):  # past Python's buffer, which at the exit would be tried again, and fail
+        os.write(1, f"{time.strftime('%F %T')} {' '.join(text.split())}\n".encode())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -142,10 +150,13 @@ def main(arguments: Sequence[str]) -> int:
     job = ask.attempt.rpartition("-")[0]
     outcome = outcome_of(ask.run, ask.attempt) or {"message": mistake_in(ask.log)}
     verdict = decide(code, outcome, bool(saved(ask.run) - before), code != 0 and is_preempted(job))
-    say(verdict.why)
     if verdict.requeue:
-        problem = requeue(job)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which SLURM ends a job that is requeued
+        problem = requeue(job)  # first: the log may be on a disk that hangs
+        say(verdict.why)
         say(f"job {job} is not requeued: {problem}" if problem else f"job {job} is requeued")
+    else:
+        say(verdict.why)
     return verdict.exit_code
 
 
