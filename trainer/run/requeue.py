@@ -70,9 +70,11 @@ def saved(run: Path) -> set[tuple[str, int]]:
 
 
 def outcome_of(run: Path, attempt: str) -> dict:
-    """The content of outcome.json where this attempt wrote it; torchrun's ranks know the attempt by its id."""
+    """The content of outcome.json where this attempt wrote it, and not a start that was refused; torchrun's ranks know
+    the attempt by its id."""
     outcome = read_outcome(run)
-    return outcome if (outcome.get("launcher") or {}).get("run_id") == attempt else {}
+    mine = (outcome.get("launcher") or {}).get("run_id") == attempt and outcome.get("attempt") is not None
+    return outcome if mine else {}
 
 
 def mistake_in(log: Path) -> str:

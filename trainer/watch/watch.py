@@ -8,7 +8,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump
 from stepline.trainer.errors import FAILED, STATUS
 from stepline.trainer.watch.alerts import Alerts
-from stepline.trainer.watch.heartbeat import Heartbeat
+from stepline.trainer.watch.heartbeat import starting
 from stepline.trainer.watch.loggers import Loggers, ProgressLogger
 from stepline.trainer.watch.metrics import MetricsFile
 from stepline.trainer.watch.wandb_logger import WandbLogger
@@ -36,15 +36,7 @@ class Watch:
         if not enabled:
             return
         self.batch_tokens, self.step = config.budget.batch_tokens, start_step
-        self.heartbeat = Heartbeat(
-            folder / "heartbeat.json",
-            steps=config.total_steps(),
-            start_step=start_step,
-            limit_s=config.parallel.timeout_s,
-            attempt=attempt,
-            world_size=world_size,
-        )
-        self.beat(start_step, "starting")
+        self.heartbeat = starting(folder, config, start_step, attempt, world_size)
         self.file = MetricsFile(folder / "metrics.jsonl")
         self.last = self.file.truncate_after(start_step)
         self.wandb = WandbLogger(
