@@ -57,10 +57,7 @@ class Watch:
         waited_from = self.file.waits_from
         self.file.write(row)
         self.loggers.log(row)
-        if waited_from is None and self.file.waits_from is not None:
-            self.wandb.disk_is_full()
-        if waited_from is not None and self.file.waits_from is None:
-            self.wandb.begin_again(waited_from)
+        self._tell_wandb(waited_from)
         self.last |= row
         self.heartbeat.fields |= {k: row[k] for k in ("loss", "tokens_per_second") if k in row}
         self.alerts.row(row)
@@ -73,14 +70,23 @@ class Watch:
         """
         if not self.enabled:
             return
-        if status == "saving" != self.heartbeat.fields["status"]:
+        if status == "saving":
+            waited_from = self.file.waits_from
             self.file.sync()
+            self._tell_wandb(waited_from)
         self.step = step
         median, count = self.heartbeat.times.median, self.heartbeat.times.count
         fields.setdefault("tokens", step * self.batch_tokens)
         took = self.heartbeat.beat(step, status, **fields)
         if took is not None:
             self.alerts.step(step, took, median, count)
+
+    def _tell_wandb(self, waited_from: dict[str, Any] | None) -> None:
+        """What began or ended since the first row that waited was this one: wandb writes to the same disk."""
+        if waited_from is None and self.file.waits_from is not None:
+            self.wandb.disk_is_full()
+        if waited_from is not None and self.file.waits_from is None:
+            self.wandb.begin_again(waited_from)
 
     def alert(self, title: str, text: str, level: str = "warn") -> None:
         """Says something that cannot wait, in the log and as a wandb alert; level: info, warn or error.
