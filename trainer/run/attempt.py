@@ -73,10 +73,7 @@ class Attempt:
         config = job.config
         self.job, self.state, self.stop, self.verifier, self.group = job, state, stop, verifier, group
         self.first_step = state.step
-        self.watch = Watch(
-            job.folder, config, state.step, enabled=job.world.rank == 0, plan=plan, attempt=number,
-            world_size=job.world.size,
-        )  # fmt: skip
+        self.watch = self._watch(number, plan)
         self.saver = Checkpointer(job.folder, config.checkpoint.keep, job.device, self._save_failed)
         self.consensus = Consensus(group, size=3)
         self.due = Interval(config.checkpoint.ephemeral_minutes)
@@ -87,6 +84,26 @@ class Attempt:
             lambda why: write_outcome(job.folder, number, FAILED, message=f"rank {job.world.rank}: {why}"),
         )
         self.saved_step = state.step if job.resume_from is not None else -1
+
+    def _watch(self, number: int, plan: dict[str, Any]) -> Watch:
+        """Raises UserError on all ranks where rank 0 cannot read the rows of the run so far."""
+        job, watch, problem = self.job, None, [None]
+        try:
+            watch = Watch(
+                job.folder, job.config, self.state.step, enabled=job.world.rank == 0, plan=plan, attempt=number,
+                world_size=job.world.size,
+            )  # fmt: skip
+        except UserError as error:
+            problem = [str(error)]
+        except OSError as error:
+            what = error.filename or job.folder
+            problem = [
+                f"{what} cannot be read ({error.strerror}); mend that and start the same command again"
+            ]
+        dist.broadcast_object_list(problem, src=0, group=self.group)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+        return watch
 
     def wishes(self) -> list[int]:
         """What this rank wants of all: the fields of Agreed."""
