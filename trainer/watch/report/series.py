@@ -61,8 +61,8 @@ class Heat:
         self._width = 1
 
     def add(self, step: int, load: list[list[float]]) -> None:
-        """load: `[layers, experts]` of the row of `step`. A row of another shape than the first, or with a value that is
-        not finite, is left out."""
+        """load: `[layers, experts]` of the row of `step`. A row of another shape than the first is left out, as is one
+        with values that are not finite."""
         try:
             values = np.asarray(load, dtype=float)  # null becomes NaN
         except (ValueError, TypeError):
