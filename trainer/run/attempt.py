@@ -169,11 +169,11 @@ class Attempt:
         Raises TrainingStopped when that fails too.
         """
         self.watch.beat(self.state.step, "saving")
-        if self._written():
+        if self.written():
             return
         self.saved_step = -1
         self.save(permanent=self.state.step == self.job.config.total_steps())
-        if self._written():
+        if self.written():
             return
         last = complete_checkpoints(self.job.folder)
         raise TrainingStopped(
@@ -181,7 +181,8 @@ class Attempt:
             f"start the same command again, which goes on from {last[-1].name if last else 'the beginning'}"
         )
 
-    def _written(self) -> bool:
+    def written(self) -> bool:
+        """Waits for the checkpoint that is being written, on all ranks; whether the newest one is on disk."""
         with self.dog.longer(self.saver.limit_s, WRITING):
             return self.saver.finish()
 
@@ -204,7 +205,7 @@ class Attempt:
 
         What this attempt has trained may have read it: its checkpoints no longer count, unless the text is held out.
         """
-        self.saver.finish()
+        self.written()
         problem, trained_on = damage(self.verifier, self.group)
         if trained_on:
             problem += f"; what was trained since step {self.first_step} is given up"

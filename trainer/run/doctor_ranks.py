@@ -147,8 +147,9 @@ def talk(site: Site, mine: dict[str, Any]) -> Talk:
     if world.size > 1 and complete:
         mine["clock_skew_s"] = meeting.clock_skew()
         mine["sees_folder"] = sees_folder(meeting, site.folder)
-    machines = meeting.tell("machines", len({reading["host"] for reading in told.readings if reading}))
-    told.checks += measure(meeting, site, machines or 1) if complete else []
+    if complete:
+        machines = meeting.tell("machines", len({reading["host"] for reading in told.readings}))
+        told.checks += measure(meeting, site, machines or 1)
     told.readings = meeting.gather("end", mine | {"talk": [vars(check) for check in told.checks]})
     return told
 

@@ -125,7 +125,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         exit_code = USER_ERROR
         raise
     except TrainingStopped as error:
-        attempt.saver.finish()
+        with attempt.dog:
+            attempt.written()
         watch.alert("Training stopped", str(error), "error")
         raise
     finally:

@@ -32,11 +32,11 @@ class Watchdog:
         self.timeout_s, self.stacks, self.on_hang = timeout_s, stacks, on_hang
         self._last, self._where = time.monotonic(), "the start"
         self._longer: tuple[float, str] | None = None
-        self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
-        self.tick("the start")
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        self.tick(self._where)
+        self._ended = ended = threading.Event()  # it may be entered again
+        threading.Thread(target=self._watch, args=(ended,), daemon=True, name="watchdog").start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,9 +57,9 @@ class Watchdog:
             self.tick(self._where)
             self._longer = before
 
-    def _watch(self) -> None:
+    def _watch(self, ended: threading.Event) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)  # while files can be opened
-        while not self._ended.wait(min(1.0, self.timeout_s / 10)):
+        while not ended.wait(min(1.0, self.timeout_s / 10)):
             limit_s, what = self._longer or (self.timeout_s, "")
             if time.monotonic() - self._last < limit_s:
                 continue

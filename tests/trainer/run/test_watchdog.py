@@ -96,3 +96,9 @@ def test_the_time_for_a_checkpoint_grows_with_its_size(tmp_path):
     assert saver.limit_s == 3600
     saver._pending = checkpoint._Pending(tmp_path, {}, checkpoint.EPHEMERAL, needed=10**11)
     assert saver.limit_s == 3600 + 10_000
+
+
+def test_it_may_be_entered_again():
+    work = "pass\nwith dog.longer(0.3, 'writing a checkpoint'), dog: time.sleep(1000)"
+    code, out, _ = hang("", work)
+    assert (code, out.splitlines()[-1]) == (1, "writing a checkpoint after the start takes longer than 0.3 s")
