@@ -154,10 +154,8 @@ def train(
     stop = None if dry_run else StopSignal.install()  # before torch, which takes seconds to import
     from stepline.trainer.config_io import load_config
 
-    try:
-        load_config(
-            config, overrides or []
-        )  # so that a mistake in it is told at once, not after torch's import
+    try:  # so that a mistake in it is told at once, not after torch's import
+        load_config(config, overrides or [])
     except UserError as error:
         if not dry_run and speaks():
             from stepline.trainer.run.refusal import note_refusal
