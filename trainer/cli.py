@@ -154,7 +154,14 @@ def train(
     stop = None if dry_run else StopSignal.install()  # before torch, which takes seconds to import
     from stepline.trainer.config_io import load_config
 
-    load_config(config, overrides or [])  # so that a mistake in it is told at once, not after torch's import
+    try:  # so that a mistake in it is told at once, not after torch's import
+        load_config(config, overrides or [])
+    except UserError as error:
+        if not dry_run and speaks():
+            from stepline.trainer.run.refusal import note_refusal
+
+            note_refusal(config, overrides or [], error)
+        raise
     from stepline.trainer.run.launch import dry_run as show
     from stepline.trainer.run.launch import run_training
 

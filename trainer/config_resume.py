@@ -84,6 +84,11 @@ def _check_budget(old: Config, new: Config, step: int) -> None:
         raise UserError(f"{both}, with which {what} since step {first}, and {here}: give a larger budget")
 
 
+def same_course(old: Config, new: Config, steps: int) -> bool:
+    """Whether the first `steps` steps are the same by two configs of one run, whatever their budgets."""
+    return new.total_steps() == old.total_steps() or _first_difference(old, new, steps)[0] is None
+
+
 def _budget(config: Config) -> str:
     """As on the command line."""
     return next(f"{k}={v}" for k, v in flatten(dump(config)).items() if k in BUDGET and v is not None)

@@ -11,13 +11,18 @@ from stepline.trainer.errors import UserError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is whole or absent, also after a power cut."""
+    """Writes a file so that it is whole or absent, also after a power cut; what it raises leaves nothing behind."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -124,5 +124,7 @@ def _result_rows(path: Path, step: int) -> list[tuple[str, str]]:
     if not found:
         return [("validation", "none")]
     last = found[-1]
+    if last["val_loss"] is None:
+        return [("validation", f"not finite, at step {last['step']:,}")]
     bits = f", {last['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in last else ""
     return [("validation", f"loss {last['val_loss']:.4f} nats per token{bits}, at step {last['step']:,}")]

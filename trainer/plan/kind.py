@@ -33,9 +33,7 @@ def differences(law: str, model: str) -> list[str]:
     mine, its = _parts(model), _parts(law)
     if its:
         its.setdefault("trained", "all")
-    return [
-        f"{key}={value}, not {mine[key]}" for key, value in its.items() if mine.get(key, value) != value
-    ]
+    return [f"{key}={value}, not {mine[key]}" for key, value in its.items() if mine.get(key, value) != value]
 
 
 def _parts(kind: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ def check_ranks_alike(job: Job) -> None:
     data or checkpoints, or on unequal devices."""
     checkpoint = job.resume_from and job.resume_from.name
     mine = (job.fingerprints, checkpoint, _first_weights(job), compared(job.config), job.origins)
-    fingerprints, starts, weights, configs, origins = zip(*gathered(mine))
+    fingerprints, starts, weights, configs, origins, on_node = zip(*gathered((*mine, job.world.local_size)))
     if problems := [problem for *_, problem in weights if problem]:
         raise UserError(problems[0])
     if len(texts := _different(fingerprints)) > 1:
@@ -54,8 +54,11 @@ def check_ranks_alike(job: Job) -> None:
         return
     by_hand = {key for key in differ for rank in origins if rank.get(key, "").startswith(BY_HAND)}
     key = min(differ, key=lambda key: key not in by_hand)  # what follows from others comes last
-    of_devices = key in ("parallel.shard", "parallel.micro_batch") and key not in by_hand
-    why = "devices differ in memory and lead to" if of_devices else "configs have"
+    why = "configs have"
+    if key in ("parallel.shard", "parallel.micro_batch") and key not in by_hand:
+        why, counts = "devices differ in memory and lead to", sorted(set(on_node))
+        if len(counts) > 1:  # the ranks of a node share its memory and its links
+            why = f"nodes hold unequal numbers of ranks ({' and '.join(map(str, counts))}) and lead to"
     raise UserError(
         f"the ranks' {why} different values of {key} ({', '.join(values[key])}); set the same for all"
     )

@@ -32,6 +32,8 @@ from stepline.trainer.watch.watch import Watch
 
 log = logging.getLogger("stepline")
 
+WRITING = "writing a checkpoint"
+
 
 class Interval:
     """Time between ephemeral checkpoints, by a clock that never jumps."""
@@ -71,10 +73,7 @@ class Attempt:
         config = job.config
         self.job, self.state, self.stop, self.verifier, self.group = job, state, stop, verifier, group
         self.first_step = state.step
-        self.watch = Watch(
-            job.folder, config, state.step, enabled=job.world.rank == 0, plan=plan, attempt=number,
-            world_size=job.world.size,
-        )  # fmt: skip
+        self.watch = self._watch(number, plan)
         self.saver = Checkpointer(job.folder, config.checkpoint.keep, job.device, self._save_failed)
         self.consensus = Consensus(group, size=3)
         self.due = Interval(config.checkpoint.ephemeral_minutes)
@@ -85,6 +84,26 @@ class Attempt:
             lambda why: write_outcome(job.folder, number, FAILED, message=f"rank {job.world.rank}: {why}"),
         )
         self.saved_step = state.step if job.resume_from is not None else -1
+
+    def _watch(self, number: int, plan: dict[str, Any]) -> Watch:
+        """Raises UserError on all ranks where rank 0 cannot read the rows of the run so far."""
+        job, watch, problem = self.job, None, [None]
+        try:
+            watch = Watch(
+                job.folder, job.config, self.state.step, enabled=job.world.rank == 0, plan=plan, attempt=number,
+                world_size=job.world.size,
+            )  # fmt: skip
+        except UserError as error:
+            problem = [str(error)]
+        except OSError as error:
+            what = error.filename or job.folder
+            problem = [
+                f"{what} cannot be read ({error.strerror}); mend that and start the same command again"
+            ]
+        dist.broadcast_object_list(problem, src=0, group=self.group)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+        return watch
 
     def wishes(self) -> list[int]:
         """What this rank wants of all: the fields of Agreed."""
@@ -137,7 +156,7 @@ class Attempt:
         if self.saved_step == state.step:
             return
         self.watch.beat(state.step, "saving")
-        with self.speed.paused(), self.dog.paused():
+        with self.speed.paused(), self.dog.longer(self.saver.limit_s, WRITING):
             kind = PERMANENT if permanent else EPHEMERAL
             self.saver.save(state.step, state.tensors(), state.counters(), kind)
         self.saved_step = state.step
@@ -150,18 +169,22 @@ class Attempt:
         Raises TrainingStopped when that fails too.
         """
         self.watch.beat(self.state.step, "saving")
-        with self.dog.paused():
-            if self.saver.finish():
-                return
-            self.saved_step = -1
-            self.save(permanent=self.state.step == self.job.config.total_steps())
-            if self.saver.finish():
-                return
+        if self.written():
+            return
+        self.saved_step = -1
+        self.save(permanent=self.state.step == self.job.config.total_steps())
+        if self.written():
+            return
         last = complete_checkpoints(self.job.folder)
         raise TrainingStopped(
             f"the checkpoint of step {self.state.step} could not be saved; mend the disk under {self.job.folder} and "
             f"start the same command again, which goes on from {last[-1].name if last else 'the beginning'}"
         )
+
+    def written(self) -> bool:
+        """Waits for the checkpoint that is being written, on all ranks; whether the newest one is on disk."""
+        with self.dog.longer(self.saver.limit_s, WRITING):
+            return self.saver.finish()
 
     def to_be_continued(self, number: int) -> ToBeContinued:
         """What all ranks say when they leave by a signal, and whose ranks have received one."""
@@ -182,7 +205,7 @@ class Attempt:
 
         What this attempt has trained may have read it: its checkpoints no longer count, unless the text is held out.
         """
-        self.saver.finish()
+        self.written()
         problem, trained_on = damage(self.verifier, self.group)
         if trained_on:
             problem += f"; what was trained since step {self.first_step} is given up"

@@ -43,6 +43,8 @@ log = logging.getLogger("stepline")
 
 PERMANENT, EPHEMERAL = "permanent", "ephemeral"
 SPARE_BYTES = 16 * 2**20  # beside the tensors: metadata, and what other programs write meanwhile
+LEAST_LIMIT_S, SLOWEST = 3600.0, 10e6
+"""Seconds that any checkpoint may take, and bytes/s of all ranks: a disk below them stands still."""
 
 
 class SaveFailed(Exception):
@@ -186,6 +188,12 @@ class Checkpointer:
     def busy(self) -> bool:
         """Whether a checkpoint is being written by this rank."""
         return self._pending is not None and self._pending.thread.is_alive()
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds from now that the pending checkpoint may take. There is no sign of life to go by: bytes that were
+        handed to the system move no further while it brings them to the disk."""
+        return LEAST_LIMIT_S + (0 if self._pending is None else self._pending.needed / SLOWEST)
 
     def poll(self) -> None:
         """Takes note of a checkpoint that is written by now."""

@@ -147,7 +147,9 @@ def talk(site: Site, mine: dict[str, Any]) -> Talk:
     if world.size > 1 and complete:
         mine["clock_skew_s"] = meeting.clock_skew()
         mine["sees_folder"] = sees_folder(meeting, site.folder)
-    told.checks += measure(meeting, site) if complete else []
+    if complete:
+        machines = meeting.tell("machines", len({reading["host"] for reading in told.readings}))
+        told.checks += measure(meeting, site, machines or 1)
     told.readings = meeting.gather("end", mine | {"talk": [vars(check) for check in told.checks]})
     return told
 
@@ -183,8 +185,8 @@ def _finds(file: Path, word: str) -> bool:
             time.sleep(0.1)
 
 
-def measure(meeting: Meeting, site: Site) -> list[Check]:
-    """The backends that a training uses on this device, and what they carry."""
+def measure(meeting: Meeting, site: Site, machines: int) -> list[Check]:
+    """The backends that a training uses on this device, and what they carry; machines: that the ranks are on."""
     rates: dict[str, Rates] = {}
 
     def use(backend: str, device: torch.device, size: int) -> str | None:
@@ -207,9 +209,8 @@ def measure(meeting: Meeting, site: Site) -> list[Check]:
     backend = "nccl" if site.device.type == "cuda" else "gloo"
     checks.append(check_all_reduce(backend, rates.get(backend)))
     if checks[-1].status in ("ok", "warning"):
-        nodes = max(1, site.world.size // site.world.local_size)
         on_cpu = functools.partial(check_sync, cpu=site.device.type == "cpu")
-        checks.append(look("sync", on_cpu, rates[backend], nodes))
+        checks.append(look("sync", on_cpu, rates[backend], machines))
     return checks
 
 

@@ -34,10 +34,11 @@ from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, ma
 from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import diverged_before, forget_outcome, restarts, told_before, write_outcome
+from stepline.trainer.run.refusal import LOCK, note_refusal
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
+from stepline.trainer.watch import heartbeat
 
-LOCK = ".training.lock"
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
 ALONE_S = 5.0  # more than ranks of one node part while they start
 SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
@@ -82,6 +83,8 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
         except UserError as error:
             if says or _alone(stop):
                 print(f"error: {error}", file=sys.stderr)
+                held.close()
+                note_refusal(config, overrides, error)
             return USER_ERROR
         try:
             code = _run(job, stop, number, stacks)
@@ -181,6 +184,9 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
     outcome: dict = {}
     code = FAILED
     try:
+        if job.world.rank == 0:  # what the attempt before has left says that all is well
+            step = 0 if job.resume_from is None else step_of(job.resume_from)
+            heartbeat.starting(job.folder, job.config, step, number, job.world.size)
         check_ranks_alike(job)
         outcome |= train(job, stop, number, stacks)
         code = DONE
@@ -201,6 +207,8 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         outcome["launched_by"] = {stop.launcher: restarts()}
         if job.world.rank == 0 or code == FAILED:  # the rank that fails first knows why
             write_outcome(job.folder, number, code, **outcome)
+        if job.world.rank == 0:
+            heartbeat.end(job.folder, code)
     return code
 
 

@@ -28,6 +28,7 @@ from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepMeasures, all_max, train_step
 from stepline.trainer.run.watchdog import SPARE_S
+from stepline.trainer.watch.course import leave_course
 from stepline.trainer.watch.loggers import run_id
 
 log = logging.getLogger("stepline")
@@ -126,7 +127,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         exit_code = USER_ERROR
         raise
     except TrainingStopped as error:
-        attempt.saver.finish()
+        with attempt.dog:
+            attempt.written()
         watch.alert("Training stopped", str(error), "error")
         raise
     finally:
@@ -244,6 +246,8 @@ def _describe(job: Job, state: TrainState, number: int, group: dist.ProcessGroup
 def _write_description(job: Job, state: TrainState, number: int) -> dict[str, Any]:
     """config.yaml, environment.json and plan.json, whose content is returned; raises OSError."""
     path = job.folder / "plan.json"
+    if job.resume_from is not None:
+        leave_course(job.folder, job.config, state.step)
     state.run_id = run_id(job.folder)
     write_config(job.config, job.origins, job.folder / "config.yaml")
     write_environment(job, number)

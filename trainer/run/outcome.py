@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stepline.trainer.errors import STATUS, TO_BE_CONTINUED
+from stepline.trainer.errors import DONE, STATUS, TO_BE_CONTINUED, USER_ERROR
 from stepline.trainer.files import write_whole
+from stepline.trainer.watch.metrics import finite_row
 
 BEGUN = ".begun.json"
 """In a run's folder: the launch that trains there."""
@@ -25,9 +26,21 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 
 def write_outcome(folder: Path, attempt: int, exit_code: int, **more: Any) -> None:
     """Says in outcome.json how an attempt ended; where ranks fail one after the other, the first one's word stays."""
-    if read_outcome(folder).get("attempt") == attempt:
-        return
-    outcome = {"status": STATUS[exit_code], "exit_code": exit_code, "attempt": attempt, **more}
+    if read_outcome(folder).get("attempt") != attempt:
+        _write(folder, attempt, exit_code, more)
+
+
+def write_refusal(folder: Path, message: str) -> None:
+    """Says in outcome.json that a start was refused before it became an attempt. That the run is done stays, and what
+    the launch that starts it again has said of it."""
+    outcome, now = read_outcome(folder), _launcher()
+    again = now and now["restarts"] and (outcome.get("launcher") or {}).get("run_id") == now["run_id"]
+    if outcome.get("status") != STATUS[DONE] and not again:
+        _write(folder, None, USER_ERROR, {"message": message})
+
+
+def _write(folder: Path, attempt: int | None, exit_code: int, more: dict[str, Any]) -> None:
+    outcome = finite_row({"status": STATUS[exit_code], "exit_code": exit_code, "attempt": attempt, **more})
     try:
         write_whole(folder / "outcome.json", json.dumps(outcome | {"launcher": _launcher()}, indent=2) + "\n")
     except OSError as error:

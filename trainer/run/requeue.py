@@ -5,6 +5,8 @@ requeued only where that brings the run further: never twice for one attempt, ne
 """
 
 import argparse
+import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -68,14 +70,19 @@ def saved(run: Path) -> set[tuple[str, int]]:
 
 
 def outcome_of(run: Path, attempt: str) -> dict:
-    """The content of outcome.json where this attempt wrote it; torchrun's ranks know the attempt by its id."""
+    """The content of outcome.json where this attempt wrote it, and not a start that was refused; torchrun's ranks know
+    the attempt by its id."""
     outcome = read_outcome(run)
-    return outcome if (outcome.get("launcher") or {}).get("run_id") == attempt else {}
+    mine = (outcome.get("launcher") or {}).get("run_id") == attempt and outcome.get("attempt") is not None
+    return outcome if mine else {}
 
 
 def mistake_in(log: Path) -> str:
     """The sentence with which a rank has refused to start, or an empty text."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
     found = re.search(r"^(?:\d+: )?error: (.+)$", text, re.MULTILINE)  # srun --label puts the task before it
     return found[1] if found else ""
 
@@ -121,8 +128,11 @@ def requeue(job: str, pauses: Sequence[float] = PAUSES_S) -> str:
 
 
 def say(text: str) -> None:
-    """A line of the job's log."""
-    print(f"{time.strftime('%F %T')} {' '.join(text.split())}", flush=True)
+    """A line of the job's log; on a full disk it is lost, and nothing else."""
+    with contextlib.suppress(
+        OSError
+    ):  # past Python's buffer, which at the exit would be tried again, and fail
+        os.write(1, f"{time.strftime('%F %T')} {' '.join(text.split())}\n".encode())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -142,10 +152,13 @@ def main(arguments: Sequence[str]) -> int:
     job = ask.attempt.rpartition("-")[0]
     outcome = outcome_of(ask.run, ask.attempt) or {"message": mistake_in(ask.log)}
     verdict = decide(code, outcome, bool(saved(ask.run) - before), code != 0 and is_preempted(job))
-    say(verdict.why)
     if verdict.requeue:
-        problem = requeue(job)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which SLURM ends a job that is requeued
+        problem = requeue(job)  # first: the log may be on a disk that hangs
+        say(verdict.why)
         say(f"job {job} is not requeued: {problem}" if problem else f"job {job} is requeued")
+    else:
+        say(verdict.why)
     return verdict.exit_code
 
 

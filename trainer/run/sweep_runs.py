@@ -129,7 +129,7 @@ def read_result(folder: Path) -> Result:
         last = outcome.get("message") or last_line(folder / "output.log")
         raise RunFailed(last or "it left no outcome and no log")
     loss = outcome["val_loss"]
-    if not math.isfinite(loss):
+    if loss is None or not math.isfinite(loss):
         return Result(None, True, seconds, "the held-out loss is not finite")
     first = first_loss(folder / "metrics.jsonl")
     if first is not None and loss > first:

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stepline.trainer.errors import STATUS
+from stepline.trainer.config import Config
+from stepline.trainer.errors import DONE, STATUS
 from stepline.trainer.watch.metrics import finite_row
 
 log = logging.getLogger("stepline")
@@ -118,20 +119,9 @@ class Heartbeat:
         return round((now - self._start[1]) / done * left, 1)
 
     def _write(self, now: float) -> None:
-        wall = time.time()
-        record = {
-            "time": round(wall, 3),
-            "time_iso": datetime.fromtimestamp(wall, UTC).isoformat(timespec="seconds"),
-            "stale_after_s": self.stale_after_s(),
-        }
-        record |= self.fields | {"eta_s": self._eta_s(now)}
-        partial = self.path.with_name(self.path.name + ".partial")
         try:
-            partial.write_text(json.dumps(finite_row(record), default=str) + "\n", encoding="utf-8")
-            partial.replace(self.path)
+            _replace(self.path, self.stale_after_s(), self.fields | {"eta_s": self._eta_s(now)})
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             if not self._broken:
                 log.warning("%s cannot be written (%s); the run goes on", self.path, error.strerror or error)
             self._broken = True
@@ -139,3 +129,42 @@ class Heartbeat:
         if self._broken:
             log.info("%s is written again", self.path)
         self._broken = False
+
+
+def starting(folder: Path, config: Config, step: int, attempt: int, world_size: int) -> Heartbeat:
+    """The heartbeat of an attempt that begins at `step`, already written."""
+    beat = Heartbeat(
+        folder / "heartbeat.json", steps=config.total_steps(), start_step=step, limit_s=config.parallel.timeout_s,
+        attempt=attempt, world_size=world_size,
+    )  # fmt: skip
+    beat.beat(step, "starting", tokens=step * config.budget.batch_tokens)
+    return beat
+
+
+def end(folder: Path, exit_code: int) -> None:
+    """What the file says of a start that has ended before its Watch could say so; the rest stays, and a run that is
+    done stays done. Raises nothing."""
+    path, status = folder / "heartbeat.json", STATUS[exit_code]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.get("status") not in (status, STATUS[DONE]):
+            _replace(path, None, fields | {"status": status, "eta_s": None, "exit_code": exit_code})
+
+
+def _replace(path: Path, stale_after_s: float | None, fields: dict[str, Any]) -> None:
+    """Writes the file whole or not at all; raises OSError."""
+    wall = time.time()
+    record = {
+        "time": round(wall, 3),
+        "time_iso": datetime.fromtimestamp(wall, UTC).isoformat(timespec="seconds"),
+        "stale_after_s": stale_after_s,
+    }
+    record |= {key: value for key, value in fields.items() if key not in record}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(finite_row(record), default=str) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

@@ -143,8 +143,13 @@ def run_id(folder: Path) -> str:
     path = Path(folder) / "run_id"
     if path.exists() and (known := path.read_text().strip()):
         return known
+    return new_run_id(folder)
+
+
+def new_run_id(folder: Path) -> str:
+    """Another id, in `folder/run_id`: what comes now is another run of wandb."""
+    path, fresh = Path(folder) / "run_id", secrets.token_hex(4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = secrets.token_hex(4)
     path.write_text(fresh + "\n")
     return fresh
 

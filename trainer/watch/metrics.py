@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 20
 
 
 class MetricsFile:
-    """Appends rows to `path`. Rows that the disk does not take wait in memory and go with the next one.
+    """Appends rows to `path`. Rows that the disk does not take wait in memory and go with the next one, or `sync`.
 
     That they wait is said once, and once that it is over.
     """
@@ -66,7 +66,10 @@ class MetricsFile:
         return iter_metrics(self.path, first_step) if self.path.exists() else iter(())
 
     def sync(self) -> None:
-        """Returns when the rows are on the disk, so that they outlive the machine as a checkpoint does."""
+        """Tries what waits once more, and returns when the rows are on the disk: they outlive the machine as a
+        checkpoint does."""
+        if self._waiting:
+            self._write_waiting()
         with contextlib.suppress(OSError):
             fd = os.open(self.path, os.O_RDONLY)
             try:

@@ -8,7 +8,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import dump
 from stepline.trainer.errors import FAILED, STATUS
 from stepline.trainer.watch.alerts import Alerts
-from stepline.trainer.watch.heartbeat import Heartbeat
+from stepline.trainer.watch.heartbeat import starting
 from stepline.trainer.watch.loggers import Loggers, ProgressLogger
 from stepline.trainer.watch.metrics import MetricsFile
 from stepline.trainer.watch.wandb_logger import WandbLogger
@@ -36,15 +36,7 @@ class Watch:
         if not enabled:
             return
         self.batch_tokens, self.step = config.budget.batch_tokens, start_step
-        self.heartbeat = Heartbeat(
-            folder / "heartbeat.json",
-            steps=config.total_steps(),
-            start_step=start_step,
-            limit_s=config.parallel.timeout_s,
-            attempt=attempt,
-            world_size=world_size,
-        )
-        self.beat(start_step, "starting")
+        self.heartbeat = starting(folder, config, start_step, attempt, world_size)
         self.file = MetricsFile(folder / "metrics.jsonl")
         self.last = self.file.truncate_after(start_step)
         self.wandb = WandbLogger(
@@ -65,10 +57,7 @@ class Watch:
         waited_from = self.file.waits_from
         self.file.write(row)
         self.loggers.log(row)
-        if waited_from is None and self.file.waits_from is not None:
-            self.wandb.disk_is_full()
-        if waited_from is not None and self.file.waits_from is None:
-            self.wandb.begin_again(waited_from)
+        self._tell_wandb(waited_from)
         self.last |= row
         self.heartbeat.fields |= {k: row[k] for k in ("loss", "tokens_per_second") if k in row}
         self.alerts.row(row)
@@ -81,14 +70,23 @@ class Watch:
         """
         if not self.enabled:
             return
-        if status == "saving" != self.heartbeat.fields["status"]:
+        if status == "saving":
+            waited_from = self.file.waits_from
             self.file.sync()
+            self._tell_wandb(waited_from)
         self.step = step
         median, count = self.heartbeat.times.median, self.heartbeat.times.count
         fields.setdefault("tokens", step * self.batch_tokens)
         took = self.heartbeat.beat(step, status, **fields)
         if took is not None:
             self.alerts.step(step, took, median, count)
+
+    def _tell_wandb(self, waited_from: dict[str, Any] | None) -> None:
+        """What began or ended since the first row that waited was this one: wandb writes to the same disk."""
+        if waited_from is None and self.file.waits_from is not None:
+            self.wandb.disk_is_full()
+        if waited_from is not None and self.file.waits_from is None:
+            self.wandb.begin_again(waited_from)
 
     def alert(self, title: str, text: str, level: str = "warn") -> None:
         """Says something that cannot wait, in the log and as a wandb alert; level: info, warn or error.

@@ -25,11 +25,6 @@ SMALL = [
 COMPARED = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "val_bits_per_byte", "skipped")
 
 
-def with_small(*options: str) -> list[str]:
-    """SMALL and the options, which go before it: the command line takes no key twice."""
-    return list({option.partition("=")[0]: option for option in (*SMALL, *options)}.values())
-
-
 def rows(folder: Path) -> list[list]:
     """What of metrics.jsonl must not depend on what happened meanwhile."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -148,7 +143,9 @@ def start(data, tmp_path):
             *program,
             "train",
             "tiny",
-            *with_small(f"data.path={data}", *options),
+            f"data.path={data}",
+            *SMALL,
+            *options,
             f"run.folder={folder}",
         ]
         env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | env
@@ -193,7 +190,7 @@ def undisturbed(sh, data, tmp_path_factory):
     def run(*options: str) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed") / "run"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        train = ["-m", "stepline.trainer", "train", "tiny", *with_small(f"data.path={data}", *options)]
+        train = ["-m", "stepline.trainer", "train", "tiny", f"data.path={data}", *SMALL, *options]
         sh(*launch, *train, f"run.folder={folder}")
         return folder
 

@@ -181,6 +181,9 @@ def test_card_and_generation_config(make_run, tmp_path):
     assert "1.0000" not in card  # of a later step than the checkpoint's
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 2, "eos_token_id": 2}
+    (run / "metrics.jsonl").write_text('{"step": 7, "val_loss": null, "val_loss_is_finite": false}\n')
+    export_run(run, tmp_path / "again")
+    assert "not finite, at step 7" in (tmp_path / "again" / "README.md").read_text()
     assert not (tmp_path / "hf.partial").exists()
 
 

@@ -60,6 +60,8 @@ def test_configs_that_differ_are_refused(start, train, tiny_config, tmp_path, ow
     assert codes == [2, 2]
     assert outcome["message"] == f"the ranks' configs have different values of {said}; set the same for all"
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    assert [beat[key] for key in ("status", "step", "attempt", "exit_code")] == ["stopped", 0, 1, 2]
     for rank in range(2):
         assert outcome["message"] in (tmp_path / f"run/logs/attempt-1/rank-{rank}.log").read_text()
 

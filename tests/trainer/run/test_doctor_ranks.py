@@ -39,6 +39,8 @@ def doctor_job(folder: str, changes: dict) -> tuple[int, str]:
                 perf_counter=time.perf_counter,
             )
             stack.enter_context(mock.patch("stepline.comm.probe.time", clock))
+        if rank == 1 and "host" in changes:
+            stack.enter_context(mock.patch.object(platform, "node", return_value=changes["host"]))
         if rank == 1:
             folder = changes.get("elsewhere", folder)
             if changes.get("absent"):
@@ -91,6 +93,16 @@ def test_differences_between_ranks_are_named(pool, tmp_path):
     assert "rank 1 does not see" in shared["says"]
 
 
+def test_machines_are_counted_by_their_names(pool, tmp_path):
+    """However many ranks each has: what rank 0 knows of its own node alone says nothing of the others."""
+    (code, out), *_ = pool.run(3, doctor_job, str(tmp_path), {"host": "other"}, init=False)
+    report = json.loads(out)
+    assert code == 0
+    assert named(report, "ranks")["value"]["hosts"] == {platform.node(): [0, 2], "other": [1]}
+    assert named(report, "sync")["value"]["replicas"] == 2
+    assert "between 2 machines" in named(report, "sync")["says"]
+
+
 def test_a_rank_that_does_not_come_is_named(pool, tmp_path):
     (code, out), _ = pool.run(2, doctor_job, str(tmp_path), {"absent": True, "timeout_s": 1.0}, init=False)
     report = json.loads(out)
@@ -135,13 +147,13 @@ def test_a_group_that_does_not_form_or_hangs_is_one_sentence(monkeypatch, tmp_pa
         raise RuntimeError("[/src/gloo/pair.cc:134] timed out connecting: No route to host\nmore")
 
     monkeypatch.setattr(doctor_ranks, "all_reduce_rates", refused)
-    gloo, _, rate = doctor_ranks.measure(meeting, site)
+    gloo, _, rate = doctor_ranks.measure(meeting, site, 1)
     assert gloo.status == "broken"
     assert "(timed out connecting: No route to host)" in gloo.says
     assert "GLOO_SOCKET_IFNAME" in gloo.says
     assert rate.status == "missing"
     monkeypatch.setattr(doctor_ranks, "all_reduce_rates", lambda *arguments: time.sleep(1))
-    gloo, *_ = doctor_ranks.measure(meeting, site)
+    gloo, *_ = doctor_ranks.measure(meeting, site, 1)
     assert "no answer in 0 s" in gloo.says
     assert doctor_ranks.hangs()
     deadline = time.monotonic() + 30

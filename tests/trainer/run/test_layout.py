@@ -75,13 +75,13 @@ def test_ram_is_divided_among_the_ranks_of_a_machine():
     assert device_memory(torch.device("cpu"), 4) == whole // 4
 
 
-def other_layouts(micro_batches: list[int], codecs: list[str]) -> str:
+def other_layouts(micro_batches: list[int], codecs: list[str], on_node: list[int]) -> str:
     import torch.distributed as dist
 
     model = {"vocab_size": 8, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4}
     rank = dist.get_rank()
     parallel = {"shard": 1, "micro_batch": micro_batches[rank], "demo": {"codec": codecs[rank]}}
-    config, world = Config(model=model, parallel=parallel), World(rank, 2, rank, 2)
+    config, world = Config(model=model, parallel=parallel), World(rank, 2, rank, on_node[rank])
     try:
         check_ranks_alike(
             SimpleNamespace(config=config, world=world, origins={}, fingerprints=[], resume_from=None)
@@ -92,17 +92,30 @@ def other_layouts(micro_batches: list[int], codecs: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("micro_batches", "codecs", "expected"),
+    ("micro_batches", "codecs", "on_node", "expected"),
     [
-        ([4, 4], ["int8", "int8"], "alike"),
+        ([4, 4], ["int8", "int8"], [2, 2], "alike"),
         (
             [4, 3],
             ["int8", "int8"],
+            [2, 2],
             "devices differ in memory and lead to different values of parallel.micro_batch (3, 4)",
         ),
-        ([4, 4], ["int8", "sign"], "configs have different values of parallel.demo.codec (int8, sign)"),
+        (
+            [4, 3],
+            ["int8", "int8"],
+            [2, 1],
+            "the ranks' nodes hold unequal numbers of ranks (1 and 2) and lead to different values of "
+            "parallel.micro_batch (3, 4); set the same for all",
+        ),
+        (
+            [4, 4],
+            ["int8", "sign"],
+            [2, 1],
+            "configs have different values of parallel.demo.codec (int8, sign)",
+        ),
     ],
 )
-def test_ranks_that_divide_the_work_differently_are_refused(pool, micro_batches, codecs, expected):
-    for said in pool.run(2, other_layouts, micro_batches, codecs):
+def test_ranks_that_divide_the_work_differently_are_refused(pool, micro_batches, codecs, on_node, expected):
+    for said in pool.run(2, other_layouts, micro_batches, codecs, on_node):
         assert expected in said

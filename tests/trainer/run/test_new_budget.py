@@ -14,6 +14,7 @@ from stepline.trainer.data.dataset import load_meta
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.expect import held_out_text
 from stepline.trainer.run.attempt import Attempt
+from stepline.trainer.run.manifest import read_state
 from stepline.trainer.run.start import start_job
 from stepline.trainer.watch.report.read import read_run
 
@@ -40,7 +41,14 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path, mon
         "step 18 and the checkpoint is of step 20: give the old value back, or go on from a checkpoint of step 17 or "
         "before (`--resume PATH`, once)"
     )
+    first_id = (folder / "run_id").read_text()
+    (folder / "wandb-sent.json").write_text(
+        '{"step": 20, "validation": true, "mode": "online", "rows": 21, "latest": []}'
+    )
     longer = train(1, tiny_config, folder, *thirty, resume="step-000012")
+    second_id = (folder / "run_id").read_text()
+    assert second_id != first_id, "wandb never gives up a row that it was sent"
+    assert read_state(folder / "checkpoints" / "step-000030")["run_id"] == second_id.strip()
 
     for key in ("step", "tokens", "loss", "lr", "grad_norm", "val_loss"):
         assert [row.get(key) for row in longer] == [row.get(key) for row in straight], key

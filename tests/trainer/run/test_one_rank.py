@@ -60,6 +60,26 @@ def test_a_token_that_no_vocabulary_has(pool, tiny_config, copied, tmp_path):
     assert sorted(step_of(p.parent) for p in folder.glob(f"checkpoints/*/{SUPERSEDED}")) == [2, 4]
 
 
+def test_rows_that_rank_0_cannot_read(pool, tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    options = ["budget.steps=4", "checkpoint.every=2", f"run.folder={folder}"]
+    assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [0, 0]
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    rows = folder / "metrics.jsonl"
+    rows.write_text(rows.read_text().replace("{", "", 1))
+    assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["message"] == f"{rows}, line 1, is not a JSON object; delete that line"
+    assert json.loads((folder / "heartbeat.json").read_text())["status"] == "stopped"
+    rows.unlink()
+    rows.mkdir()
+    assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["message"] == (
+        f"{rows} cannot be read (Is a directory); mend that and start the same command again"
+    )
+
+
 def test_a_token_that_no_vocabulary_has_in_a_validation(pool, tiny_config, copied, tmp_path):
     folder = tmp_path / "run"
     spoil(copied / "val-00000.bin", 5)

@@ -1,43 +1,129 @@
-"""Whose ranks torchrun starts again after they were told to stop, or after a run that diverged."""
+"""outcome.json: what it says of an attempt, and of a start that was refused."""
+
+import json
+import sys
 
 import pytest
 
-from stepline.trainer.errors import FAILED, TO_BE_CONTINUED
-from stepline.trainer.run.outcome import diverged_before, told_before, write_outcome
+from stepline.trainer import cli
+from stepline.trainer.errors import UserError
+from stepline.trainer.files import locked
+from stepline.trainer.run.outcome import read_outcome, write_outcome
+from stepline.trainer.run.refusal import LOCK, note_refusal
+from stepline.trainer.run.requeue import outcome_of
+from stepline.trainer.run.signals import StopSignal
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def test_a_loss_that_is_not_finite_is_valid_json(tmp_path):
+    write_outcome(tmp_path, 3, 0, val_loss=float("nan"), seconds=1.5)
+    text = (tmp_path / "outcome.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == {
+        "status": "done",
+        "exit_code": 0,
+        "attempt": 3,
+        "val_loss": None,
+        "val_loss_is_finite": False,
+        "seconds": 1.5,
+        "launcher": None,
+    }
+    write_outcome(tmp_path, 3, 1, message="a later word of the same attempt")
+    assert read_outcome(tmp_path)["status"] == "done"
+
+
+SAVED = {
+    "status": "continue",
+    "exit_code": 75,
+    "attempt": 1,
+    "message": "SIGTERM: step 9 is saved",
+    "told": {"here:1:0": 0},
+    "launcher": {"run_id": "job", "restarts": 0},
+}
+BEAT = {"time": 5.0, "status": "continue", "step": 9, "eta_s": 3.0, "attempt": 1, "exit_code": 75}
 
 
 @pytest.fixture
-def agent(monkeypatch):
-    """Sets what torchrun's agent says of its launch."""
-
-    def set_(launch: str, restarts: int) -> None:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-
-    return set_
-
-
-def test_each_agent_counts_for_itself(agent, tmp_path):
-    """Rank 0's node came late and has counted one failure where another, told to stop too, has counted two."""
-    agent("a", 1)
-    write_outcome(tmp_path, 1, TO_BE_CONTINUED, told={"one:1:0": 1, "two:1:0": 2})
-    for launcher, launch, restarts, told in (
-        ("one:1:0", "a", 1, False),  # a node has come: all are started again, and no restart counts
-        ("two:1:0", "a", 2, False),
-        ("three:1:0", "a", 5, False),
-        ("one:1:0", "a", 2, True),
-        ("two:1:0", "a", 3, True),
-        ("two:1:0", "b", 3, False),
-    ):
-        agent(launch, restarts)
-        assert told_before(tmp_path, launcher) == told, (launcher, restarts)
+def run(tmp_path):
+    """A run that has been told to stop, and has saved."""
+    folder = tmp_path / "run"
+    (folder / "logs" / "attempt-1").mkdir(parents=True)
+    (folder / "outcome.json").write_text(json.dumps(SAVED))
+    (folder / "heartbeat.json").write_text(json.dumps(BEAT))
+    return folder
 
 
-def test_a_run_that_diverged_is_known_to_the_agent_that_started_it(agent, tmp_path):
-    agent("none", 0)  # torchrun's name of a launch that was given none
-    write_outcome(tmp_path, 1, FAILED, message="10 steps in a row", diverged=True, launched_by={"one:1:0": 0})
-    agent("none", 1)
-    assert diverged_before(tmp_path, "one:1:0") == "10 steps in a row"
-    assert diverged_before(tmp_path, "one:2:0") is None
-    agent("none", 0)
-    assert diverged_before(tmp_path, "one:1:0") is None
+def beat_of(folder):
+    return json.loads((folder / "heartbeat.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["data.path=/nowhere"], "/nowhere is no prepared data folder"),
+        (["data.path=/nowhere", "modle.z_loss=1"], "modle"),
+        (["data.path"], "'data.path' is not an override"),
+    ],
+)
+def test_a_refused_start_says_so_in_the_runs_folder(run, options, sentence, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["stepline", "train", "quickstart", f"run.folder={run}", *options])
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    monkeypatch.setattr(StopSignal, "install", StopSignal)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    message = capsys.readouterr().err.removeprefix("error: ").rstrip("\n")
+    assert ended.value.code == 2
+    assert sentence in message
+    assert read_outcome(run) == {
+        "status": "stopped",
+        "exit_code": 2,
+        "attempt": None,
+        "message": message,
+        "launcher": None,
+    }
+    says = beat_of(run)
+    assert says["time"] > 5
+    new = {"time": says["time"], "time_iso": says["time_iso"], "stale_after_s": None}
+    assert says == BEAT | new | {"status": "stopped", "eta_s": None, "exit_code": 2}
+    assert outcome_of(run, "job") == {}
+
+
+def refuse_start(folder):
+    note_refusal("quickstart", [f"run.folder={folder}"], UserError("choose another"))
+
+
+def test_a_run_that_trains_in_another_process_is_left_alone(run):
+    with locked(run / LOCK, wait=False):
+        refuse_start(run)
+    assert (read_outcome(run), beat_of(run)) == (SAVED, BEAT)
+    refuse_start(run)
+    assert read_outcome(run)["message"] == "choose another"
+
+
+def test_a_run_that_is_done_stays_done(run):
+    (run / "outcome.json").write_text('{"status": "done", "attempt": 1, "val_loss": 2.5}')
+    (run / "heartbeat.json").write_text('{"status": "done"}')
+    refuse_start(run)
+    assert read_outcome(run) == {"status": "done", "attempt": 1, "val_loss": 2.5}
+    assert beat_of(run) == {"status": "done"}
+
+
+def test_what_a_launch_has_said_stays_when_it_starts_its_ranks_again(run, monkeypatch):
+    """Told to stop they stay stopped, whatever the next ones find."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    refuse_start(run)
+    assert read_outcome(run) == SAVED
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a later job")
+    refuse_start(run)
+    assert read_outcome(run)["launcher"] == {"run_id": "a later job", "restarts": 1}
+    assert outcome_of(run, "a later job") == {}, "what a requeued job is told stands in its log"
+
+
+def test_a_mistake_makes_no_folder_and_no_run(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("none", "empty"):
+        refuse_start(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]

@@ -1,6 +1,8 @@
 """What `stepline submit` writes, and when a job is requeued; real jobs are in tests/e2e/slurm."""
 
+import os
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -38,6 +40,43 @@ def test_what_becomes_of_a_job(code, outcome, further, preempted, expected):
     verdict = decide(code, outcome, further, preempted)
     assert (verdict.exit_code, verdict.requeue) == expected
     assert verdict.why
+
+
+SCONTROL = """#!/bin/sh
+case "$*" in
+    *show*) echo "JobId=7 JobState=RUNNING PreemptTime=None" ;;
+    requeue*) echo "$*" > "$(dirname "$0")/asked"; kill -TERM $PPID ;;
+esac
+"""
+SAVES = """
+mkdir -p run/checkpoints/step-000009 && touch run/checkpoints/step-000009/COMPLETE
+echo '{"status": "continue", "exit_code": 75, "attempt": 1, "message": "SIGUSR1: step 9 is saved",
+    "launcher": {"run_id": "7-1", "restarts": 0}}' > run/outcome.json
+exit 1
+"""
+
+
+@pytest.mark.parametrize("log", ["job.log", "/dev/full"])
+def test_a_job_log_that_takes_no_line_loses_no_job(tmp_path, log):
+    """SLURM ends the script as soon as the job is requeued."""
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    command = [sys.executable, "-m", "stepline.trainer.run.requeue", "--run", "run", "--attempt", "7-1"]
+    with open(tmp_path / log, "w") as out:
+        done = subprocess.run(
+            [*command, "--log", "attempt.log", "--", "sh", "-c", SAVES],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (75, "")
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    if log == "job.log":
+        said = [line[20:] for line in (tmp_path / log).read_text().splitlines()]
+        assert said == ["SIGUSR1: step 9 is saved", "job 7 is requeued"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def test_a_result_a_divergence_and_a_failure_are_three_things(tmp_path):
     good = read_result(outcome(tmp_path / "a", val_loss=4.25))
     assert (good.loss, good.diverged, good.seconds) == (4.25, False, 3.5)
     for name, values in {
-        "nan": {"val_loss": float("nan")},
+        "nan": {"val_loss": None, "val_loss_is_finite": False},
+        "nan of an older version": {"val_loss": float("nan")},
         "above": {"val_loss": 6.01},
         "guard": {"status": "failed", "exit_code": 1, "diverged": True, "message": "10 steps had a NaN"},
     }.items():

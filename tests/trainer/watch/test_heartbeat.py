@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from stepline.trainer.config import Config
 from stepline.trainer.watch import heartbeat
-from stepline.trainer.watch.heartbeat import Heartbeat, StepTimes
+from stepline.trainer.watch.heartbeat import Heartbeat, StepTimes, end, starting
 
 DOCUMENTATION = Path(__file__).resolve().parents[3] / "docs" / "watching.md"
 
@@ -176,6 +177,37 @@ def test_a_disk_that_refuses_is_said_once_and_tried_again(tmp_path, clock, said)
     assert read(beat)["step"] == 20
     assert said[1:] == [f"{beat.path} is written again"]
     assert [path.name for path in folder.iterdir()] == ["heartbeat.json"]
+
+
+def test_an_attempt_that_ends_before_it_trains(tmp_path):
+    """What the attempt before has said does not stand while this one loads, nor when it ends early."""
+    config = Config.model_validate(
+        {
+            "model": {"vocab_size": 16, "hidden_size": 8, "num_layers": 1, "num_heads": 1, "ffn_size": 8},
+            "budget": {"tokens": 102400, "batch_tokens": 1024},
+        }
+    )
+    before = make(tmp_path)
+    before.beat(40, "continue", exit_code=75)
+    beat = starting(tmp_path, config, 40, attempt=3, world_size=2)
+    says = read(beat)
+    known = [says[key] for key in ("status", "step", "steps", "tokens", "attempt", "world_size", "exit_code")]
+    assert known == ["starting", 40, 100, 40960, 3, 2, None]
+    assert says["stale_after_s"] == 600
+    end(tmp_path, 2)
+    ended = read(beat)
+    changed = {"status": "stopped", "stale_after_s": None, "exit_code": 2}
+    assert ended == says | {key: ended[key] for key in ("time", "time_iso")} | changed
+    beat.beat(100, "done", exit_code=0)
+    end(tmp_path, 2)
+    assert read(beat)["status"] == "done"
+
+
+def test_nothing_is_said_where_there_is_no_heartbeat(tmp_path):
+    end(tmp_path, 2)
+    (tmp_path / "heartbeat.json").write_text("[half")
+    end(tmp_path, 2)
+    assert (tmp_path / "heartbeat.json").read_text() == "[half"
 
 
 def test_a_beat_costs_little(tmp_path):

@@ -16,7 +16,8 @@ import yaml
 
 from stepline.trainer.config_io import dump, load_config
 from stepline.trainer.errors import UserError
-from stepline.trainer.watch.report import picture
+from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.watch.report import events, picture
 from stepline.trainer.watch.report.command import run_names, run_report
 from stepline.trainer.watch.report.plots import plots_of
 from stepline.trainer.watch.report.read import read_run
@@ -288,6 +289,28 @@ def test_events_come_from_logs_rows_and_checkpoints(make):
     assert found[4][3] == "2026-01-02 00:00:00"
 
 
+def test_a_checkpoint_that_goes_while_it_is_looked_at(make, monkeypatch):
+    folder = make("mine", rows_of(3))
+    for step in (2, 3):
+        checkpoint = folder / "checkpoints" / f"step-{step:06d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "COMPLETE").touch()
+    found = complete_checkpoints(folder)
+    (found[0] / "COMPLETE").unlink()
+    monkeypatch.setattr(events, "complete_checkpoints", lambda _: found)
+    assert [e.step for e in read_run(folder, "mine").events if e.kind == "checkpoint"] == [3]
+
+
+def test_loads_that_are_no_numbers_are_left_out(make):
+    bad = [[[None, 1.0]], [[float("nan"), 1.0]], [["x", 1.0]], [[1.0], [1.0, 2.0]]]
+    rows = [{"step": i + 1, "tokens": 64, "loss": 1.0, "expert_load": load} for i, load in enumerate(bad)]
+    _, data = page_of(make("none", rows))
+    assert data["runs"][0]["heat"] is None
+    rows.append({"step": 5, "tokens": 64, "loss": 1.0, "expert_load": [[0.5, 1.5]]})
+    _, data = page_of(make("one", rows))
+    assert data["runs"][0]["heat"] == {"spans": [[5, 5]], "load": [[[0.5, 1.5]]]}
+
+
 def test_a_run_that_was_killed_in_the_middle_of_a_row(make):
     folder = make("mine", rows_of(7), heartbeat='{"status": "training", "steps": 90}')
     with (folder / "metrics.jsonl").open("a") as file:
@@ -378,3 +401,31 @@ def test_the_picture_has_the_same_plots_and_points(make, monkeypatch):
     np.testing.assert_allclose(brief.get_ydata(), 1e-3 / np.arange(1, 31), rtol=1e-6)
     image = shown["Load of experts, layer 0 brief"].get_images()[0].get_array()
     np.testing.assert_allclose(image, np.log2(np.array(load[0]))[:, None].repeat(30, 1))
+
+
+def test_a_picture_of_runs_that_are_0_throughout(make, monkeypatch):
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    rows = [{"step": 1, "tokens": 64, "loss": 0.0, "skipped": 0}]
+    runs = [read_run(make(name, rows), name) for name in ("one", "two")]
+    titles = []
+    monkeypatch.setattr(figure_of, "savefig", lambda figure, _: titles.append(figure.get_suptitle()))
+    picture.draw(runs, runs[0].folder / "report.png")
+    picture.draw(runs[:1], runs[0].folder / "report.png")
+    assert titles == ["one, two: 0 throughout", "one: 0 throughout"]
+
+
+def test_a_picture_where_one_run_has_no_value_in_the_first_plot(make, monkeypatch):
+    """The names stand at their own lines."""
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    runs = [
+        read_run(make("short", [{"step": 1, "tokens": 64, "lr": 0.5}]), "short"),
+        read_run(make("long", rows_of(5)), "long"),
+    ]
+    named = []
+    monkeypatch.setattr(
+        figure_of,
+        "savefig",
+        lambda figure, _: named.extend(text.get_text() for text in figure.legends[0].get_texts()),
+    )
+    picture.draw(runs, runs[0].folder / "report.png")
+    assert named == ["short", "long"]

@@ -201,6 +201,26 @@ def test_config_plan_and_last_values_go_to_wandb(tmp_path, monkeypatch):
     assert made[1].config["plan"] == {"steps": 100, "lr": 0.5}
 
 
+def test_rows_that_wait_are_tried_before_a_checkpoint(tmp_path, said, monkeypatch):
+    """A kill after that checkpoint would lose them: the resumed run does not make their steps again."""
+    folder, told = tmp_path / "run", []
+    folder.mkdir()
+    watch = Watch(folder, config(), 0, enabled=True)
+    monkeypatch.setattr(watch.wandb, "disk_is_full", lambda: told.append("full"))
+    monkeypatch.setattr(watch.wandb, "begin_again", lambda row: told.append(row["step"]))
+    folder.rename(tmp_path / "away")
+    folder.write_text("a file where the folder was")
+    watch.log({"step": 1, "loss": 1.0})
+    watch.log({"step": 2, "loss": 1.0})
+    watch.beat(2, "saving")
+    assert told == ["full"]
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    watch.beat(2, "saving")
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    assert told == ["full", 1]
+
+
 def test_nothing_raises_where_the_folder_is_gone(tmp_path, said):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -82,10 +82,12 @@ def read_events(folder: Path, trouble: Trouble) -> list[Event]:
     logged = {event.step for event in found if event.kind == "checkpoint"}
     for checkpoint in complete_checkpoints(folder):
         if step_of(checkpoint) not in logged:
-            when = datetime.fromtimestamp((checkpoint / COMPLETE).stat().st_mtime)
-            found.append(
-                Event("checkpoint", step_of(checkpoint), _kind(checkpoint), f"{when:%Y-%m-%d %H:%M:%S}")
-            )
+            kind = _kind(checkpoint)
+            try:
+                when = datetime.fromtimestamp((checkpoint / COMPLETE).stat().st_mtime)
+            except OSError:  # a run that goes on has removed it for a newer one
+                continue
+            found.append(Event("checkpoint", step_of(checkpoint), kind, f"{when:%Y-%m-%d %H:%M:%S}"))
     found.sort(key=lambda event: event.step)  # those of one step stay in their order
     kept: list[Event] = []
     counts: dict[str, int] = {}

@@ -32,7 +32,7 @@ def draw(runs: Sequence[Run], output: Path) -> Path:
 
     plots, _ = plots_of(runs)
     loads = [run for run in runs if run.heat]
-    rows = -(-(len(plots) + len(loads)) // COLUMNS)
+    rows = max(1, -(-(len(plots) + len(loads)) // COLUMNS))  # where every value is 0 there is nothing to draw
     figure = Figure(figsize=(COLUMNS * SIZE[0], rows * SIZE[1] + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
@@ -43,9 +43,13 @@ def draw(runs: Sequence[Run], output: Path) -> Path:
     for axes in grid[len(plots) + len(loads) :]:
         axes.set_axis_off()
     names = [run.name for run in runs]
-    if len(runs) > 1:
-        lines = [axes for axes in grid[0].get_lines() if axes.get_label() in names]
-        figure.legend(lines, names, loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
+    if not plots and not loads:
+        figure.suptitle(f"{', '.join(names)}: 0 throughout")
+    elif len(runs) > 1:
+        lines = {line.get_label(): line for axes in grid for line in axes.get_lines()}
+        shown = [name for name in names if name in lines]
+        handles = [lines[name] for name in shown]
+        figure.legend(handles, shown, loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     else:
         figure.suptitle(names[0])
     figure.savefig(output)

@@ -61,8 +61,14 @@ class Heat:
         self._width = 1
 
     def add(self, step: int, load: list[list[float]]) -> None:
-        """load: `[layers, experts]` of the row of `step`. A row of another shape than the first is left out."""
-        values = np.asarray(load, dtype=float)
+        """load: `[layers, experts]` of the row of `step`. A row of another shape than the first is left out, as is one
+        with values that are not finite."""
+        try:
+            values = np.asarray(load, dtype=float)  # null becomes NaN
+        except (ValueError, TypeError):
+            return
+        if not np.isfinite(values).all():
+            return
         if values.ndim != 2 or (self._sums and values.shape != self._sums[0].shape):
             return
         if self._rows and self._rows[-1] < self._width:
