@@ -64,6 +64,7 @@ ALIGNED = ["model.hidden_size=32", "model.num_heads=2", "model.ffn_size=64", "mo
 """Widths whose halves are whole chunks of 8."""
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("sync", ["demo", "delayed", "gradients"])
 def test_where_shards_end_as_chunks_do_layout_and_resume_on_another_change_nothing(
     train, tiny_config, tmp_path, sync
@@ -85,8 +86,12 @@ def test_where_shards_end_as_chunks_do_layout_and_resume_on_another_change_nothi
 
 
 @pytest.mark.parametrize(
-    "sync", ["demo", "delayed", "owners", "gradients", "muon", "faithful", "diloco", "random_k"]
-)
+    "sync",
+    [
+        "demo", "delayed", "owners", "diloco", "random_k",
+        *(pytest.param(sync, marks=pytest.mark.e2e) for sync in ("gradients", "muon", "faithful")),
+    ],
+)  # fmt: skip
 def test_resume_is_bitwise_at_the_same_world_size(interrupted, sync):
     options = [
         *SYNCS[sync],
