@@ -29,7 +29,6 @@ from stepline.trainer.quickstart import corpus_arguments
 SWEEP = ("--widths", "96,128,192", "--tokens", "2e5,4e5,8e5", "--lr", "0.01,0.02,0.04")
 """Batches: Step Law's, half and twice of it."""
 COMMON = (
-    "model.canon=none",
     "budget.law=null",
     "budget.batch_tokens=auto",
     "optimizer.weight_decay=0.1",
