@@ -93,7 +93,8 @@ def laws_fit(
 @laws_app.command(name="check")
 def laws_check(
     law: Annotated[
-        str, typer.Argument(help="law.json of `stepline laws fit`, or step-law, the published one.")
+        str,
+        typer.Argument(help="law.json of `stepline laws fit`, step-law (the published one), or quickstart."),
     ],
     runs: Annotated[str, typer.Argument(help="Runs that the law has not seen, in the form of `laws fit`.")],
     as_json: Json = False,

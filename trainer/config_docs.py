@@ -19,11 +19,10 @@ HEAD = """# Every key of a config
 Made of the schema by `python -m stepline.trainer.config_docs`; a test compares the two.
 
 A config is YAML with these sections. `base: NAME` at its top takes over the values of a file beside it or of a shipped
-config, and `section.key=value` on the command line sets single ones. `auto` is decided by a scaling law or by the
-machine: `stepline train CONFIG --dry-run` shows every value and where it came from. R marks what may change when a run
-is resumed (wsd: with `schedule.name: wsd`, before its decay); for any other difference `train` names both values and
-stops.
-"""
+config that has no base itself, and `section.key=value` on the command line sets single ones. `auto` is decided by a
+scaling law or by the machine: `stepline train CONFIG --dry-run` shows every value and where it came from. R marks what
+may change when a run is resumed (wsd: with `schedule.name: wsd`, before its decay); for any other difference `train`
+names both values and stops. """
 
 
 def page() -> str:

@@ -96,7 +96,10 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
         base_path = _find_base(str(base), path)
         base_content = read_yaml(base_path)
         if "base" in base_content:
-            raise UserError(f"{base_path} has a base of its own; only one level is allowed")
+            raise UserError(
+                f"{path} has the base {base}, which has one of its own, and only one level is allowed; write "
+                f"`base: {base_content['base']}`, with what {base_path} sets"
+            )
         _merge(tree, base_content)
         origins |= dict.fromkeys(flatten(base_content), f"base {base_path.name}")
     _merge(tree, content)
@@ -210,6 +213,7 @@ def format_config(config: Config, origins: Origins) -> str:
     lines = [
         "# The resolved configuration of this run; after each value stands where it came from.",
         f"# These may change on resume: {', '.join(MAY_CHANGE_ON_RESUME)}{budget}.",
+        "# (data.path and data.sources: the same data may have moved.)",
         "# Any other difference is refused: start a new run (run.init_from takes over the weights).",
     ]
 

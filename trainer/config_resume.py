@@ -47,7 +47,10 @@ def merge_for_resume(
 
 
 def _refusal(key: str, saved: Config, before: Any, after: Any) -> str:
-    both = f"{key} was {before!r} in {saved.run.folder} and is now {after!r}"
+    before, after = (
+        str(v).lower() if isinstance(v, bool | None) else repr(v) for v in (before, after)
+    )  # as in YAML
+    both = f"{key} was {before} in {saved.run.folder} and is now {after}"
     if key in BUDGET and not any(flatten(dump(saved))[k] for k in BUDGET):
         return f"{saved.run.folder} is an imported run: start another run.folder with run.init_from={saved.run.folder}"
     if key in BUDGET and saved.schedule.name == "wsd":

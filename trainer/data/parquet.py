@@ -19,7 +19,7 @@ def group_sizes(path: str, text_key: str) -> list[int]:
         raise UserError(f"{path} is not a sound Parquet file ({error}); download it again") from error
     if text_key not in schema.names:
         raise UserError(
-            f"{path} has no column '{text_key}' (it has {', '.join(schema.names)}); name the right one"
+            f"{path} has no column '{text_key}' (it has {', '.join(schema.names)}); name the right one with --text-key"
         )
     kind = schema.field(text_key).type
     inner = kind.value_type if pyarrow.types.is_dictionary(kind) else kind

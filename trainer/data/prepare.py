@@ -273,5 +273,5 @@ def _check(meta: dict, inputs: Sequence[Path], options: ReadOptions) -> None:
         if share > 0 and not splits[split]["tokens"]:
             raise Refused(
                 f"no document of {_names(inputs)} fell into the split '{split}'; "
-                f"give more documents or a larger share (val_share {options.val_share})"
+                f"give more documents or a larger share (--val-share {options.val_share:g})"
             )

@@ -241,7 +241,7 @@ def _json_texts(span: Span, options: ReadOptions) -> Iterator[str | None]:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
-        problem = None
+        problem, remedy = None, "mend or remove the line"
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
@@ -252,7 +252,9 @@ def _json_texts(span: Span, options: ReadOptions) -> Iterator[str | None]:
             if not isinstance(row, dict):
                 problem = "is not a JSON object"
             elif not isinstance(row.get(options.text_key, 0), str | None):
-                problem = f"has no text under '{options.text_key}'"
+                has = ", ".join(row) or "no keys"
+                problem = f"has no text under '{options.text_key}' (it has {has})"
+                remedy = f"name the key with --text-key, or {remedy}"
             else:
                 yield row[options.text_key]
         if problem:
@@ -260,7 +262,7 @@ def _json_texts(span: Span, options: ReadOptions) -> Iterator[str | None]:
             if span.start:
                 before = sum(data.count(b"\n") for data in chunks(span.path, 0, span.start - 1))
                 line_number += before + 1
-            raise UserError(f"{span.path}:{line_number} {problem}; mend or remove the line")
+            raise UserError(f"{span.path}:{line_number} {problem}; {remedy}")
 
 
 def read_pieces(span: Span, options: ReadOptions, skipped: Counter | None = None) -> Iterator[Piece]:

@@ -18,6 +18,17 @@ def repeated_corpus(budget: float, corpus: int | None) -> list[str]:
     ]
 
 
+def nobody_to_agree_with(config: Config, world: int) -> list[str]:
+    """Where a synchroniser of slow links has one replica, whose updates it makes coarser all the same."""
+    sync = config.parallel.sync
+    if sync == "all_reduce" or world > config.parallel.shard:
+        return []
+    return [
+        f"parallel.sync={sync} has one replica, which nothing is sent to and whose updates are {sync}'s all the same; "
+        "all_reduce trains it without them, and a smaller parallel.shard makes several of these ranks"
+    ]
+
+
 def untrained_router(config: Config) -> list[str]:
     """Where a mixture's loss says nothing to its router: the one chosen expert's weight is then always 1."""
     moe = config.model.moe

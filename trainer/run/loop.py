@@ -137,6 +137,11 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         watch.close(exit_code, validation, **attempt.saved())
     if stopping:
         raise attempt.to_be_continued(stopping)
+    if (first := watch.first_loss()) is not None and not validation["val_loss"] <= first:
+        log.warning(
+            "validation ends at %.4g, above the loss of the first step (%.4g): this run has learned nothing; lower "
+            "optimizer.lr", validation["val_loss"], first,
+        )  # fmt: skip
     log.info("done at step %d, checkpoint of step %d", state.step, attempt.saved_step)
     return validation | {"train_seconds": round(attempt.speed.total, 1)}
 
@@ -223,7 +228,8 @@ def _describe(job: Job, state: TrainState, number: int, group: dist.ProcessGroup
         f"{config.budget.batch_tokens:,}",
         config.optimizer.lr,
         config.optimizer.weight_decay,
-        f"{job.world.size} {job.device.type} ranks, micro-batch {config.parallel.micro_batch}",
+        f"{job.world.size} {job.device.type} rank{'s' if job.world.size > 1 else ''}, "
+        f"micro-batch {config.parallel.micro_batch}",
     )
     if job.expected is not None:
         log.info("expected at the end: validation loss %.3f by %s", job.expected.loss, job.expected.source)

@@ -56,6 +56,9 @@ def find_checkpoint(path: Path, *, checksums: bool = True) -> Path:
     run = None
     if not (path / COMPLETE).is_file():
         found = complete_checkpoints(path)
+        if mark := next((m for m in (SUPERSEDED, DAMAGED) if (path / m).is_file()), None):
+            why = "the run has gone back behind it" if mark == SUPERSEDED else "it was found damaged"
+            raise UserError(f"{path} no longer counts, as {why}; to use it, rename its {mark} to {COMPLETE}")
         if not found:
             raise UserError(f"{path} is neither a run with a complete checkpoint nor a checkpoint")
         run, path = path, found[-1]

@@ -66,7 +66,8 @@ def seconds_of(limit: str) -> int | None:
     match = re.fullmatch(r"(?:(\d{1,5})-)?(\d{1,8})(?::(\d{1,8}))?(?::(\d{1,8}))?", limit, re.ASCII)
     if match is None:
         raise UserError(
-            f"--time is '{limit}'; write minutes, hours:minutes:seconds, days-hours or days-hours:minutes:seconds"
+            f"--time is '{limit}'; write minutes, minutes:seconds, hours:minutes:seconds, days-hours or "
+            "days-hours:minutes:seconds"
         )
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]

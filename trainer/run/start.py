@@ -20,11 +20,11 @@ from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, l
 from stepline.trainer.errors import DoesNotFit, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.hf.adapters import check_adapters
-from stepline.trainer.plan.effects import repeated_corpus, unwanted_effects
+from stepline.trainer.plan.effects import nobody_to_agree_with, repeated_corpus, unwanted_effects
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_budget, kept_expectation
 from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
-from stepline.trainer.plan.resolve import Machine, law_of_resumed, resolve
+from stepline.trainer.plan.resolve import Machine, law_of_resumed, resolve, settler
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
@@ -157,7 +157,7 @@ def start_job(
     check_installed(config)
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
-    config.run.device = device.type
+    settler(config, origins)("run", "device", device.type, "machine")
 
     sources = [source.path for source in config.data.folders()]
     metas = load_sources(sources, config.model.vocab_size)
@@ -189,6 +189,7 @@ def start_job(
     check_products_of_batch(config, device)
     notes += products_done_instead(config, device)
     notes += repeated_corpus(config.total_steps() * config.budget.batch_tokens, corpus)
+    notes += nobody_to_agree_with(config, world.size)
 
     chosen = resume not in ("auto", "never")
     job = Job(
@@ -204,10 +205,14 @@ def start_job(
         held = read_state(resume_from)["fingerprints"]
         if held != job.fingerprints:
             raise UserError(
-                f"the data differs from the one that {config.run.folder} was trained on "
-                f"(fingerprints {held} and {job.fingerprints}); give the old folder or start a new run"
+                f"the data of {', '.join(map(str, sources))} is not what {config.run.folder} was trained on "
+                f"(fingerprints {_short(job.fingerprints)} and {_short(held)}); give the same data or start a new run"
             )
     return job
+
+
+def _short(fingerprints: list[str]) -> str:
+    return ", ".join(fingerprint[:16] for fingerprint in fingerprints)
 
 
 def _note_new_budget(job: Job) -> None:

@@ -62,6 +62,12 @@ class Watch:
         self.heartbeat.fields |= {k: row[k] for k in ("loss", "tokens_per_second") if k in row}
         self.alerts.row(row)
 
+    def first_loss(self) -> float | None:
+        """Of the run's first step; None where there is no row of it, or it was not finite."""
+        return (
+            next((row["loss"] for row in self.file.read() if "loss" in row), None) if self.enabled else None
+        )
+
     def beat(self, step: int, status: str, **fields: Any) -> None:
         """There is progress: call it at every step, it writes heartbeat.json at most every 5 s.
 

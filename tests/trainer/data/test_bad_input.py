@@ -49,7 +49,11 @@ def refused(tmp_path: Path, tokenizer: Path | None, name: str, content: bytes, *
         ("x.jsonl", GOOD + b'{"text": "\xff"}\n', "x.jsonl:20001 is not UTF-8"),
         ("x.jsonl", GOOD + b'{"text": \n', "x.jsonl:20001 is not JSON"),
         ("x.jsonl", GOOD + b"[1]\n" + GOOD, "x.jsonl:20001 is not a JSON object"),
-        ("x.jsonl", b'{"body": "b"}\n', "x.jsonl:1 has no text under 'text'"),
+        (
+            "x.jsonl",
+            b'{"body": "b"}\n',
+            "x.jsonl:1 has no text under 'text' (it has body); name the key with --text-key, or",
+        ),
         ("x.jsonl", b'{"text": 3}\n', "x.jsonl:1 has no text under 'text'"),
         ("x.jsonl", b'{"text": "\\ud800"}\n', "x.jsonl has a text that is not valid Unicode"),
         ("x.jsonl", b"[" * 100_000, "x.jsonl:1 is not JSON"),

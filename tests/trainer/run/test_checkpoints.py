@@ -124,6 +124,18 @@ def test_the_space_that_is_asked_for_counts_every_replica(pool, tmp_path):
     )  # of each of four replicas 10,000 values
 
 
+@pytest.mark.parametrize(
+    ("mark", "why"), [("SUPERSEDED", "the run has gone back behind it"), ("DAMAGED", "it was found damaged")]
+)
+def test_what_no_longer_counts_says_why(tmp_path, mark, why):
+    path = tmp_path / "checkpoints" / "step-000003"
+    path.mkdir(parents=True)
+    (path / mark).touch()
+    with pytest.raises(UserError) as caught:
+        find_checkpoint(path)
+    assert str(caught.value) == f"{path} no longer counts, as {why}; to use it, rename its {mark} to COMPLETE"
+
+
 def test_what_no_longer_counts_makes_room(pool, tmp_path):
     (left,) = pool.run(1, short_of_room, str(tmp_path))
     assert left == [

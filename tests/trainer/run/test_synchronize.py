@@ -152,6 +152,13 @@ def test_resume_with_other_replicas_or_shards_goes_on(
         assert (losses(resized) / losses(straight) - 1).abs().max() < 1e-12
 
 
+def test_one_replica_is_said(tiny_config):
+    for world, shard, said in ((1, 1, True), (2, 2, True), (2, 1, False)):
+        options = ["parallel.sync=demo", f"parallel.shard={shard}"]
+        notes = start_job(str(tiny_config), options, "never", World(0, world, 0, world)).notes
+        assert any(note.startswith("parallel.sync=demo has one replica") for note in notes) == said
+
+
 def test_one_replica_needs_no_network(train, tiny_config, tmp_path):
     for sync, options in SYNCS.items():
         rows = train(1, tiny_config, tmp_path / sync, *options)

@@ -15,7 +15,7 @@ MOST = 200
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
 CONTINUING = re.compile(r"continuing .* at step (\d+)")
 SAVING = re.compile(r"saving (\w+) step (\d+); training waited (\S+) s")
-RANKS = re.compile(r", (\d+) (\w+) ranks, micro-batch")
+RANKS = re.compile(r", (\d+) (\w+) ranks?, micro-batch")
 STEP = re.compile(r"\bstep (\d+)\b")
 STOP = re.compile(r"SIG\w+: ")
 
