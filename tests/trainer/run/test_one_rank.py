@@ -135,3 +135,11 @@ def test_a_file_that_cannot_be_read_again_costs_that_checkpoint_alone(pool, tmp_
     for done, left in pool.run(2, saves, str(tmp_path), 2):
         assert done == [True, False, True]
         assert left == ["step-000001", "step-000003"]
+
+
+@pytest.mark.parametrize(("rate", "said"), [(10, True), (5e-3, False)])
+def test_a_run_that_ends_above_its_first_loss_is_said(train, tiny_config, tmp_path, rate, said):
+    rows = train(1, tiny_config, tmp_path / "run", f"optimizer.lr={rate}", "budget.steps=10")
+    assert (rows[-1]["val_loss"] > rows[0]["loss"]) == said
+    log = (tmp_path / "run/logs/attempt-1/rank-0.log").read_text()
+    assert ("this run has learned nothing; lower optimizer.lr" in log) == said
