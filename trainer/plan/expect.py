@@ -50,7 +50,8 @@ def expected_final_loss(plan: Plan, folder: Path, fingerprints: Sequence[str], s
     n, d, law = plan.inputs.params, plan.inputs.tokens, plan.law
     loss_law = own_loss_law(law, plan.inputs)
     if loss_law is not None and law.held_out == held_out_text(fingerprints, split):
-        return Expected(loss_law.loss(n, d), f"the loss law of {law.source.name}")
+        beyond = ", extrapolated" if law.source.outside(n, d, plan.inputs.active_params) else ""
+        return Expected(loss_law.loss(n, d), f"the loss law of {law.source.name}{beyond}")
     return _from_earlier_run(plan, folder, list(fingerprints), split)
 
 

@@ -70,8 +70,10 @@ def expected_loss_text(plan: Plan) -> str:
     law, i = usable_loss_law(plan), plan.inputs
     if law is None:
         return f"no expected loss: {expected_loss_of(plan)}"
-    told = law.equation
+    told, beyond = law.equation, ""
     if law is EPOCH:
         told = "for ranking, not a prediction for your data"
         told += ", and of dense models only" if i.mixture else ""
-    return f"expected loss {law.loss(i.params, i.tokens):.4f} by {law.source.name}: {told}"
+    elif plan.law.source.outside(i.params, i.tokens, i.active_params):
+        beyond = ", extrapolated"
+    return f"expected loss {law.loss(i.params, i.tokens):.4f} by {law.source.name}{beyond}: {told}"
