@@ -48,7 +48,8 @@ def test_base_file_and_overrides_in_that_order_with_their_origins(tmp_path, file
 def test_a_base_has_no_base(tmp_path, file):
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     (tmp_path / "c.yaml").write_text("base: b.yaml\n")
-    with pytest.raises(UserError, match=r"c\.yaml has the base b\.yaml, .*; write `base: a\.yaml`, with what .*b\.yaml sets$"):
+    sentence = r"c\.yaml has the base b\.yaml, .*; write `base: a\.yaml`, with what .*b\.yaml sets$"
+    with pytest.raises(UserError, match=sentence):
         load_config(str(tmp_path / "c.yaml"))
 
 
