@@ -147,8 +147,10 @@ class Reference:
         limit = self.settings.chunk
         if self.settings.faithful:
             return tuple(max(d for d in range(1, limit + 1) if max(n, 1) % d == 0) for n in (rows, cols))
-        if name == "rows":
-            return 1, math.ceil(max(cols, 1) / math.ceil(max(cols, 1) / limit**2))
+        if name == "rows":  # as many whole rows as in the fewest chunks; here a row fits
+            row = SHAPES[name][1]
+            count = max(cols // row, 1)
+            return 1, row * math.ceil(count / math.ceil(count / (limit**2 // row)))
         return tuple(math.ceil(max(n, 1) / math.ceil(max(n, 1) / limit)) for n in (rows, cols))
 
     def exchanged(self, name: str, landed: list | None) -> torch.Tensor:
