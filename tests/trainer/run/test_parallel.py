@@ -113,7 +113,12 @@ TOGETHER = [
     [
         ("fp64", 1e-12, ["run.recompute=full"]),
         ("fp64", 1e-12, ["run.recompute=selective", "parallel.reshard_after_forward=false"]),
-        ("fp32", 1e-5, ["run.recompute=full", "run.compile=true", "model.num_layers=1"]),
+        pytest.param(
+            "fp32",
+            1e-5,
+            ["run.recompute=full", "run.compile=true", "model.num_layers=1"],
+            marks=pytest.mark.e2e,
+        ),
     ],
 )
 def test_everything_at_once_equals_one_plain_rank(
