@@ -26,7 +26,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python -m stepline.trainer.quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 -m "not e2e and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not e2e and not gpu"
 
 # A report is opened in a browser, which is installed where root may do so.
 test-e2e: $(VENV)/.dev
