@@ -109,9 +109,8 @@ class SentencePieceTokenizer:
         return self._decoder.decode([int(i) for i in ids])
 
     def unknown(self, text: str) -> list[str]:
-        pieces = self._encoder.encode([text], out_type=str, num_threads=1)[
-            0
-        ]  # an unknown one is the text itself
+        # an unknown piece is the text itself
+        (pieces,) = self._encoder.encode([text], out_type=str, num_threads=1)
         return [piece for piece in pieces if self._encoder.piece_to_id(piece) == self.unknown_id]
 
     def normalized(self, text: str) -> str:

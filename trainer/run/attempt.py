@@ -25,6 +25,7 @@ from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
 from stepline.trainer.run.state import TrainState
+from stepline.trainer.run.together import together
 from stepline.trainer.run.watchdog import Watchdog
 from stepline.trainer.watch.metrics import has_validation
 from stepline.trainer.watch.speed import Speedometer
@@ -87,23 +88,19 @@ class Attempt:
 
     def _watch(self, number: int, plan: dict[str, Any]) -> Watch:
         """Raises UserError on all ranks where rank 0 cannot read the rows of the run so far."""
-        job, watch, problem = self.job, None, [None]
-        try:
-            watch = Watch(
-                job.folder, job.config, self.state.step, enabled=job.world.rank == 0, plan=plan, attempt=number,
-                world_size=job.world.size,
-            )  # fmt: skip
-        except UserError as error:
-            problem = [str(error)]
-        except OSError as error:
-            what = error.filename or job.folder
-            problem = [
-                f"{what} cannot be read ({error.strerror}); mend that and start the same command again"
-            ]
-        dist.broadcast_object_list(problem, src=0, group=self.group)
-        if problem[0] is not None:
-            raise UserError(problem[0])
-        return watch
+        job = self.job
+
+        def begin() -> Watch:
+            try:
+                return Watch(
+                    job.folder, job.config, self.state.step, enabled=job.world.rank == 0, plan=plan, attempt=number,
+                    world_size=job.world.size,
+                )  # fmt: skip
+            except OSError as error:
+                what = f"{error.filename or job.folder} cannot be read ({error.strerror})"
+                raise UserError(f"{what}; mend that and start the same command again") from error
+
+        return together(begin, self.group)
 
     def wishes(self) -> list[int]:
         """What this rank wants of all: the fields of Agreed."""

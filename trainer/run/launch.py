@@ -37,6 +37,7 @@ from stepline.trainer.run.outcome import diverged_before, forget_outcome, restar
 from stepline.trainer.run.refusal import LOCK, note_refusal
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
+from stepline.trainer.run.together import together
 from stepline.trainer.watch import heartbeat
 
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
@@ -98,15 +99,12 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
 
 def _keep_tokenizer(job: Job) -> None:
     """Once ranks have met: a folder with nothing else is no run's, to a later one. Raises UserError on all ranks."""
-    problem = [None]
-    if job.world.rank == 0:
-        try:
+
+    def keep() -> None:
+        if job.world.rank == 0:
             keep_tokenizer(job.folder, job.metas[0].tokenizer_path, fresh=job.resume_from is None)
-        except UserError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
+
+    together(keep)
 
 
 def _alone(stop: StopSignal) -> bool:

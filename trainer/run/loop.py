@@ -27,6 +27,7 @@ from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepMeasures, all_max, train_step
+from stepline.trainer.run.together import together
 from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.watch.course import leave_course
 from stepline.trainer.watch.loggers import run_id
@@ -235,18 +236,15 @@ def _describe(job: Job, state: TrainState, number: int, group: dist.ProcessGroup
         log.info("expected at the end: validation loss %.3f by %s", job.expected.loss, job.expected.source)
     for note in job.notes:
         log.warning("%s", note)
-    plan, problem = {}, [None]
-    if job.world.rank == 0:
+
+    def describe() -> dict[str, Any]:
         try:
-            plan = _write_description(job, state, number)
+            return _write_description(job, state, number) if job.world.rank == 0 else {}
         except OSError as error:
-            problem = [
-                f"{job.folder} cannot be written ({error.strerror}); mend that and start the same command again"
-            ]
-    dist.broadcast_object_list(problem, src=0, group=group)
-    if problem[0] is not None:
-        raise UserError(problem[0])
-    return plan
+            what = f"{job.folder} cannot be written ({error.strerror})"
+            raise UserError(f"{what}; mend that and start the same command again") from error
+
+    return together(describe, group)
 
 
 def _write_description(job: Job, state: TrainState, number: int) -> dict[str, Any]:
