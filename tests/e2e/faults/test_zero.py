@@ -10,9 +10,11 @@ pytest.importorskip("deepspeed")
 
 def test_a_signal_on_one_rank(start, tmp_path):
     """All ranks save and leave; the run goes on, and its curve is that of an undisturbed rank without DeepSpeed."""
-    folder, straight, adamw = tmp_path / "run", tmp_path / "straight", "optimizer.name=adamw"
-    assert start(straight, adamw, ranks=1).end() == [0]
-    zero = [adamw, "parallel.backend=zero"]
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    # at the law's rate for so short a run (.048) AdamW's first steps make 9 % of a norm out of rounding
+    adamw = ["optimizer.name=adamw", "optimizer.lr=0.02"]
+    assert start(straight, *adamw, ranks=1).end() == [0]
+    zero = [*adamw, "parallel.backend=zero"]
     run = start(folder, *zero).reach(15)
     run.send(signal.SIGTERM, 1)
     assert run.end() == [75, 75], run.text()
