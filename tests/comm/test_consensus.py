@@ -1,27 +1,35 @@
 """Wishes of single ranks, known to all at the same step; a part of a store that belongs to one attempt."""
 
+import itertools
 import socket
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from stepline.comm.consensus import Consensus
+from stepline.comm.consensus import Consensus, Wish
 from stepline.comm.rendezvous import attempt_store
 
 
-def decisions(steps: int) -> list[list[int]]:
-    """Rank 1 wishes for a stop (15) at step 3, rank 2 for a save at steps 1 and 3."""
-    consensus, rank, seen = Consensus(dist.new_group(backend="gloo"), size=2), dist.get_rank(), []
+def decisions(steps: int) -> list[Wish]:
+    """Rank 1 wishes for a stop (15) at step 3, rank 2 for a save at steps 1 and 3, rank 0 has damaged data at 4."""
+    consensus, rank, seen = Consensus(dist.new_group(backend="gloo")), dist.get_rank(), []
     for step in range(steps):
-        consensus.begin([15 * (rank == 1 and step == 3), int(rank == 2 and step in (1, 3))])
+        stop, save = 15 * (rank == 1 and step == 3), rank == 2 and step in (1, 3)
+        consensus.begin(Wish(rank == 0 and step == 4, stop, save))
         seen.append(consensus.result())
-    seen.append(consensus.settle([rank, 0]))
+    seen.append(consensus.settle(Wish(stop=rank)))
     return seen
 
 
-def test_all_ranks_see_the_largest_wish_at_the_same_step(pool):
-    expected = [[0, 0], [0, 1], [0, 0], [15, 1], [0, 0], [2, 0]]
-    assert pool.run(3, decisions, 5) == [expected] * 3
+def test_all_ranks_see_the_most_urgent_wish_at_the_same_step(pool):
+    save, stop, damaged = Wish(save=True), Wish(stop=15), Wish(damaged=True)
+    assert pool.run(3, decisions, 5) == [[Wish(), save, Wish(), stop, damaged, Wish(stop=2)]] * 3
+
+
+def test_an_urgency_is_of_one_wish_and_in_their_order():
+    wishes = [Wish(*w) for w in itertools.product((False, True), range(65), (False, True))]
+    assert [Wish.of(wish.urgency()) for wish in wishes] == wishes
+    assert sorted(wishes, key=Wish.urgency) == wishes
 
 
 def attempts(port: int) -> list[list[str]]:

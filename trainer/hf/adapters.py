@@ -19,8 +19,8 @@ from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
 from stepline.trainer.errors import UserError
-from stepline.trainer.run.checkpoint import load_tensors, stored_names
 from stepline.trainer.run.manifest import COMPLETE, find_checkpoint, run_of
+from stepline.trainer.run.stored import load_tensors, stored_names
 
 log = logging.getLogger("stepline")
 

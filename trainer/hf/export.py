@@ -23,11 +23,11 @@ from stepline.trainer.hf.custom import custom_config_dict, custom_name, write_co
 from stepline.trainer.hf.shards import INDEX, Unit, deal, open_shard
 from stepline.trainer.hf.tokenizer import write_tokenizer
 from stepline.trainer.run.build import recipes
-from stepline.trainer.run.checkpoint import load_tensors
 from stepline.trainer.run.infer import run_tokenizer
 from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
 from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.state import model_tensors
+from stepline.trainer.run.stored import load_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BIAS = ".balance_bias"

@@ -4,13 +4,12 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from stepline.comm.consensus import Consensus
+from stepline.comm.consensus import Consensus, Wish
 from stepline.comm.fsdp import forget_gathered
 from stepline.comm.gather import gathered
 from stepline.trainer.config import Config
@@ -18,13 +17,14 @@ from stepline.trainer.data.dataset import source_names
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.verify import Verifier, copy_of, sharers, start_verifying
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
-from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, sound_checkpoint
+from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
 from stepline.trainer.run.evaluate import evaluate
 from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, retire, step_of
 from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
 from stepline.trainer.run.state import TrainState
+from stepline.trainer.run.stored import sound_checkpoint
 from stepline.trainer.run.together import together
 from stepline.trainer.run.watchdog import Watchdog
 from stepline.trainer.watch.metrics import has_validation
@@ -52,18 +52,6 @@ class Interval:
         return self.seconds is not None and time.monotonic() - self._since >= self.seconds
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks do alike after a step."""
-
-    stop: int
-    """The number of a signal, or 0."""
-    save: int
-    """Whether an ephemeral checkpoint is due."""
-    damaged: int
-    """Whether a rank has found damaged data."""
-
-
 class Attempt:
     """One attempt of a job, on one rank: its methods with "all ranks" in their text are collectives."""
 
@@ -76,7 +64,7 @@ class Attempt:
         self.first_step = state.step
         self.watch = self._watch(number, plan)
         self.saver = Checkpointer(job.folder, config.checkpoint.keep, job.device, self._save_failed)
-        self.consensus = Consensus(group, size=3)
+        self.consensus = Consensus(group)
         self.due = Interval(config.checkpoint.ephemeral_minutes)
         self.speed = Speedometer(config, job.device, job.world.size, state.step)
         self.dog = Watchdog(
@@ -102,14 +90,17 @@ class Attempt:
 
         return together(begin, self.group)
 
-    def wishes(self) -> list[int]:
-        """What this rank wants of all: the fields of Agreed."""
-        due = self.job.world.rank == 0 and not self.saver.busy and self.due.passed()
-        return [self.stop.number, int(due), int(self.verifier.problem() is not None)]
+    def _wish(self, save: bool = False) -> Wish:
+        return Wish(self.verifier.problem() is not None, self.stop.number, save)
 
-    def agreed(self) -> Agreed:
-        """What all ranks do after the step at whose start the wishes were exchanged."""
-        agreed = Agreed(*self.consensus.result())
+    def begin_to_agree(self) -> None:
+        """Starts to tell all ranks what this one wants of them after the step."""
+        due = self.job.world.rank == 0 and not self.saver.busy and self.due.passed()
+        self.consensus.begin(self._wish(save=due))
+
+    def agreed(self) -> Wish:
+        """What all ranks do after the step at whose start they began to agree."""
+        agreed = self.consensus.result()
         self.dog.tick(f"step {self.state.step}")
         if agreed.damaged:
             self.refuse_damaged_data()
@@ -122,18 +113,16 @@ class Attempt:
 
     def told_to_stop(self) -> int:
         """The signal that any of all ranks has received, or 0; waits for them. Raises UserError for damaged data."""
-        number, _, damaged = self.consensus.settle(
-            [self.stop.number, 0, int(self.verifier.problem() is not None)]
-        )
-        if damaged:
+        agreed = self.consensus.settle(self._wish())
+        if agreed.damaged:
             self.refuse_damaged_data()
-        return number
+        return agreed.stop
 
     def owes_validation(self) -> bool:
         """Whether all ranks must validate before the next step: a run that is told to stop in a validation has none."""
         step, folder = self.state.step, self.job.folder
         due = self.job.world.rank == 0 and step > 0 and validation_due(step, self.job.config)
-        return bool(self.consensus.settle([int(due and not validated(folder, step)), 0, 0])[0])
+        return self.consensus.settle(Wish(save=due and not validated(folder, step))).save
 
     def validate(self, whole: bool) -> dict[str, float] | None:
         """Held-out loss and bits per byte, logged; None where all ranks were told to stop meanwhile."""

@@ -78,7 +78,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     steps = config.total_steps()
     state.sparsity.begin(state.step, watched=False)
     attempt = Attempt(job, state, stop, verifier, group, number, stacks, plan)
-    watch, consensus = attempt.watch, attempt.consensus
+    watch = attempt.watch
     validation: dict[str, float] | None = {}
     exit_code = FAILED
     try:
@@ -89,7 +89,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
                 stopping = attempt.told_to_stop()
             while state.step < steps and not stopping:
                 batch = next(state.loader)
-                consensus.begin(attempt.wishes())
+                attempt.begin_to_agree()
                 lr = config.optimizer.lr * learning_rate_multiplier(config, state.step)
                 state.sparsity.begin(state.step, watched=is_logged(state.step + 1, config))
                 # W is not beta S(W): the loss jumps, and that is no spike

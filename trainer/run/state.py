@@ -24,9 +24,9 @@ from stepline.trainer.hf.adapters import holders, is_new, pretrained, start_adap
 from stepline.trainer.optim.guard import Guard
 from stepline.trainer.run.balance import ExpertBalance
 from stepline.trainer.run.build import build_model
-from stepline.trainer.run.checkpoint import load_tensors, misfit, stored_names, stored_shapes
 from stepline.trainer.run.manifest import find_checkpoint, read_state
 from stepline.trainer.run.sparsity import Sparsity, set_betas
+from stepline.trainer.run.stored import load_tensors, misfit, stored_names, stored_shapes
 from stepline.trainer.run.synchronize import build_synchronizer
 from stepline.trainer.run.zero import build_zero
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from stepline.trainer.errors import UserError
 from stepline.trainer.run import checkpoint
-from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer, load_tensors
+from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
 from stepline.trainer.run.manifest import (
     SUPERSEDED,
     complete_checkpoints,
@@ -24,6 +24,7 @@ from stepline.trainer.run.manifest import (
     incomplete_checkpoints,
     retire,
 )
+from stepline.trainer.run.stored import load_tensors
 
 
 def saved(folder: str, kinds: str, keep: int) -> list[str]:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from stepline.comm.mesh import World, build_mesh
 from stepline.trainer.run import loop
-from stepline.trainer.run.checkpoint import stored_names
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
 from stepline.trainer.run.state import Trainee, TrainState
+from stepline.trainer.run.stored import stored_names
 
 SYNCS = {
     "demo": ["parallel.sync=demo", "parallel.demo.chunk=8"],

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from stepline.comm.mesh import World, build_mesh
 from stepline.comm.pieces import parts
 from stepline.trainer.run.build import build_model
-from stepline.trainer.run.checkpoint import stored_names
 from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.start import start_job
+from stepline.trainer.run.stored import stored_names
 
 pytest.importorskip("deepspeed")
 

@@ -1,0 +1,94 @@
+"""Checkpoints read: the names and shapes in one, its tensors into those of any layout, the newest that is sound."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from stepline.comm.gather import gathered
+from stepline.trainer.errors import UserError
+from stepline.trainer.run.manifest import (
+    DAMAGED,
+    complete_checkpoints,
+    damaged,
+    damages,
+    none_left,
+    passed_over,
+    retire,
+    step_of,
+)
+
+log = logging.getLogger("stepline")
+
+
+def stored_names(checkpoint: Path) -> set[str]:
+    """The names of the tensors in a checkpoint; raises UserError where it is damaged."""
+    return set(stored_shapes(checkpoint))
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors' shapes by name; raises UserError where the checkpoint is damaged."""
+    try:
+        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # an unpickled file may raise anything
+        raise damaged(checkpoint, "its metadata cannot be read") from error
+    return {name: tuple(tensor.size) for name, tensor in stored.items()}
+
+
+def misfit(checkpoint: Path, reason: object) -> UserError:
+    """That the tensors of a checkpoint are those of another model."""
+    return UserError(f"the weights in {checkpoint} do not fit this model: {reason}")
+
+
+def load_tensors(
+    checkpoint: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Reads the named tensors in place; DTensors of any layout get their part (resharding included).
+
+    group: of gloo, for the planning. Raises UserError where the checkpoint is damaged or holds other names or shapes.
+    """
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings():
+        if alone:  # that a single process loads is what is asked for
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(tensors, checkpoint_id=checkpoint, process_group=group, no_dist=alone)
+        except CheckpointException as error:
+            for reason, _ in error.failures.values():
+                if isinstance(reason, torch.OutOfMemoryError | KeyboardInterrupt):
+                    raise
+                if str(reason).startswith(("Size mismatch", "Missing key")):
+                    raise misfit(checkpoint, reason) from error
+            raise damaged(checkpoint, "its tensors cannot be read") from error
+
+
+def sound_checkpoint(
+    newest: Path, run: Path, group: dist.ProcessGroup, *, only_this: bool
+) -> tuple[Path, list[str]]:
+    """The newest checkpoint up to `newest` whose files are as they were written, the same on all ranks.
+
+    A damaged one is named in the second value and no longer counts. Raises UserError when none is left, or when
+    `only_this` one is asked for. A collective: the ranks share the reading.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    notes: list[str] = []
+    # Rank 0's list: a node may see what another has written a while later.
+    candidates = [[p for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]]
+    dist.broadcast_object_list(candidates, src=0, group=group)
+    for checkpoint in reversed(candidates[0]):
+        found = gathered(damages(checkpoint, rank, ranks), group)
+        problems = sorted({problem for part in found for problem in part})
+        if not problems:
+            return checkpoint, notes
+        if only_this:
+            raise damaged(checkpoint, problems[0])
+        notes.append(passed_over(checkpoint, problems[0]))
+        log.warning("%s", notes[-1])
+        dist.barrier(group=group)
+        if rank == 0:
+            retire(checkpoint, DAMAGED)
+    raise none_left(checkpoint, problems[0])
