@@ -3,10 +3,12 @@
 Two "nodes" are two network namespaces on a bridge, with `tc tbf` at both ends of the link (bandwidth is shaped; latency
 and loss are not, and nothing is claimed about them). Bytes are those of the interfaces' counters.
 
-    python benchmarks/slow_link.py time DATA [--output DIR]     # needs root, iproute2
-    python benchmarks/slow_link.py turns DATA [--output DIR]    # the same; one rate, against no network, in turns
-    python benchmarks/slow_link.py loss DATA [--output DIR]     # the learning rates' grid, then three seeds
-    python benchmarks/slow_link.py show [--output DIR]          # tables and plots of what is in DIR
+    python benchmarks/slow_link.py time DATA     # needs root, iproute2
+    python benchmarks/slow_link.py turns DATA    # the same; one rate, against no network, in turns
+    python benchmarks/slow_link.py loss DATA     # the learning rates' grid, then three seeds
+    python benchmarks/slow_link.py show          # tables and plots of what is there
+
+Each with [--output DIR], `time` and `loss` with [--methods METHOD ...].
 
 DATA: a folder written by `stepline prepare` with a `tune` split and at most 2048 tokens in its vocabulary.
 """
@@ -22,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shaped_link import Link
 from slow_link_show import show
 
 TIMED = {"hidden_size": 192, "num_layers": 6, "num_heads": 6, "ffn_size": 512}
@@ -35,6 +38,9 @@ SHAPE = [
     "checkpoint.every=1000000",
 ]  # fmt: skip
 """2,048 tokens for each of two replicas in a step."""
+EVERY = 32
+"""Steps between two exchanges of DiLoCo, which then sends 1.03 times the bytes of DeMo at 1/50."""
+DILOCO = f"DiLoCo int8, H = {EVERY}"
 METHODS = {
     "no network": ["parallel.sync=diloco", "parallel.diloco.every=1000000"],
     "all-reduce fp32": [],
@@ -49,12 +55,11 @@ METHODS = {
     "DeMo 1/100": ["parallel.sync=demo", "parallel.demo.density=0.01"],
     "DeMo 1/400": ["parallel.sync=demo", "parallel.demo.density=0.0025"],
     "DeMo int8 1/128": ["parallel.sync=demo", "parallel.demo.codec=int8", "parallel.demo.density=0.0078125"],
-    "DiLoCo int8, H = 50": ["parallel.sync=diloco", "parallel.diloco.every=50", "parallel.diloco.codec=int8"],
+    DILOCO: ["parallel.sync=diloco", f"parallel.diloco.every={EVERY}", "parallel.diloco.codec=int8"],
     "random-k 1/100": ["parallel.sync=random_k", "parallel.random_k.density=0.01"],
 }
-"""DiLoCo and random-k send two thirds of the bytes of DeMo at 1/50 a step."""
+"""random-k sends two thirds of the bytes of DeMo at 1/50 a step."""
 RATES_MBIT = (10, 100, 1000, 10000)
-NODES = ("node0", "node1")
 
 
 STEPLINE = (sys.executable, "-m", "stepline.trainer")
@@ -91,59 +96,8 @@ def run(
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-class Link:
-    """Two namespaces joined by a bridge; a context manager that leaves nothing behind."""
-
-    def __enter__(self) -> "Link":
-        if os.geteuid() != 0:
-            sys.exit("slow_link.py time makes network namespaces, which needs root: run it as root")
-        self.__exit__()
-        self._ip("link add steplink type bridge", "link set steplink up")
-        self.nodes = []
-        for i, node in enumerate(NODES):
-            inside, outside, address = f"veth-{node}", f"br-{node}", f"10.77.0.{i + 1}"
-            self._ip(
-                f"netns add {node}", f"link add {inside} type veth peer name {outside}",
-                f"link set {inside} netns {node}", f"link set {outside} master steplink", f"link set {outside} up",
-                f"-n {node} addr add {address}/24 dev {inside}", f"-n {node} link set {inside} up",
-                f"-n {node} link set lo up",
-            )  # fmt: skip
-            self.nodes.append((node, inside, address))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # a pair outlives its namespace while a process of a run that was killed is in there
-        links = (*(f"br-{node}" for node in NODES), "steplink")
-        for command in (*(f"netns del {node}" for node in NODES), *(f"link del {name}" for name in links)):
-            subprocess.run(["ip", *command.split()], stderr=subprocess.DEVNULL, check=False)
-
-    @staticmethod
-    def _ip(*commands: str) -> None:
-        for command in commands:
-            subprocess.run(["ip", *command.split()], check=True)
-
-    def shape(self, mbit: int | None) -> None:
-        """Limits both directions; None: no limit."""
-        for node, interface, _ in self.nodes:
-            enter = ["ip", "netns", "exec", node, "tc", "qdisc"]
-            subprocess.run([*enter, "del", "dev", interface, "root"], stderr=subprocess.DEVNULL, check=False)
-            if mbit is not None:
-                burst = "128kb" if mbit <= 1000 else "1280kb"
-                limit = f"add dev {interface} root tbf rate {mbit}mbit burst {burst} latency 200ms"
-                subprocess.run([*enter, *limit.split()], check=True)
-
-    def counters(self) -> dict[str, int]:
-        """Bytes that the first node's interface has sent and received, and those on its loopback."""
-        node, interface, _ = self.nodes[0]
-        found = {}
-        for name in (interface, "lo"):
-            for way in ("tx", "rx"):
-                file = f"/sys/class/net/{name}/statistics/{way}_bytes"
-                out = subprocess.run(
-                    ["ip", "netns", "exec", node, "cat", file], capture_output=True, check=True
-                )
-                found["lo" if name == "lo" else way] = int(out.stdout)
-        return found
+COUNTED_STEPS = {DILOCO: (EVERY + 2, 3 * EVERY + 2)}
+"""Of a short and a long run, which differ by whole exchanges; of other methods any will do."""
 
 
 def step_seconds(rows: list[dict]) -> float:
@@ -152,14 +106,15 @@ def step_seconds(rows: list[dict]) -> float:
     return statistics.median(4096 / row["tokens_per_second"] for row in steps)
 
 
-def time_steps(data: Path, output: Path) -> None:
+def time_steps(data: Path, output: Path, methods: Sequence[str]) -> None:
     """times.json: seconds of a step by method and rate; bytes of a step by the counters and by the ledger."""
     found: dict = {"rates_mbit": list(RATES_MBIT), "methods": {}}
     folder = output / "timed"
     with Link() as link:
-        for method, options in METHODS.items():
+        for method in methods:
+            options = METHODS[method]
             link.shape(None)
-            lengths, counted, late = (52, 102) if "DiLoCo" in method else (6, 26), [], {}
+            lengths, counted, late = COUNTED_STEPS.get(method, (6, 26)), [], {}
             for steps in lengths:
                 before = link.counters()
                 rows = run(
@@ -178,15 +133,15 @@ def time_steps(data: Path, output: Path) -> None:
             for rate in RATES_MBIT:
                 link.shape(rate)
                 slow = "all-reduce" in method and rate == 10
-                steps = 7 if slow else 53 if "DiLoCo" in method else 27
+                steps = 7 if slow else EVERY + 3 if method == DILOCO else 27
                 rows = run(
                     data, folder, [*options, f"budget.steps={steps}", "logging.every=1"], TIMED, link.nodes
                 )
                 seconds = [4096 / row["tokens_per_second"] for row in rows if "loss" in row][2:]
-                # DiLoCo's exchanges are few and long: the mean of 50 steps counts, one of which has an exchange
+                # DiLoCo's exchanges are few and long: the mean of as many steps counts, one of which has an exchange
                 # (without the last step, which has another).
                 entry["seconds"][str(rate)] = (
-                    statistics.mean(seconds[:-1]) if "DiLoCo" in method else statistics.median(seconds)
+                    statistics.mean(seconds[:-1]) if method == DILOCO else statistics.median(seconds)
                 )
             found["methods"][method] = entry
             print(method, json.dumps(entry), flush=True)
@@ -228,7 +183,7 @@ LOSS_METHODS = (
     "all-reduce bf16",
     "DeMo 1/50",
     "DeMo 1/100",
-    "DiLoCo int8, H = 50",
+    DILOCO,
     "random-k 1/100",
     "DeMo 1/50, a step late",
     "DeMo 1/50, late, not ahead",
@@ -238,7 +193,7 @@ WINNERS = ("all-reduce fp32", "all-reduce bf16", "DeMo 1/50", "DeMo 1/100", "DeM
 """Trained with all seeds."""
 
 
-def train_all(data: Path, output: Path) -> None:
+def train_all(data: Path, output: Path, methods: Sequence[str]) -> None:
     """losses.json: the curve of every method at every learning rate on one seed, at its best on the unseen split, and
     those of the winners on all seeds.
 
@@ -267,7 +222,7 @@ def train_all(data: Path, output: Path) -> None:
         print(f"{method}, lr {lr:g}, seed {seed}, {split}: {known['val']:.4f}", flush=True)
         return known
 
-    for method in LOSS_METHODS:
+    for method in methods:
         tried = {lr: curve(method, lr, SEEDS[0], "tune")["val"] for lr in LEARNING_RATES}
         while (lr := min(tried, key=tried.get)) in (min(tried), max(tried)):
             further = lr / 2 if lr == min(tried) else lr * 2
@@ -283,15 +238,20 @@ def main() -> None:
     parser.add_argument("part", choices=("time", "turns", "loss", "show"))
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--output", type=Path, default=Path("runs/slow_link"))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="of `time` and `loss`"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.part == "show":
         show(options.output, LOSS_METHODS)
     elif options.data is None:
         parser.error("give a folder written by `stepline prepare`")
+    elif options.part == "turns":
+        time_turns(options.data.resolve(), options.output)
     else:
-        part = {"time": time_steps, "turns": time_turns, "loss": train_all}[options.part]
-        part(options.data.resolve(), options.output)
+        part, methods = {"time": (time_steps, METHODS), "loss": (train_all, LOSS_METHODS)}[options.part]
+        part(options.data.resolve(), options.output, options.methods or list(methods))
 
 
 if __name__ == "__main__":
