@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from stepline.trainer.config import BUDGET, MAY_CHANGE_ON_RESUME, Config
 from stepline.trainer.config_multiples import multiples_of
-from stepline.trainer.config_yaml import parse_overrides, read_yaml
+from stepline.trainer.config_yaml import flatten, parse_overrides, read_yaml
 from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.files import write_whole
 
@@ -53,17 +53,6 @@ def _find_base(base: str, path: Path) -> Path:
     return _shipped(Path(base), otherwise)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted keys; an empty mapping is a leaf."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
     for key, value in tree.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -76,7 +65,9 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     """Sets a dotted key in nested sections; raises UserError where a section of it is a value."""
     *sections, last = dotted.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # `null` too is no value that has no keys
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"'{dotted}' goes through '{section}', which is a value and has no keys")
     tree[last] = value
@@ -143,7 +134,9 @@ def check(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Config
 def _key(problem: dict[str, Any]) -> list[str]:
     """The dotted key of a problem: a union (`auto` or a number) adds the branch that failed, which is cut off."""
     parts = [str(part) for part in problem["loc"]]
-    written = parts[-1:] if problem["type"] == "extra_forbidden" else []  # a user's own, whatever it is
+    written = (
+        parts[-1:] if problem["type"] in ("extra_forbidden", "invalid_key") else []
+    )  # a user's own, whatever it is
     parts, kinds = parts[: len(parts) - len(written)], {"float", "int", "bool", "literal"}
     return [p for p in parts if p.replace("_", "").isalnum() and p not in kinds] + written
 
@@ -189,7 +182,7 @@ def allowed_values(keys: list[str]) -> str:
 def _sentence(problem: dict[str, Any]) -> str:
     keys, given, kind = _key(problem), problem.get("input"), problem["type"]
     key, section = ".".join(keys), section_of(keys[:-1])
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         return f"unknown key '{key}'{nearest(keys[-1], section.model_fields if section else ())}"
     if kind == "missing":
         return f"'{key}' is missing"

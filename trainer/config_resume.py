@@ -48,7 +48,7 @@ def merge_for_resume(
 
 def _refusal(key: str, saved: Config, before: Any, after: Any) -> str:
     before, after = (
-        str(v).lower() if isinstance(v, bool | None) else repr(v) for v in (before, after)
+        "null" if v is None else str(v).lower() if isinstance(v, bool) else repr(v) for v in (before, after)
     )  # as in YAML
     both = f"{key} was {before} in {saved.run.folder} and is now {after}"
     if key in BUDGET and not any(flatten(dump(saved))[k] for k in BUDGET):

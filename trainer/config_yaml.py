@@ -1,7 +1,7 @@
 """YAML as configs and overrides have it: no key twice in a section."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -9,7 +9,12 @@ from stepline.trainer.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML takes the last of two equal keys in silence, whole sections too."""
+    """PyYAML takes the last of two equal keys in silence, whole sections too; and no key's value is a date."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), {}
@@ -25,7 +30,10 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(text: str) -> Any:
     """As yaml.safe_load; raises yaml.YAMLError, also where a section has a key twice."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # of a tag: `!!int x`
+        raise yaml.YAMLError(str(error)) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -43,8 +51,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to dotted keys; an empty mapping is a leaf."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`section.key=value` arguments; values are YAML (`null`, `true`, `1e-3`, `[a, b]`)."""
+    """`section.key=value` arguments by dotted key; values are YAML (`null`, `true`, `1e-3`, `[a, b]`), and
+    `section={key: value}` sets these keys of the section."""
     parsed = {}
     for text in overrides:
         key, sign, value = text.partition("=")
@@ -53,7 +73,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
         if not value.strip():
             raise UserError(f"'{text}' has no value; write {key}=VALUE, or {key}=null for none")
         try:
-            parsed[key] = load_yaml(value)
+            parsed |= flatten({key: load_yaml(value)})
         except yaml.YAMLError:
             raise UserError(f"the value in '{text}' is not valid YAML") from None
     return parsed

@@ -48,11 +48,16 @@ def new_folder(output: Path) -> Iterator[Path]:
     if not output.name:  # the current folder
         output = output.absolute()
     partial = output.with_name(output.name + ".partial")
-    with suppress(FileNotFoundError):
-        shutil.rmtree(partial)
+    mark = partial / ".being-written"  # of what a killed program left; all else is somebody's
+    if (partial.exists() or partial.is_symlink()) and not mark.exists():
+        raise UserError(f"{partial} would be written and exists already; choose another folder than {output}")
     try:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
+        mark.touch()
         yield partial
+        mark.unlink()
         if output.exists():
             output.rmdir()
         partial.rename(output)

@@ -149,6 +149,12 @@ def test_the_written_config_reads_back_and_names_every_origin(tmp_path, file):
             "model.num-layers=2",
             "on the command line: unknown key 'model.num-layers'; did you mean 'num_layers'?",
         ),
+        ("model={1: 2}", "on the command line: unknown key 'model.1'"),
+        (
+            "optimizer={lr: -1}",
+            "on the command line: optimizer.lr is -1; it must be 'auto' or a number above 0",
+        ),
+        ("run.seed=!!int x", "the value in 'run.seed=!!int x' is not valid YAML"),
         ("nonsense", "'nonsense' is not an override; write section.key=value"),
         ("model.=5", "'model.=5' is not an override; write section.key=value"),
         (".a=5", "'.a=5' is not an override; write section.key=value"),
@@ -165,6 +171,29 @@ def test_one_sentence_for_a_mistake(file, override, sentence):
         load_config(str(file), [override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_section_as_one_override_is_its_keys(file):
+    config, origins = load_config(
+        str(file), ["optimizer={beta1: 0.5, guard: {sigma: 9}}", "optimizer.beta1=0.6"]
+    )
+    assert (config.optimizer.beta1, config.optimizer.guard.sigma) == (0.6, 9)
+    assert (config.optimizer.beta2, origins["optimizer.beta2"]) == (0.99, "file a.yaml")
+    assert origins["optimizer.beta1"] == origins["optimizer.guard.sigma"] == "override"
+    saved, _ = load_config(str(file), ["optimizer.beta1=0.7"])
+    with pytest.raises(UserError, match=r"optimizer\.beta1 was 0\.7 in runs/a and is now 0\.6"):
+        merge_for_resume(saved, config, origins, 0)
+    config, origins = load_config("dense-8b", ["model.rope_scaling={factor: 4}"])
+    assert (config.model.rope_scaling.factor, origins["model.rope_scaling.factor"]) == (4, "override")
+    assert load_config("dense-8b", ["model.rope_scaling.factor=4"])[0] == config
+
+
+def test_a_date_is_text(file):
+    file.write_text(file.read_text() + "logging: {project: 2024-13-45}\n")
+    config, _ = load_config(str(file), ["run.folder=2026-10-03"])
+    assert (config.logging.project, str(config.run.folder)) == ("2024-13-45", "2026-10-03")
+    again, _ = load_config(str(file), [f"run.folder={config.run.folder}"])
+    assert again == config
 
 
 def test_what_is_yes_and_no_stays_so(file):

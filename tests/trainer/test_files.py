@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from stepline.trainer.files import write_whole
+from stepline.trainer.errors import UserError
+from stepline.trainer.files import new_folder, write_whole
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -22,3 +23,22 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch, ste
             write_whole(path, "after")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
     assert path.read_text() == "before"
+
+
+def test_a_new_folder_takes_the_place_of_what_was_killed_and_of_nothing_else(tmp_path):
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("a user's")
+    with pytest.raises(UserError) as caught, new_folder(output):
+        pass
+    assert str(caught.value) == (
+        f"{partial} would be written and exists already; choose another folder than {output}"
+    )
+    assert (partial / "mine.txt").read_text() == "a user's"
+    (partial / "mine.txt").unlink()
+    (partial / ".being-written").touch()  # killed
+    (partial / "half").write_text("half")
+    with new_folder(output) as folder:
+        (folder / "whole").write_text("whole")
+    assert [p.name for p in output.iterdir()] == ["whole"]
+    assert not partial.exists()

@@ -43,13 +43,19 @@ def format_of(path: Path) -> str | None:
 
 def is_prepared(folder: Path) -> bool:
     """Whether `stepline prepare` wrote the folder, or has begun to: by what is in it."""
-    if (folder / "request.json").is_file() and (folder / "parts").is_dir():
+    # not Path's, which raise where a folder may not be entered
+    if os.path.isfile(folder / "request.json") and os.path.isdir(folder / "parts"):
         return True
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(meta, dict) and {"fingerprint", "eod_id", "tokenizer", "splits"} <= meta.keys()
+
+
+def _real(path: Path) -> Path:
+    """Where links lead; unlike Path.resolve, of those in a circle too."""
+    return Path(os.path.realpath(path))
 
 
 def _walk(
@@ -59,26 +65,29 @@ def _walk(
 
     prepared: takes the folders of prepared data, which are not entered. unlisted: of os.walk, onerror.
     """
-    links, top = [], folder.resolve()
+    links, top = [], _real(folder)
     entered.add(top)
     for root, folders, names in os.walk(folder, onerror=unlisted):
         here, real = Path(root), []
         for name in sorted(folders):
             path = here / name
-            if name.startswith(".") or name == "__pycache__" or path.resolve() in (*outside, *entered):
+            if name.startswith(".") or name == "__pycache__":
+                continue
+            target = _real(path)
+            if target in outside or target in entered:
                 continue
             if is_prepared(path):
                 prepared.append(path)
             elif path.is_symlink():
                 links.append(path)
             else:
-                entered.add(path.resolve())
+                entered.add(target)
                 real.append(name)
         folders[:] = real
         yield from (here / name for name in sorted(names) if not name.startswith("."))
     for link in links:
         # one that leads back up would take in what nobody gave
-        if link.resolve() not in entered and not top.is_relative_to(link.resolve()):
+        if _real(link) not in entered and not top.is_relative_to(_real(link)):
             yield from _walk(link, outside, entered, prepared, unlisted)
 
 
@@ -100,7 +109,7 @@ def discover(
     entered: set[Path] = set()
 
     def excluded(path: Path, end: str = "") -> bool:
-        names = {path.as_posix() + end, path.resolve().as_posix() + end}
+        names = {path.as_posix() + end, _real(path).as_posix() + end}
         return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in exclude)
 
     def unlisted(error: OSError) -> None:
@@ -128,7 +137,7 @@ def discover(
         if kind is None:
             skipped["binary"] += 1
             return
-        files.setdefault(str(path.resolve()), InputFile(str(path), kind, stat.st_size, stat.st_mtime_ns))
+        files.setdefault(str(_real(path)), InputFile(str(path), kind, stat.st_size, stat.st_mtime_ns))
 
     for path in map(Path, inputs):
         if path.is_dir():

@@ -15,8 +15,12 @@ def group_sizes(path: str, text_key: str) -> list[int]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a sound Parquet file ({error}); download it again") from error
+    if schema.names.count(text_key) > 1:
+        raise UserError(f"{path} has several columns '{text_key}'; name another one with --text-key")
     if text_key not in schema.names:
         raise UserError(
             f"{path} has no column '{text_key}' (it has {', '.join(schema.names)}); name the right one with --text-key"

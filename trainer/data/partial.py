@@ -13,8 +13,18 @@ from stepline.trainer.files import locked
 TOKENIZER_NAME = "tokenizer-name.json"  # while building: names the file or sub-folder of the tokenizer
 
 
+OURS = ("lock", "request.json", "meta.json")
+"""One of them is in every folder that `prepare` builds in."""
+
+
 class Refused(UserError):
     """All is done and of no use: the same call would do the same again."""
+
+
+def check_ours(partial: Path) -> None:
+    """Raises UserError for a folder of that name which somebody else has filled."""
+    if any(partial.iterdir()) and not any((partial / name).exists() for name in OURS):
+        raise UserError(f"{partial} would be written and holds something else; choose another --output")
 
 
 @contextmanager

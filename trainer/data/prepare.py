@@ -15,6 +15,7 @@ from stepline.trainer.data.discover import InputFile, discover
 from stepline.trainer.data.partial import (
     TOKENIZER_NAME,
     Refused,
+    check_ours,
     only_one,
     removed_when_useless,
     start_or_resume,
@@ -47,6 +48,7 @@ def prepare(
     tune_share: float = 0.0,
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
+    may_lose: bool = False,
     progress: bool = True,
 ) -> dict:
     """Tokenise text files, folders, JSON lines and Parquet into the data folder `output`; returns its meta.
@@ -54,7 +56,8 @@ def prepare(
     Without `tokenizer` (a sentencepiece model, a tokenizer.json or a folder with one) a sentencepiece model
     of `vocab_size` pieces (default: VOCAB_SIZE) is trained on the training split. `val_share` and `tune_share`
     are the shares of documents (or of each file's tail, when there are only a few text files) held out as the
-    splits `val` and `tune`. `exclude` holds glob patterns for paths; a shard file holds `shard_tokens` at most.
+    splits `val` and `tune`. `exclude` holds glob patterns for paths; a shard file holds `shard_tokens` at most. With
+    `may_lose` a given tokenizer that loses text is noted, not refused.
     The result does not depend on `workers` (default: the CPUs of this process). Everything is built in
     `output.partial`; after a kill the same call goes on there; after an error the folder stays where a part or a
     new tokenizer is done.
@@ -97,6 +100,7 @@ def prepare(
             _say(note)
         request = _request(files, options, given.sha256 if given else vocab_size, shard_tokens)
         partial.mkdir(parents=True, exist_ok=True)
+        check_ours(partial)
         with only_one(partial), removed_when_useless(partial, trains=given is None):
             start_or_resume(partial, request)
             finished = partial / "meta.json"  # from then on nothing is left but to clear up
@@ -108,7 +112,8 @@ def prepare(
                     )
                 kept, note = RoundTrip(), None
                 if given is not None:
-                    kept, note = check_round_trip(given, str(tokenizer), samples(plan, options))
+                    sample = samples(plan, options)
+                    kept, note = check_round_trip(given, str(tokenizer), sample, refuse=not may_lose)
                 if note:
                     _say(note)
                 used = _tokenizer(partial, given, plan, options, vocab_size, progress)
@@ -121,10 +126,10 @@ def prepare(
                 write_json(finished, meta)
             meta = json.loads(finished.read_text(encoding="utf-8"))
             shutil.rmtree(partial / "parts")
-            # the request last: while it is there, the same call goes on here
-            for name in ("joined.json", TOKENIZER_NAME, "lock", "request.json"):
+            for name in ("joined.json", TOKENIZER_NAME, "lock"):
                 (partial / name).unlink(missing_ok=True)
         os.replace(partial, output)
+        (output / "request.json").unlink()  # last: while it is there, the same call goes on in `partial`
     except WorkerLost:
         raise UserError(
             f"a worker that wrote to {partial} was killed (out of memory?); "

@@ -198,7 +198,9 @@ class HuggingFaceTokenizer:
 
     def unknown(self, text: str) -> list[str]:
         (encoding,) = self._encodings([text])
-        return [text[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets) if i == self.unknown_id]
+        # each unknown byte of a character has the place of all of it
+        places = {place: None for i, place in zip(encoding.ids, encoding.offsets) if i == self.unknown_id}
+        return [text[a:b] for a, b in places]
 
     def normalized(self, text: str) -> str:
         normalizer = self._tokenizer.normalizer

@@ -15,7 +15,7 @@ from stepline.trainer.plan.cost import (
     iso_loss,
     run_cost,
 )
-from stepline.trainer.plan.effects import repeated_corpus
+from stepline.trainer.plan.effects import repeated_corpus, unwanted_effects
 from stepline.trainer.plan.explain import plan_json, show
 from stepline.trainer.plan.law_file import named_law
 from stepline.trainer.plan.laws import POWER_LINES, STEP_LAW, StepLaw
@@ -203,7 +203,7 @@ def from_config(ask: Request, law: StepLaw) -> tuple[Inputs, StepLaw, float, Con
             )
         config.parallel.micro_batch = size
     inputs = config_inputs(config, ask.world_size, corpus)
-    notes += repeated_corpus(inputs.tokens, corpus)
+    notes += repeated_corpus(inputs.tokens, corpus) + unwanted_effects(config)
     return inputs, law, flops_per_token(config.model, config.data.seq_len).total, config, notes
 
 

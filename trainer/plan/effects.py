@@ -23,9 +23,10 @@ def nobody_to_agree_with(config: Config, world: int) -> list[str]:
     sync = config.parallel.sync
     if sync == "all_reduce" or world > config.parallel.shard:
         return []
+    more = ", and a smaller parallel.shard makes several of these ranks" if world > 1 else ""
     return [
         f"parallel.sync={sync} has one replica, which nothing is sent to and whose updates are {sync}'s all the same; "
-        "all_reduce trains it without them, and a smaller parallel.shard makes several of these ranks"
+        f"all_reduce trains it without them{more}"
     ]
 
 

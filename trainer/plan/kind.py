@@ -31,8 +31,8 @@ def differences(law: str, model: str) -> list[str]:
     """`canon=none, not AC` for each key that both kinds have, with other values; what one does not tell is no
     difference."""
     mine, its = _parts(model), _parts(law)
-    if its:
-        its.setdefault("trained", "all")
+    for parts in filter(None, (mine, its)):
+        parts.setdefault("trained", "all")
     return [f"{key}={value}, not {mine[key]}" for key, value in its.items() if mine.get(key, value) != value]
 
 

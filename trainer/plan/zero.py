@@ -30,7 +30,7 @@ def settle_zero(config: Config, machine: "Machine", settle: Settle) -> None:
             f"parallel.shard is {parallel.shard} and ZeRO shards over all {world} ranks; set parallel.shard to auto, "
             "or parallel.backend to fsdp for several replicas"
         )
-    check_keys(config, machine)
+    check_machine(config, machine)
 
 
 def check_zero(config: Config) -> None:
@@ -56,23 +56,33 @@ def check_zero(config: Config) -> None:
         )
     if compute == "bf16" and parallel.zero.stage == 1:
         raise UserError("ZeRO stage 1 sums gradients in bf16 here; set parallel.zero.stage to 2")
+    _check_stage(config)
 
 
-def check_keys(config: Config, machine: "Machine") -> None:
-    """Raises UserError for keys of parallel.zero and parallel.deepspeed that do not fit each other or the machine."""
+def _beyond_zero(given: dict[str, object]) -> list[str]:
+    """Of the keys given of parallel.deepspeed, those that switch a part of ZeRO++ on."""
+    return [key for key in given if key.startswith("zero_") and (given[key] is True or given[key] > 1)]
+
+
+def _check_stage(config: Config) -> None:
+    """Raises UserError for keys of parallel.zero and parallel.deepspeed that do not fit each other."""
     zero, given = config.parallel.zero, config.parallel.deepspeed.given()
     if zero.offload == "all" and zero.stage < 3:
         raise UserError(
             f"parallel.zero.offload=all moves weights, which stage {zero.stage} does not cut; set it to optimizer, or "
             "parallel.zero.stage to 3"
         )
-    plus = [key for key in given if key.startswith("zero_") and (given[key] is True or given[key] > 1)]
-    cut = [key for key in given if key.startswith("stage3_")] + plus
+    cut = [key for key in given if key.startswith("stage3_")] + _beyond_zero(given)
     if cut and zero.stage < 3:
         raise UserError(
             f"parallel.deepspeed.{cut[0]} is of stage 3; leave it out, or set parallel.zero.stage to 3"
         )
-    quantized = [key for key in plus if "quantized" in key]
+
+
+def check_machine(config: Config, machine: "Machine") -> None:
+    """Raises UserError for keys of parallel.deepspeed that do not fit the machine."""
+    given = config.parallel.deepspeed.given()
+    quantized = [key for key in _beyond_zero(given) if "quantized" in key]
     if quantized and machine.device != "cuda":
         raise UserError(f"parallel.deepspeed.{quantized[0]} needs GPUs; leave it out on the {machine.device}")
     if "zero_quantized_gradients" in quantized and machine.node_ranks >= machine.world_size:

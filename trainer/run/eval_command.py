@@ -92,8 +92,7 @@ def find_sources(config: Config, data: Sequence[Path], splits: Sequence[str]) ->
     sources = []
     for name, path in zip(source_names(paths), paths, strict=True):
         if data and not (path / "meta.json").is_file():
-            if not any(file.size for file in discover([path], ())[0]):
-                raise UserError(f"{path} has no text; give --data files with text, or a prepared folder")
+            _check_text(path)
             load_tokenizer(tokenizer_path(config))
             sources.append(Source(name, path, "train", text=True))
             continue
@@ -102,6 +101,16 @@ def find_sources(config: Config, data: Sequence[Path], splits: Sequence[str]) ->
             check_held_out([path], [load_meta(path)], split)
             sources.append(Source(name if len(splits) == 1 else f"{name}:{split}", path, split))
     return sources
+
+
+def _check_text(path: Path) -> None:
+    """Raises UserError where there is nothing to read."""
+    try:
+        files = discover([path], ())[0]
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); mend that") from error
+    if not any(file.size for file in files):
+        raise UserError(f"{path} has no text; give --data files with text, or a prepared folder")
 
 
 def _check_tokenizer(config: Config, path: Path) -> None:
@@ -182,7 +191,7 @@ def tokenised(
             for source in texts if world.local_rank == 0 else ():
                 prepare(
                     [source.path], places[source.name], tokenizer=tokenizer_path(config), val_share=0.0,
-                    text_key=text_key, progress=sys.stderr.isatty(),
+                    text_key=text_key, may_lose=True, progress=sys.stderr.isatty(),
                 )  # fmt: skip
         except UserError as error:
             problem = str(error)

@@ -73,6 +73,18 @@ def test_links_to_folders_are_followed_once(tmp_path) -> None:
         assert skipped["excluded"] == 1
 
 
+def test_links_in_a_circle_are_no_files(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "there").symlink_to("back")
+    (tmp_path / "back").symlink_to("there")
+    files, skipped = discover([tmp_path], [])
+    assert [Path(file.path).name for file in files] == ["a.txt"]
+    assert skipped == {"not a file": 3}
+    with pytest.raises(UserError, match=r"self does not exist; give files or folders of text$"):
+        discover([tmp_path / "self"], [])
+
+
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch) -> None:
     (tmp_path / "in" / "closed").mkdir(parents=True)
     (tmp_path / "in" / "a.txt").write_text("a")
@@ -83,7 +95,15 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
+    stat = os.stat
+
+    def kept_out(path, **options):  # as of all that is in a folder that may not be entered
+        if str(path).endswith(("closed/request.json", "closed/meta.json")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
     monkeypatch.setattr(os, "scandir", denied)
+    monkeypatch.setattr(os, "stat", kept_out)
     with pytest.raises(UserError) as caught:
         discover([tmp_path / "in"], [])
     closed = tmp_path / "in" / "closed"

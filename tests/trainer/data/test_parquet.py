@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -33,6 +34,22 @@ def test_parquet_row_groups(tmp_path) -> None:
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-100])
     with pytest.raises(UserError, match="not a sound Parquet file"):
         planned(tmp_path, options)
+
+
+def test_two_columns_of_a_name_and_a_file_that_may_not_be_read(tmp_path, monkeypatch) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(
+        UserError, match=r"x\.parquet has several columns 'text'; name another one with --text-key$"
+    ):
+        planned(tmp_path, ReadOptions())
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(parquet, "ParquetFile", denied)
+    with pytest.raises(PermissionError):  # `prepare` says so, and no one is told to download it again
+        planned(tmp_path, ReadOptions())
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])

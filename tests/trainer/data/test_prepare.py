@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -211,6 +212,42 @@ def test_a_killed_run_goes_on_where_it_was(
     monkeypatch.setattr(pool, "encode_unit", lambda *args: (encoded.append(args[0]), original(*args)))
     run([source], tmp_path / "out", tokenizer_file, val_share=0.1)
     assert min(encoded) == after
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, tokenizer_file) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("a user's")
+    source = write_jsonl(tmp_path / "x.jsonl", random_texts(9))
+    for vocab_size in (None, 10**6):  # one that would succeed, and one that would clear up after its mistake
+        tokenizer = tokenizer_file if vocab_size is None else None
+        with pytest.raises(UserError) as caught:
+            run([source], tmp_path / "out", tokenizer, vocab_size=vocab_size)
+        assert (
+            str(caught.value)
+            == f"{partial} would be written and holds something else; choose another --output"
+        )
+    assert [p.name for p in partial.iterdir()] == ["mine.txt"]
+
+
+def test_all_but_the_last_name_is_gone_on_with(tmp_path, tokenizer_file, monkeypatch) -> None:
+    """The folder cannot be renamed, when all is done: nothing is done twice."""
+    source = write_jsonl(tmp_path / "x.jsonl", random_texts(50))
+    run([source], tmp_path / "whole", tokenizer_file)
+    with monkeypatch.context() as patch:
+        replace = os.replace
+
+        def refused(old, new):
+            if Path(new) == tmp_path / "out":
+                raise OSError(errno.ENOTEMPTY, "Directory not empty", str(new))
+            replace(old, new)
+
+        patch.setattr(os, "replace", refused)
+        with pytest.raises(UserError, match="Directory not empty; mend that and run the command again"):
+            run([source], tmp_path / "out", tokenizer_file)
+    monkeypatch.setattr(pool, "encode_unit", None)
+    run([source], tmp_path / "out", tokenizer_file)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -92,6 +92,34 @@ def test_unknown_words_beyond_one_percent_are_refused_and_below_said(hugging_fac
     )
 
 
+def test_a_character_of_several_unknown_bytes_counts_once(hugging_face) -> None:
+    model, pre = tokenizers.models.BPE(unk_token="[UNK]"), tokenizers.pre_tokenizers.ByteLevel(False)
+    tokenizer = hugging_face(model, tokenizers.trainers.BpeTrainer, pre_tokenizer=pre)
+    assert tokenizer.unknown("a数据") == ["数", "据"]
+    assert said(tokenizer, ENGLISH * 10, "数")[0].unknown_share == 1 / (10 * len(ENGLISH) + 1)
+
+
+def test_what_may_be_lost_is_noted(byte_level, tmp_path, capsys) -> None:
+    """`eval` has the run's tokenizer and no other."""
+    tokenizer = byte_level()
+    kept, note = check_round_trip(tokenizer, "tok", [("0.txt", "gröber Ära")], refuse=False)
+    assert kept == RoundTrip(False, 0.0)
+    assert note == (
+        "the tokenizer tok loses 'ö', 'Ä' of 0.txt without a trace; bits per byte are over the bytes of the text as "
+        "it was"
+    )
+    t5 = sentencepiece_of()
+    kept, note = check_round_trip(t5, "tok", [("0.txt", "{a}")], refuse=False)
+    assert kept == RoundTrip(False, 2 / 3)
+    assert note.startswith("the tokenizer tok loses 67 % of the text as unknown tokens ('{', '}' of 0.txt)")
+    (tmp_path / "t5.model").write_bytes(t5._proto)
+    (tmp_path / "code.c").write_text("{}\n" * 500)
+    options = {"tokenizer": tmp_path / "t5.model", "val_share": 0.0, "workers": 1, "progress": False}
+    meta = prepare([tmp_path / "code.c"], tmp_path / "out", may_lose=True, **options)
+    assert meta["tokenizer"]["unknown_share"] == 2 / 3
+    assert "t5.model loses 67 % of the text" in capsys.readouterr().err
+
+
 def test_a_tokenizer_that_gives_up(tmp_path) -> None:
     """No token for a word, and no unknown one: the library raises a bare Exception."""
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<eos>": 1}))

@@ -54,6 +54,8 @@ def test_the_kind_of_a_config(config, overrides, kind):
         ("", CANON, []),
         (DENSE, "", []),
         ("of my own", CANON, []),
+        (CANON, f"{CANON} trained=adapters", ["trained=all, not adapters"]),
+        (f"{CANON} trained=adapters", CANON, ["trained=adapters, not all"]),
         ("ffn=moe experts=8", "ffn=dense", ["ffn=moe, not dense"]),
         ("ffn=moe experts=8 canon=A", "ffn=moe experts=16 canon=C", ["experts=8, not 16", "canon=A, not C"]),
     ],

@@ -95,6 +95,27 @@ def test_what_deepspeed_has_not_is_refused_without_a_number_of_ranks(given, key)
 
 
 @pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("parallel.zero.offload=all", "parallel.zero.offload=all moves weights, which stage 2 does not cut"),
+        ("parallel.deepspeed.stage3_prefetch_bucket_size=1000", "stage3_prefetch_bucket_size is of stage 3"),
+        ("parallel.deepspeed.zero_hpz_partition_size=2", "zero_hpz_partition_size is of stage 3"),
+    ],
+)
+def test_keys_of_another_stage_are_refused_without_a_number_of_ranks(given, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plan("dense-125m", "parallel.backend=zero", "parallel.zero.stage=2", given, world=None)
+    plan("dense-125m", "parallel.backend=zero", "parallel.zero.stage=3", given, world=None)
+
+
+def test_a_plan_says_what_nobody_would_ask_for(capsys):
+    plan("moe-tiny", "model.moe.top_k=1", "budget.tokens=10000000", world=None, as_json=False)
+    assert "every weight is 1, and the loss does not train the router" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ("olmoe-1b-7b parallel.experts=6", "the 64 experts cannot be dealt evenly to 6 ranks"),

@@ -1,6 +1,7 @@
 """`stepline eval` against sums in plain loops, and against itself on two ranks."""
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -223,7 +224,11 @@ def test_fp8_runs_are_evaluated_as_they_were_validated(run, tiny_data, second):
         assert values["val_loss"] == pytest.approx(last[f"val_loss/{name}"], rel=1e-12)
 
 
-def test_mistakes(run, tiny_data, tmp_path, pool):
+def denied(path, *args):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_mistakes(run, tiny_data, tmp_path, pool, monkeypatch):
     folder = run("budget.steps=1")
     with pytest.raises(UserError, match="neither a run with a complete checkpoint nor a checkpoint"):
         evaluated(tmp_path, tiny_data)
@@ -246,6 +251,11 @@ def test_mistakes(run, tiny_data, tmp_path, pool):
     (texts / "blank.txt").write_text(" \n\n")
     with pytest.raises(UserError, match="nothing but white space"):
         evaluated(folder, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", denied)
+        with pytest.raises(UserError, match=r"blank.txt cannot be read \(Permission denied\); mend that$"):
+            evaluated(folder, texts)
 
     (texts / "rows.jsonl").write_text('{"text": "alice sees"}\n{"words": "a letter"}\n')
     with pytest.raises(UserError, match=r"rows.jsonl:2 has no text under 'text'"):
