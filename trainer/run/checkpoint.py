@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stepline.comm.gather import gathered
+from stepline.comm.mesh import patient_group
 from stepline.trainer.errors import UserError, first_line
 from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
@@ -70,7 +71,7 @@ class Checkpointer:
         self, run: Path, keep: int, device: torch.device, on_failure: Callable[[str], None] = lambda _: None
     ) -> None:
         self.run, self.keep, self.on_failure = run, keep, on_failure
-        self.group = dist.new_group(backend="gloo")
+        self.group = patient_group()  # `limit_s` is kept by the watchdog
         self.device = device
         # torch 2.11 and 2.12 would pin all of it anew for each save
         pinned = device.type == "cuda" and torch.__version__ >= (2, 13)

@@ -162,6 +162,20 @@ def short_of_room(folder: str) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+def waits(folder: str, bytes_: float) -> tuple[float, float]:
+    """Seconds: what a checkpoint of that size may take, and how long a rank waits in it for the others."""
+    saver = Checkpointer(Path(folder), 2, torch.device("cpu"))
+    saver._pending = SimpleNamespace(needed=bytes_)
+    return saver.limit_s, saver.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_ranks_wait_for_each_other_as_long_as_a_checkpoint_may_take(pool, tmp_path):
+    """By itself torch would end a group's wait after half an hour, and with it the run."""
+    for limit, waited in pool.run(2, waits, str(tmp_path), 10e12):
+        assert limit == 3600 + 1e6
+        assert waited > 10 * limit
+
+
 def without_room(folder: str) -> float:
     failures = []
     saver = Checkpointer(Path(folder), 2, torch.device("cpu"), failures.append)
