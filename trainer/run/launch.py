@@ -42,6 +42,7 @@ from stepline.trainer.watch import heartbeat
 
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
 ALONE_S = 5.0  # more than ranks of one node part while they start
+REFUSED = "refused"
 SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
 
 log = logging.getLogger("stepline")
@@ -58,7 +59,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
         try:
             world = launched_world(rendezvous=False)
             job = start_job(config, overrides, resume, world, launcher=stop.launcher)
-            if (code := _nothing_to_do(job)) is not None:
+            if job.plan is not None and (code := _nothing_to_do(job)) is not None:
                 return code
             launched_world()  # raises where the ranks cannot meet
             make_folder(job.folder)
@@ -70,7 +71,8 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             again, launchers = zip(*gathered((job.again, stop.launcher)))
             asked, resume = resume, "auto" if any(again) else resume
             if _has_moved_on(job, resume):
-                job = start_job(config, overrides, resume, world)
+                job = together(lambda: start_job(config, overrides, resume, world))
+            job.again = any(again)
             job.launchers = sorted(set(launchers))
             if asked != resume:
                 job.notes.append(
@@ -145,17 +147,19 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
 
 
 def _has_moved_on(job: Job, resume: str) -> bool:
-    """Whether a rank would now choose another checkpoint than when it started: the attempt before may have saved while
-    this one waited for its end. A collective, while rank 0 keeps others out of the folder; a node that does not see
-    rank 0's choice yet waits for it."""
+    """Whether a rank would now choose another checkpoint than when it started, or has yet to choose one: the attempt
+    before may have saved while this one waited for its end. A collective, while rank 0 keeps others out of the folder;
+    a node that does not see rank 0's choice yet waits for it."""
+    mine = "none chosen" if job.plan is None else job.resume_from and job.resume_from.name
     try:
-        now = checkpoint_to_resume(job.folder, resume)[0] if job.world.rank == 0 else job.resume_from
-    except UserError:  # which start_job raises on all ranks
-        now = "refused"
-    newest, chosen = zip(*gathered((now, job.resume_from)))
-    moved = any(one != newest[0] for one in chosen)
-    if moved and isinstance(newest[0], Path):
-        _wait_for(newest[0] / COMPLETE)
+        now = checkpoint_to_resume(job.folder, resume)[0] if job.world.rank == 0 else None
+        new = now and now.name
+    except UserError:  # which start_job raises, too
+        new = REFUSED
+    (new, *_), chosen = zip(*gathered((new, mine)))
+    moved = any(one != new for one in chosen)
+    if moved and new not in (None, REFUSED):
+        _wait_for(job.folder / "checkpoints" / new / COMPLETE)
     return moved
 
 
