@@ -19,7 +19,7 @@ from stepline.trainer.data.verify import Verifier, copy_of, sharers, start_verif
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
 from stepline.trainer.run.evaluate import evaluate
-from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, retire, step_of
+from stepline.trainer.run.manifest import DAMAGED, SUPERSEDED, complete_checkpoints, retire, short, step_of
 from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
@@ -211,10 +211,10 @@ def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
     job.notes += notes
     counters = state.load(job.resume_from, group)
     if job.world.rank == 0:
-        # of a course that the user has gone back from; the newest first, which a restart would take
+        # damaged, or of a course that the user has gone back from; the newest first, which a restart would take
         for later in reversed(complete_checkpoints(job.folder)):
             if step_of(later) > state.step:
-                retire(later, SUPERSEDED)
+                retire(later, DAMAGED if short(later) else SUPERSEDED)
                 job.notes.append(f"{later.name} no longer counts: the run goes on from step {state.step}")
         run_id = job.folder / "run_id"
         if counters["run_id"] and not run_id.exists():

@@ -133,6 +133,14 @@ def damages(checkpoint: Path, rank: int = 0, ranks: int = 1, *, checksums: bool 
     return found
 
 
+def short(checkpoint: Path) -> bool:
+    """Whether a file is missing or has another size than when it was written; raises nothing."""
+    try:
+        return bool(damages(checkpoint, checksums=False))
+    except Unreadable:
+        return False
+
+
 def not_read(checkpoint: Path, name: str, error: Exception) -> UserError:
     """The sentence for a file of a checkpoint that is asked for: whether it is damaged, or cannot be read now."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
