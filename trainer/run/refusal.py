@@ -1,9 +1,11 @@
 """What a run's folder says of a start that was refused. Imports no torch."""
 
 import contextlib
+import re
 from pathlib import Path
 
-from stepline.trainer.config_io import load_config, parse_overrides
+from stepline.trainer.config_io import find_base, find_config, load_config
+from stepline.trainer.config_yaml import parse_overrides, read_yaml
 from stepline.trainer.errors import USER_ERROR, UserError
 from stepline.trainer.files import locked
 from stepline.trainer.run.outcome import write_refusal
@@ -30,11 +32,26 @@ def note_refusal(config: str, overrides: list[str], why: UserError) -> None:
 
 
 def _folder(config: str, overrides: list[str]) -> Path:
-    """The run's folder, also where the mistake is in another part of the command. Raises UserError."""
+    """The run's folder, also where the mistake is in another part of the command or of its file. Raises UserError."""
     try:
         return load_config(config, overrides)[0].run.folder
     except UserError:
         own = [override for override in overrides if override.startswith("run.folder=")]
-        if not own:
-            return load_config(config)[0].run.folder
-        return Path(str(parse_overrides(own)["run.folder"]))
+        if own:
+            return Path(str(parse_overrides(own)["run.folder"]))
+        path = find_config(config)
+        return Path(_written(path) or Path("runs") / path.stem)
+
+
+def _written(path: Path, may_build: bool = True) -> str | None:
+    """run.folder as a config file or its base has it, whatever else is wrong with them. Raises UserError."""
+    try:
+        content = read_yaml(path)
+    except UserError:  # no sections at all, as where a bracket is missing
+        found = re.search(r"\bfolder: *([^\s#,}]+)", path.read_text(encoding="utf-8", errors="replace"))
+        return found and found[1].strip("'\"")
+    run, base = content.get("run"), content.get("base")
+    folder = run.get("folder") if isinstance(run, dict) else None
+    if folder is None and base is not None and may_build:
+        return _written(find_base(str(base), path), may_build=False)
+    return None if folder is None else str(folder)
