@@ -153,6 +153,13 @@ def test_a_run_that_ends_above_its_first_loss_is_said(train, tiny_config, tmp_pa
     assert ("this run has learned nothing; lower optimizer.lr" in log) == said
 
 
+def test_a_run_from_the_weights_of_another_has_a_first_loss_that_says_nothing(train, tiny_config, tmp_path):
+    train(1, tiny_config, tmp_path / "first", "budget.steps=4")
+    rows = train(1, tiny_config, tmp_path / "run", "optimizer.lr=10", f"run.init_from={tmp_path / 'first'}")
+    assert rows[-1]["val_loss"] > rows[0]["loss"]
+    assert "learned nothing" not in (tmp_path / "run/logs/attempt-1/rank-0.log").read_text()
+
+
 def sound(folders: list[str], broken: str | None) -> tuple[str, list[str]]:
     """Where this rank would go on, in its own folder, or what it says; rank 1 cannot read files that begin so."""
     run, honest = Path(folders[dist.get_rank() % len(folders)]), manifest.file_entry
