@@ -34,7 +34,7 @@ from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, ma
 from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import diverged_before, forget_outcome, restarts, told_before, write_outcome
-from stepline.trainer.run.refusal import LOCK, note_refusal
+from stepline.trainer.run.refusal import LOCK, note_refusal, sign
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
 from stepline.trainer.run.together import together
@@ -66,7 +66,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if job.device.type == "cpu":
                 keep_freed_memory()
             if world.rank == 0:
-                held.enter_context(_only_one(job.folder))
+                held.enter_context(_only_one(job.folder, stop.launcher))
             join(world, job.device, job.config.parallel.timeout_s)
             again, launchers = zip(*gathered((job.again, stop.launcher)))
             asked, resume = resume, "auto" if any(again) else resume
@@ -87,7 +87,8 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if says or _alone(stop):
                 print(f"error: {error}", file=sys.stderr)
                 held.close()
-                note_refusal(config, overrides, error)
+                waits = not says and not dist.is_initialized()  # rank 0, for this one
+                note_refusal(config, overrides, error, stop.launcher if waits else None)
             return USER_ERROR
         try:
             code = _run(job, stop, number, stacks)
@@ -164,12 +165,13 @@ def _has_moved_on(job: Job, resume: str) -> bool:
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path):
+def _only_one(folder: Path, launcher: str):
     """Keeps two runs out of one folder; raises UserError where the other one does not end soon."""
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         with locked(folder / LOCK, wait=False) as mine:
             if mine is not None:
+                sign(mine, launcher)
                 yield
                 return
         if time.monotonic() > deadline:

@@ -1,6 +1,7 @@
 """What a run's folder says of a start that was refused. Imports no torch."""
 
 import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -15,18 +16,27 @@ LOCK = ".training.lock"
 """In a run's folder: held while a process trains there."""
 
 
-def note_refusal(config: str, overrides: list[str], why: UserError) -> None:
+def sign(lock: int, launcher: str) -> None:
+    """Says in the lock's file, of that descriptor, whose rank holds it."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, launcher.encode(), 0)
+
+
+def note_refusal(config: str, overrides: list[str], why: UserError, launcher: str | None = None) -> None:
     """outcome.json and heartbeat.json of the run say that it is stopped, so that whoever repeats a command until it is
     done does not go on for ever, and whoever watches looks.
 
-    Only where the run has had an attempt, and while no process trains in its folder. Raises nothing.
+    Only where the run has had an attempt, and while no process trains in its folder. launcher: torchrun's agent, of a
+    rank that was refused before ranks have met: where its rank 0 holds the folder it waits for this one in vain. Raises
+    nothing.
     """
     with contextlib.suppress(UserError, OSError):
         folder = _folder(config, overrides)
         if not any((folder / "logs").glob("attempt-*")):
             return
         with locked(folder / LOCK, wait=False) as mine:
-            if mine is not None:
+            if mine is not None or (folder / LOCK).read_text(encoding="utf-8") == launcher:
                 write_refusal(folder, str(why))
                 heartbeat.end(folder, USER_ERROR)
 

@@ -9,7 +9,9 @@ import torch
 
 from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
+from stepline.trainer.run import launch
 from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.outcome import read_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import pick_device, start_job
 
@@ -70,6 +72,21 @@ def test_a_rank_alone_with_its_mistake_speaks(tiny_config, capsys, monkeypatch, 
         stop.note(signal.SIGTERM)
     assert run_training(str(tiny_config), ["parallel.shard=3"], "never", stop) == 2
     assert capsys.readouterr().err.count("\n") == (not stopped)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_rank_alone_with_its_mistake_notes_it(tiny_config, tmp_path, monkeypatch, ours):
+    """Rank 0 of the same launch, which waits for it, holds the folder; a run of another launch may train there."""
+    run, stop = tmp_path / "run", StopSignal()
+    (run / "logs" / "attempt-1").mkdir(parents=True)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(launch, "ALONE_S", 0.0)
+    with launch._only_one(run, stop.launcher if ours else "another"):
+        assert run_training(str(tiny_config), [f"run.folder={run}", "parallel.shard=3"], "auto", stop) == 2
+    said = read_outcome(run).get("message", "")
+    assert ("parallel.shard is 3 but there are 2 ranks" in said) == ours
 
 
 def test_a_port_in_use(tiny_config, tmp_path, capsys, monkeypatch):
