@@ -1,9 +1,10 @@
 """What accompanies the training state while an attempt lasts: who watches it, saves it and ends it."""
 
+import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -141,8 +142,7 @@ class Attempt:
         state = self.state
         if self.saved_step == state.step:
             return
-        self.watch.beat(state.step, "saving")
-        with self.speed.paused(), self.dog.longer(self.saver.limit_s, WRITING):
+        with self._may_wait_for_writing(), self.speed.paused():
             kind = PERMANENT if permanent else EPHEMERAL
             self.saver.save(state.step, state.tensors(), state.counters(), kind)
         self.saved_step = state.step
@@ -154,7 +154,6 @@ class Attempt:
 
         Raises TrainingStopped when that fails too.
         """
-        self.watch.beat(self.state.step, "saving")
         if self.written():
             return
         self.saved_step = -1
@@ -169,8 +168,16 @@ class Attempt:
 
     def written(self) -> bool:
         """Waits for the checkpoint that is being written, on all ranks; whether the newest one is on disk."""
-        with self.dog.longer(self.saver.limit_s, WRITING):
+        with self._may_wait_for_writing():
             return self.saver.finish()
+
+    @contextlib.contextmanager
+    def _may_wait_for_writing(self) -> Iterator[None]:
+        """Inside, a checkpoint may take its own time: the heartbeat says so, and the watchdog allows it."""
+        limit_s = self.saver.limit_s
+        self.watch.beat(self.state.step, "saving", limit_s)
+        with self.dog.longer(limit_s, WRITING):
+            yield
 
     def to_be_continued(self, number: int) -> ToBeContinued:
         """What all ranks say when they leave by a signal, and whose ranks have received one."""
