@@ -123,7 +123,8 @@ class Attempt:
         """Whether all ranks must validate before the next step: a run that is told to stop in a validation has none."""
         step, folder = self.state.step, self.job.folder
         due = self.job.world.rank == 0 and step > 0 and validation_due(step, self.job.config)
-        return self.consensus.settle(Wish(save=due and not validated(folder, step))).save
+        owed = together(lambda: due and not validated(folder, step), self.group)
+        return self.consensus.settle(Wish(save=owed)).save
 
     def validate(self, whole: bool) -> dict[str, float] | None:
         """Held-out loss and bits per byte, logged; None where all ranks were told to stop meanwhile."""
@@ -254,8 +255,13 @@ def validation_due(step: int, config: Config) -> bool:
 
 
 def validated(folder: Path, step: int) -> bool:
-    """Whether metrics.jsonl has a validation of that step."""
-    return has_validation(folder / "metrics.jsonl", step)
+    """Whether metrics.jsonl has a validation of that step; raises UserError where it cannot be read."""
+    path = folder / "metrics.jsonl"
+    try:
+        return has_validation(path, step)
+    except OSError as error:
+        what = f"{path} cannot be read ({error.strerror})"
+        raise UserError(f"{what}; mend that and start the same command again") from error
 
 
 def validate(

@@ -127,12 +127,13 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
     launcher: of this rank; with it all ranks ask each other whether one of theirs was told to stop, and whether the run
     has diverged in the launch that starts it again.
     """
-    steps, code, says, told, diverged = job.config.total_steps(), None, "", [], None
-    finished = (
-        job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
-    )
-    if launcher is not None:
-        mine = (finished, diverged_before(job.folder, launcher), told_before(job.folder, launcher))
+    finished, code, says, told, diverged = False, None, "", [], None
+    if launcher is None:
+        with contextlib.suppress(UserError):  # all say it once they have met
+            finished = _finished(job)
+    else:
+        ends = together(lambda: job.world.rank == 0 and _finished(job))
+        mine = (ends, diverged_before(job.folder, launcher), told_before(job.folder, launcher))
         ends, words, told = zip(*gathered(mine))
         finished = ends[0]  # another node may see the end of the run a while later
         diverged = next(filter(None, words), None)
@@ -145,6 +146,12 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
     if code is not None and job.world.rank == 0:
         print(says, file=sys.stderr)
     return code
+
+
+def _finished(job: Job) -> bool:
+    """Raises UserError where metrics.jsonl cannot be read."""
+    steps = job.config.total_steps()
+    return job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
 
 
 def _has_moved_on(job: Job, resume: str) -> bool:

@@ -88,6 +88,23 @@ def test_rows_that_rank_0_cannot_read(pool, tiny_config, tmp_path):
     )
 
 
+def test_rows_that_cannot_be_read_at_the_end_of_a_run(pool, tiny_config, tmp_path):
+    """They would say whether it has been validated."""
+    folder = tmp_path / "run"
+    options = ["budget.steps=2", f"run.folder={folder}"]
+    assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [0, 0]
+    (folder / "outcome.json").unlink()
+    rows = folder / "metrics.jsonl"
+    rows.unlink()
+    rows.mkdir()
+    assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["message"] == (
+        f"{rows} cannot be read (Is a directory); mend that and start the same command again"
+    )
+    assert not (folder / "logs/attempt-2").exists()
+
+
 def test_a_token_that_no_vocabulary_has_in_a_validation(pool, tiny_config, copied, tmp_path):
     folder = tmp_path / "run"
     spoil(copied / "val-00000.bin", 5)
