@@ -125,10 +125,19 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
         "cuda", 1
     )  # by --gpu-bind=none, all of them
     monkeypatch.delenv("SLURM_GPUS_PER_TASK")
-    for of_node, bound in ((8, True), (4, True), (2, False)):  # --gpu-bind=single:2 of so many, or two in all
+    for of_node, bound in (
+        (8, True),
+        (7, False),
+        (4, False),
+        (2, False),
+    ):  # two for each, or tasks share them
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(of_node))
         assert (pick_device("auto", four)[0] == torch.device("cuda", 0)) == bound
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    eight = World(5, 8, 5, 8)  # with CUDA_VISIBLE_DEVICES=0,1 of the user's
+    assert pick_device("auto", eight)[1] == ["2 GPUs cannot serve 8 ranks: this run uses the CPU"]
+    with pytest.raises(UserError, match="has 2 GPUs for 8 ranks; start 2 ranks"):
+        pick_device("cuda", eight)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
     assert pick_device("auto", four)[0].type == "cpu"
 
