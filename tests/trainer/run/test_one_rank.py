@@ -18,6 +18,7 @@ from stepline.trainer.data.loader import TrainLoader
 from stepline.trainer.errors import UserError
 from stepline.trainer.run import checkpoint, eval_command, manifest
 from stepline.trainer.run.checkpoint import EPHEMERAL, Checkpointer
+from stepline.trainer.run.folder import checkpoint_to_resume
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import (
     DAMAGED,
@@ -210,6 +211,24 @@ def test_a_checkpoint_that_one_rank_cannot_read_stays_and_counts(pool, tmp_path)
     )
     assert pool.run(2, sound, [str(tmp_path)], None) == [(str(checkpoint_path(tmp_path, 2)), [note])] * 2
     assert (broken.parent / DAMAGED).exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "step-000002"])
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_no_new_start(tmp_path, monkeypatch, resume):
+    kept, listdir = tmp_path / "checkpoints", os.listdir
+    (kept / "step-000002").mkdir(parents=True)
+
+    def refused(path: Path) -> list[str]:
+        if path == kept:
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(UserError) as caught:
+        checkpoint_to_resume(tmp_path, resume)
+    assert str(caught.value) == (
+        f"{kept} cannot be read (Permission denied); mend that and start the same command again"
+    )
 
 
 def test_each_rank_goes_on_from_the_checkpoint_in_its_own_folder(pool, tmp_path):
