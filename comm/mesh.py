@@ -97,6 +97,13 @@ def limit_groups(timeout_s: float, host: dist.ProcessGroup) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def patient_group() -> dist.ProcessGroup:
+    """All ranks in a group of gloo whose collectives wait for as long as it takes: who uses it ends a hang."""
+    group = dist.new_group(backend="gloo")  # in which the ranks meet within the usual time
+    distributed_c10d._set_pg_timeout(timedelta(days=365), group)
+    return group
+
+
 def build_mesh(device: torch.device, world_size: int, shard: int) -> DeviceMesh:
     """A 2-D mesh `("replicate", "shard")`; neighbouring ranks, which share the fast links, shard together.
 

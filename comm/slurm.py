@@ -16,11 +16,12 @@ def is_rank() -> bool:
 
 def gave_gpus_to_tasks(visible: int, tasks: int) -> bool:
     """Whether each of a node's tasks, and no torchrun within one, has GPUs of its own: by `--gpus-per-task`, or where
-    it sees but some of the step's (`--gpu-bind`, `--ntasks-per-gpu`)."""
+    the node has as many for every task as this one sees (`--gpu-bind`, `--ntasks-per-gpu`). Where it has not, tasks
+    see the same ones, as by a CUDA_VISIBLE_DEVICES of the user's."""
     if TASKS not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return False
     of_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    bound = of_node.isdigit() and visible < int(of_node) and tasks <= int(of_node)
+    bound = of_node.isdigit() and visible * tasks <= int(of_node)
     return bound or "SLURM_GPUS_PER_TASK" in os.environ
 
 

@@ -43,7 +43,7 @@ def _shipped(path: Path, otherwise: str) -> Path:
     raise UserError(f"{otherwise}{nearest(path.stem, names)} (shipped: {', '.join(names)})")
 
 
-def _find_base(base: str, path: Path) -> Path:
+def find_base(base: str, path: Path) -> Path:
     """The base that the config at `path` names: a file beside it, or a shipped config."""
     for candidate in (path.parent / base, path.parent / f"{base}.yaml"):
         # A file may have the name of the shipped config that it builds on.
@@ -84,7 +84,7 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
     origins: Origins = {}
     base = content.pop("base", None)
     if base is not None:
-        base_path = _find_base(str(base), path)
+        base_path = find_base(str(base), path)
         base_content = read_yaml(base_path)
         if "base" in base_content:
             raise UserError(

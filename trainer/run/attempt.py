@@ -1,9 +1,10 @@
 """What accompanies the training state while an attempt lasts: who watches it, saves it and ends it."""
 
+import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,7 @@ from stepline.trainer.data.verify import Verifier, copy_of, sharers, start_verif
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
 from stepline.trainer.run.evaluate import evaluate
-from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, retire, step_of
+from stepline.trainer.run.manifest import DAMAGED, SUPERSEDED, complete_checkpoints, retire, short, step_of
 from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
@@ -122,7 +123,8 @@ class Attempt:
         """Whether all ranks must validate before the next step: a run that is told to stop in a validation has none."""
         step, folder = self.state.step, self.job.folder
         due = self.job.world.rank == 0 and step > 0 and validation_due(step, self.job.config)
-        return self.consensus.settle(Wish(save=due and not validated(folder, step))).save
+        owed = together(lambda: due and not validated(folder, step), self.group)
+        return self.consensus.settle(Wish(save=owed)).save
 
     def validate(self, whole: bool) -> dict[str, float] | None:
         """Held-out loss and bits per byte, logged; None where all ranks were told to stop meanwhile."""
@@ -141,8 +143,7 @@ class Attempt:
         state = self.state
         if self.saved_step == state.step:
             return
-        self.watch.beat(state.step, "saving")
-        with self.speed.paused(), self.dog.longer(self.saver.limit_s, WRITING):
+        with self._may_wait_for_writing(), self.speed.paused():
             kind = PERMANENT if permanent else EPHEMERAL
             self.saver.save(state.step, state.tensors(), state.counters(), kind)
         self.saved_step = state.step
@@ -154,7 +155,6 @@ class Attempt:
 
         Raises TrainingStopped when that fails too.
         """
-        self.watch.beat(self.state.step, "saving")
         if self.written():
             return
         self.saved_step = -1
@@ -169,8 +169,16 @@ class Attempt:
 
     def written(self) -> bool:
         """Waits for the checkpoint that is being written, on all ranks; whether the newest one is on disk."""
-        with self.dog.longer(self.saver.limit_s, WRITING):
+        with self._may_wait_for_writing():
             return self.saver.finish()
+
+    @contextlib.contextmanager
+    def _may_wait_for_writing(self) -> Iterator[None]:
+        """Inside, a checkpoint may take its own time: the heartbeat says so, and the watchdog allows it."""
+        limit_s = self.saver.limit_s
+        self.watch.beat(self.state.step, "saving", limit_s)
+        with self.dog.longer(limit_s, WRITING):
+            yield
 
     def to_be_continued(self, number: int) -> ToBeContinued:
         """What all ranks say when they leave by a signal, and whose ranks have received one."""
@@ -211,10 +219,10 @@ def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
     job.notes += notes
     counters = state.load(job.resume_from, group)
     if job.world.rank == 0:
-        # of a course that the user has gone back from; the newest first, which a restart would take
+        # damaged, or of a course that the user has gone back from; the newest first, which a restart would take
         for later in reversed(complete_checkpoints(job.folder)):
             if step_of(later) > state.step:
-                retire(later, SUPERSEDED)
+                retire(later, DAMAGED if short(later) else SUPERSEDED)
                 job.notes.append(f"{later.name} no longer counts: the run goes on from step {state.step}")
         run_id = job.folder / "run_id"
         if counters["run_id"] and not run_id.exists():
@@ -247,8 +255,13 @@ def validation_due(step: int, config: Config) -> bool:
 
 
 def validated(folder: Path, step: int) -> bool:
-    """Whether metrics.jsonl has a validation of that step."""
-    return has_validation(folder / "metrics.jsonl", step)
+    """Whether metrics.jsonl has a validation of that step; raises UserError where it cannot be read."""
+    path = folder / "metrics.jsonl"
+    try:
+        return has_validation(path, step)
+    except OSError as error:
+        what = f"{path} cannot be read ({error.strerror})"
+        raise UserError(f"{what}; mend that and start the same command again") from error
 
 
 def validate(

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stepline.comm.gather import gathered
+from stepline.comm.mesh import patient_group
 from stepline.trainer.errors import UserError, first_line
 from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
@@ -70,7 +71,7 @@ class Checkpointer:
         self, run: Path, keep: int, device: torch.device, on_failure: Callable[[str], None] = lambda _: None
     ) -> None:
         self.run, self.keep, self.on_failure = run, keep, on_failure
-        self.group = dist.new_group(backend="gloo")
+        self.group = patient_group()  # `limit_s` is kept by the watchdog
         self.device = device
         # torch 2.11 and 2.12 would pin all of it anew for each save
         pinned = device.type == "cuda" and torch.__version__ >= (2, 13)
@@ -195,9 +196,10 @@ class Checkpointer:
         if path.exists():
             shutil.rmtree(path)  # left by an attempt that died while writing, or superseded
         path.mkdir(parents=True)
+        useless = superseded_checkpoints(self.run)
         while (free := shutil.disk_usage(path).free) < pending.needed:
-            if useless := superseded_checkpoints(self.run):
-                shutil.rmtree(useless[0])
+            if useless:
+                _removed(useless.pop(0), shutil.rmtree)
             elif not self._remove_ephemeral(complete_checkpoints(self.run)[:-1], keep=0):
                 path.rmdir()
                 raise OSError(f"needs {pending.needed / 1e9:.3g} GB on a disk with {free / 1e9:.3g} GB free")
@@ -215,14 +217,18 @@ class Checkpointer:
 
     def _remove_ephemeral(self, checkpoints: list[Path], keep: int) -> int:
         """Removes all but the newest `keep` of the ephemeral ones; returns how many. What cannot be removed stays."""
-        ephemeral, removed = [p for p in checkpoints if _kind(p) == EPHEMERAL], 0
-        for checkpoint in ephemeral[: max(len(ephemeral) - keep, 0)]:
-            try:
-                remove(checkpoint)
-                removed += 1
-            except OSError as error:
-                log.warning("the old checkpoint %s cannot be removed (%s)", checkpoint, error.strerror)
-        return removed
+        ephemeral = [p for p in checkpoints if _kind(p) == EPHEMERAL]
+        return sum(_removed(checkpoint, remove) for checkpoint in ephemeral[: max(len(ephemeral) - keep, 0)])
+
+
+def _removed(checkpoint: Path, how: Callable[[Path], None]) -> bool:
+    """Whether an old checkpoint could be removed; a warning where it could not."""
+    try:
+        how(checkpoint)
+    except OSError as error:
+        log.warning("the old checkpoint %s cannot be removed (%s)", checkpoint, error.strerror)
+        return False
+    return True
 
 
 def _kind(checkpoint: Path) -> str:

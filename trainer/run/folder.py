@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.run.manifest import (
+    Unreadable,
     complete_checkpoints,
     damaged,
     damaged_checkpoints,
@@ -79,7 +80,13 @@ def _unusable(folder: Path, reason: str) -> UserError:
 
 def checkpoint_to_resume(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     """Where to go on, and what was passed over. Sizes are checked here, checksums by all ranks together."""
-    found = complete_checkpoints(folder)
+    kept = folder / "checkpoints"
+    try:
+        if kept.exists():
+            os.listdir(kept)  # which a search by pattern takes for empty where it must not be read
+        found = complete_checkpoints(folder)
+    except OSError as error:
+        raise Unreadable(kept, error) from error
     if resume == "never":
         if found or damaged_checkpoints(folder):
             raise UserError(

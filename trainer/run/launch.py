@@ -34,7 +34,7 @@ from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, ma
 from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import diverged_before, forget_outcome, restarts, told_before, write_outcome
-from stepline.trainer.run.refusal import LOCK, note_refusal
+from stepline.trainer.run.refusal import LOCK, note_refusal, sign
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
 from stepline.trainer.run.together import together
@@ -42,6 +42,7 @@ from stepline.trainer.watch import heartbeat
 
 LOCK_WAIT_S = 20.0  # the attempt before may be about to end
 ALONE_S = 5.0  # more than ranks of one node part while they start
+REFUSED = "refused"
 SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
 
 log = logging.getLogger("stepline")
@@ -58,19 +59,20 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
         try:
             world = launched_world(rendezvous=False)
             job = start_job(config, overrides, resume, world, launcher=stop.launcher)
-            if (code := _nothing_to_do(job)) is not None:
+            if job.plan is not None and (code := _nothing_to_do(job)) is not None:
                 return code
             launched_world()  # raises where the ranks cannot meet
             make_folder(job.folder)
             if job.device.type == "cpu":
                 keep_freed_memory()
             if world.rank == 0:
-                held.enter_context(_only_one(job.folder))
+                held.enter_context(_only_one(job.folder, stop.launcher))
             join(world, job.device, job.config.parallel.timeout_s)
             again, launchers = zip(*gathered((job.again, stop.launcher)))
             asked, resume = resume, "auto" if any(again) else resume
             if _has_moved_on(job, resume):
-                job = start_job(config, overrides, resume, world)
+                job = together(lambda: start_job(config, overrides, resume, world))
+            job.again = any(again)
             job.launchers = sorted(set(launchers))
             if asked != resume:
                 job.notes.append(
@@ -85,7 +87,8 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if says or _alone(stop):
                 print(f"error: {error}", file=sys.stderr)
                 held.close()
-                note_refusal(config, overrides, error)
+                waits = not says and not dist.is_initialized()  # rank 0, for this one
+                note_refusal(config, overrides, error, stop.launcher if waits else None)
             return USER_ERROR
         try:
             code = _run(job, stop, number, stacks)
@@ -124,12 +127,13 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
     launcher: of this rank; with it all ranks ask each other whether one of theirs was told to stop, and whether the run
     has diverged in the launch that starts it again.
     """
-    steps, code, says, told, diverged = job.config.total_steps(), None, "", [], None
-    finished = (
-        job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
-    )
-    if launcher is not None:
-        mine = (finished, diverged_before(job.folder, launcher), told_before(job.folder, launcher))
+    finished, code, says, told, diverged = False, None, "", [], None
+    if launcher is None:
+        with contextlib.suppress(UserError):  # all say it once they have met
+            finished = _finished(job)
+    else:
+        ends = together(lambda: job.world.rank == 0 and _finished(job))
+        mine = (ends, diverged_before(job.folder, launcher), told_before(job.folder, launcher))
         ends, words, told = zip(*gathered(mine))
         finished = ends[0]  # another node may see the end of the run a while later
         diverged = next(filter(None, words), None)
@@ -144,28 +148,37 @@ def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
     return code
 
 
+def _finished(job: Job) -> bool:
+    """Raises UserError where metrics.jsonl cannot be read."""
+    steps = job.config.total_steps()
+    return job.resume_from is not None and step_of(job.resume_from) >= steps and validated(job.folder, steps)
+
+
 def _has_moved_on(job: Job, resume: str) -> bool:
-    """Whether a rank would now choose another checkpoint than when it started: the attempt before may have saved while
-    this one waited for its end. A collective, while rank 0 keeps others out of the folder; a node that does not see
-    rank 0's choice yet waits for it."""
+    """Whether a rank would now choose another checkpoint than when it started, or has yet to choose one: the attempt
+    before may have saved while this one waited for its end. A collective, while rank 0 keeps others out of the folder;
+    a node that does not see rank 0's choice yet waits for it."""
+    mine = "none chosen" if job.plan is None else job.resume_from and job.resume_from.name
     try:
-        now = checkpoint_to_resume(job.folder, resume)[0] if job.world.rank == 0 else job.resume_from
-    except UserError:  # which start_job raises on all ranks
-        now = "refused"
-    newest, chosen = zip(*gathered((now, job.resume_from)))
-    moved = any(one != newest[0] for one in chosen)
-    if moved and isinstance(newest[0], Path):
-        _wait_for(newest[0] / COMPLETE)
+        now = checkpoint_to_resume(job.folder, resume)[0] if job.world.rank == 0 else None
+        new = now and now.name
+    except UserError:  # which start_job raises, too
+        new = REFUSED
+    (new, *_), chosen = zip(*gathered((new, mine)))
+    moved = any(one != new for one in chosen)
+    if moved and new not in (None, REFUSED):
+        _wait_for(job.folder / "checkpoints" / new / COMPLETE)
     return moved
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path):
+def _only_one(folder: Path, launcher: str):
     """Keeps two runs out of one folder; raises UserError where the other one does not end soon."""
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         with locked(folder / LOCK, wait=False) as mine:
             if mine is not None:
+                sign(mine, launcher)
                 yield
                 return
         if time.monotonic() > deadline:

@@ -138,10 +138,13 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         watch.close(exit_code, validation, **attempt.saved())
     if stopping:
         raise attempt.to_be_continued(stopping)
-    if (first := watch.first_loss()) is not None and not validation["val_loss"] <= first:
+    begun = (
+        None if config.run.init_from is not None else watch.first_loss()
+    )  # weights of another run know something
+    if begun is not None and not validation["val_loss"] <= begun:
         log.warning(
             "validation ends at %.4g, above the loss of the first step (%.4g): this run has learned nothing; lower "
-            "optimizer.lr", validation["val_loss"], first,
+            "optimizer.lr", validation["val_loss"], begun,
         )  # fmt: skip
     log.info("done at step %d, checkpoint of step %d", state.step, attempt.saved_step)
     return validation | {"train_seconds": round(attempt.speed.total, 1)}

@@ -15,6 +15,14 @@ DAMAGED, SUPERSEDED = "DAMAGED", "SUPERSEDED"
 BLOCK = 16 * 2**20
 
 
+class Unreadable(UserError):
+    """A part of a checkpoint cannot be read now (a mount, rights, a disk), which says nothing of what it holds."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        why = error.strerror or type(error).__name__
+        super().__init__(f"{path} cannot be read ({why}); mend that and start the same command again")
+
+
 def checkpoint_path(run: Path, step: int) -> Path:
     """Where the run's checkpoint of a step is."""
     return run / "checkpoints" / f"step-{step:06d}"
@@ -86,7 +94,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         return {"kind": manifest["kind"], "step": int(manifest["step"]), "files": dict(manifest["files"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(checkpoint, f"{MANIFEST} cannot be read") from error
+        raise not_read(checkpoint, MANIFEST, error) from error
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -94,16 +102,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged(checkpoint, f"{STATE} cannot be read") from error
+        raise not_read(checkpoint, STATE, error) from error
 
 
 def damages(checkpoint: Path, rank: int = 0, ranks: int = 1, *, checksums: bool = True) -> list[str]:
     """What is wrong with a checkpoint's files, one phrase each; empty where all is well.
 
-    Every rank looks at the sizes of all files and at the checksums of its share of them.
+    Every rank looks at the sizes of all files and at the checksums of its share of them. A missing file is damage;
+    raises Unreadable for one that is there and cannot be read.
     """
     try:
         files = read_manifest(checkpoint)["files"]
+    except Unreadable:
+        raise
     except UserError:
         return [f"{MANIFEST} cannot be read"]
     found = []
@@ -115,9 +126,26 @@ def damages(checkpoint: Path, rank: int = 0, ranks: int = 1, *, checksums: bool 
                 found.append(f"{name} has {size} bytes instead of {entry['size']}")
             elif checksums and i % ranks == rank and file_entry(path) != entry:
                 found.append(f"{name} has another checksum than when it was written")
-        except OSError as error:
+        except FileNotFoundError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
+        except OSError as error:
+            raise Unreadable(path, error) from error
     return found
+
+
+def short(checkpoint: Path) -> bool:
+    """Whether a file is missing or has another size than when it was written; raises nothing."""
+    try:
+        return bool(damages(checkpoint, checksums=False))
+    except Unreadable:
+        return False
+
+
+def not_read(checkpoint: Path, name: str, error: Exception) -> UserError:
+    """The sentence for a file of a checkpoint that is asked for: whether it is damaged, or cannot be read now."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return Unreadable(checkpoint / name, error)
+    return damaged(checkpoint, f"{name} cannot be read")
 
 
 def damaged(checkpoint: Path, problem: str) -> UserError:

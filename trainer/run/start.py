@@ -46,8 +46,8 @@ class Job:
     device: torch.device
     metas: list[Meta]
     """One for each source of the config."""
-    plan: Plan
-    """What the laws say of this run."""
+    plan: Plan | None
+    """What the laws say of this run; None while the ranks must meet before they know where it goes on."""
     expected: Expected | None = None
     """Held-out loss at the end, where the user's own numbers tell."""
     resume_from: Path | None = None
@@ -141,15 +141,15 @@ def start_job(
 
     resume: `auto` continues the run of that folder where it has a complete checkpoint, `never` refuses a folder
     that is not empty, anything else is the checkpoint to continue from. dry: a step that does not fit is planned all
-    the same, and `refused`. launcher: of this rank, before ranks have met: what it has begun goes on, and of `never`
-    they decide together (`launch.py`). Raises UserError.
+    the same, and `refused`. launcher: of this rank, before ranks have met: what it has begun goes on. Where that may be
+    another node's, whose launch has moved on since, the job is one to meet with, and without a plan. Raises UserError.
     """
     config, origins = load_config(name, overrides)
     check_folder(config.run.folder)
     again = launcher is not None and begun_before(config.run.folder, launcher)
     if again:
         resume = "auto"
-    asks_others = resume == "never" and launcher is not None and world.size > world.local_size
+    asks_others = resume != "auto" and launcher is not None and world.size > world.local_size
     resume_from, damage = (None, []) if asks_others else checkpoint_to_resume(config.run.folder, resume)
     if resume_from is not None:
         saved = read_run_config(config.run.folder)
@@ -158,6 +158,8 @@ def start_job(
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
     settler(config, origins)("run", "device", device.type, "machine")
+    if asks_others:
+        return Job(config, origins, world, device, [], None)
 
     sources = [source.path for source in config.data.folders()]
     metas = load_sources(sources, config.model.vocab_size)

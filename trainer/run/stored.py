@@ -13,6 +13,7 @@ from stepline.comm.gather import gathered
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.manifest import (
     DAMAGED,
+    Unreadable,
     complete_checkpoints,
     damaged,
     damages,
@@ -21,6 +22,7 @@ from stepline.trainer.run.manifest import (
     retire,
     step_of,
 )
+from stepline.trainer.run.together import together
 
 log = logging.getLogger("stepline")
 
@@ -66,29 +68,43 @@ def load_tensors(
             raise damaged(checkpoint, "its tensors cannot be read") from error
 
 
+def damages_by_all(checkpoint: Path, group: dist.ProcessGroup | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files, of which each rank reads a share, where the checkpoint is for it. A
+    collective; raises UserError on all ranks where one of them cannot read its part, or sees no checkpoint there."""
+
+    def mine() -> list[str]:
+        try:
+            checkpoint.stat()
+        except OSError as error:
+            raise Unreadable(checkpoint, error) from error
+        return damages(checkpoint, dist.get_rank(group), dist.get_world_size(group))
+
+    return sorted({problem for part in gathered(together(mine, group), group) for problem in part})
+
+
 def sound_checkpoint(
     newest: Path, run: Path, group: dist.ProcessGroup, *, only_this: bool
 ) -> tuple[Path, list[str]]:
-    """The newest checkpoint up to `newest` whose files are as they were written, the same on all ranks.
+    """The newest checkpoint up to `newest` whose files are as they were written, the same on all ranks, each of which
+    has it in its own `run`.
 
     A damaged one is named in the second value and no longer counts. Raises UserError when none is left, or when
-    `only_this` one is asked for. A collective: the ranks share the reading.
+    `only_this` one is asked for, or when a rank cannot read one: what is wrong there is mended, and nothing is lost.
+    A collective: the ranks share the reading.
     """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     notes: list[str] = []
     # Rank 0's list: a node may see what another has written a while later.
-    candidates = [[p for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]]
-    dist.broadcast_object_list(candidates, src=0, group=group)
-    for checkpoint in reversed(candidates[0]):
-        found = gathered(damages(checkpoint, rank, ranks), group)
-        problems = sorted({problem for part in found for problem in part})
-        if not problems:
+    names = [[p.name for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]]
+    dist.broadcast_object_list(names, src=0, group=group)
+    for name in reversed(names[0]):
+        checkpoint = run / "checkpoints" / name
+        if not (problems := damages_by_all(checkpoint, group)):
             return checkpoint, notes
         if only_this:
             raise damaged(checkpoint, problems[0])
         notes.append(passed_over(checkpoint, problems[0]))
         log.warning("%s", notes[-1])
         dist.barrier(group=group)
-        if rank == 0:
+        if dist.get_rank(group) == 0:
             retire(checkpoint, DAMAGED)
     raise none_left(checkpoint, problems[0])

@@ -63,6 +63,7 @@ class Heartbeat:
         self, path: Path, *, steps: int, start_step: int, limit_s: float, attempt: int, world_size: int
     ) -> None:
         self.path, self.limit_s = path, limit_s
+        self._allowed_s = limit_s  # what the status has been given
         self.times = StepTimes()
         self._start: tuple[int, float] | None = None  # the first step that was done, and when
         self._written: float | None = None
@@ -84,11 +85,13 @@ class Heartbeat:
             "exit_code": None,
         }
 
-    def beat(self, step: int, status: str, **fields: Any) -> float | None:
-        """Notes progress; `fields` stay until they are given again. Returns the seconds that the step took, where
-        they are known. Raises nothing."""
+    def beat(self, step: int, status: str, limit_s: float = 0.0, **fields: Any) -> float | None:
+        """Notes progress; `fields` stay until they are given again. limit_s: after which a hang ends what begins now,
+        where that is longer than usual. Returns the seconds that the step took, where they are known. Raises nothing.
+        """
         took = self.times.tick(step, status)
-        changed = status != self.fields["status"]
+        before, self._allowed_s = self._allowed_s, max(self.limit_s, limit_s)
+        changed = status != self.fields["status"] or before != self._allowed_s
         self.fields |= {"step": step, "status": status, **fields}
         now = time.monotonic()
         if status == "training" and self._start is None:
@@ -108,7 +111,7 @@ class Heartbeat:
         if status in ENDED:
             return None
         if status != "training" or step_s is None:
-            return max(LEAST_STALE_S, self.limit_s)
+            return round(max(LEAST_STALE_S, self._allowed_s), 1)
         return round(max(LEAST_STALE_S, STALE_STEPS * step_s), 1)
 
     def _eta_s(self, now: float) -> float | None:

@@ -68,11 +68,12 @@ class Watch:
             next((row["loss"] for row in self.file.read() if "loss" in row), None) if self.enabled else None
         )
 
-    def beat(self, step: int, status: str, **fields: Any) -> None:
+    def beat(self, step: int, status: str, limit_s: float = 0.0, **fields: Any) -> None:
         """There is progress: call it at every step, it writes heartbeat.json at most every 5 s.
 
-        status: starting, training, validating, saving; a change is written at once. fields: `tokens`,
-        `last_checkpoint`, `failed_saves`, or anything else that the file shall show; each stays until given again.
+        status: starting, training, validating, saving; a change is written at once. limit_s: what that may take, where
+        it is more than `parallel.timeout_s`. fields: `tokens`, `last_checkpoint`, `failed_saves`, or anything else that
+        the file shall show; each stays until given again.
         """
         if not self.enabled:
             return
@@ -83,7 +84,7 @@ class Watch:
         self.step = step
         median, count = self.heartbeat.times.median, self.heartbeat.times.count
         fields.setdefault("tokens", step * self.batch_tokens)
-        took = self.heartbeat.beat(step, status, **fields)
+        took = self.heartbeat.beat(step, status, limit_s, **fields)
         if took is not None:
             self.alerts.step(step, took, median, count)
 

@@ -115,8 +115,13 @@ def test_checkpoints_with_a_short_and_a_changed_file(start, same, killed):
     size = shard.stat().st_size
     os.truncate(shard, size - 10)
     flip(folder / "checkpoints" / "step-000030" / "__0_0.distcp")
-    run = start(folder)
+    run = start(folder, "checkpoint.every=60")  # what is damaged is kept until its step is saved again
     assert run.end() == [0, 0]
+    marks = [p for mark in ("DAMAGED", "SUPERSEDED") for p in folder.glob(f"checkpoints/*/{mark}")]
+    assert sorted(f"{p.parent.name} {p.name}" for p in marks) == [
+        "step-000030 DAMAGED",
+        "step-000040 DAMAGED",
+    ]
     for said in (
         f"step-000040 is damaged (__1_0.distcp has {size - 10} bytes instead of {size})",
         "step-000030 is damaged (__0_0.distcp has another checksum than when it was written)",

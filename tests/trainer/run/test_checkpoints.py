@@ -146,20 +146,46 @@ def test_what_no_longer_counts_makes_room(pool, tmp_path):
     ]  # of the abandoned ones the oldest has made way
 
 
-def short_of_room(folder: str) -> list[str]:
-    run = Path(folder)
+def test_one_that_cannot_be_removed_costs_no_save(pool, tmp_path):
+    (left,) = pool.run(1, short_of_room, str(tmp_path), 5, 3)
+    assert left == ["step-000001", "step-000003", "step-000009"]  # the next one has made way instead
+
+
+def short_of_room(folder: str, large: int = 3, stuck: int | None = None) -> list[str]:
+    """large: the step whose checkpoint fills the disk; stuck: the one that cannot be removed."""
+    run, remove = Path(folder), shutil.rmtree
     for step, mark in ((1, "COMPLETE"), (3, "SUPERSEDED"), (5, "SUPERSEDED")):
         (run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
         (run / f"checkpoints/step-{step:06d}" / mark).touch()
     saver = Checkpointer(run, 2, torch.device("cpu"), lambda said: None)
 
     def usage(_: Path) -> SimpleNamespace:
-        return SimpleNamespace(free=0 if (run / "checkpoints/step-000003").exists() else 10**12)
+        return SimpleNamespace(free=0 if (run / f"checkpoints/step-{large:06d}").exists() else 10**12)
 
-    with mock.patch.object(checkpoint.shutil, "disk_usage", usage):
+    def rmtree(path: Path, **options: bool) -> None:
+        if stuck is not None and path.name == f"step-{stuck:06d}":
+            raise PermissionError(1, "Operation not permitted")
+        remove(path, **options)
+
+    full = mock.patch.object(checkpoint.shutil, "disk_usage", usage)
+    with full, mock.patch.object(checkpoint.shutil, "rmtree", rmtree):
         saver.save(9, {"model.w": torch.zeros(10)}, {}, PERMANENT)
         assert saver.finish()
     return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def waits(folder: str, bytes_: float) -> tuple[float, float]:
+    """Seconds: what a checkpoint of that size may take, and how long a rank waits in it for the others."""
+    saver = Checkpointer(Path(folder), 2, torch.device("cpu"))
+    saver._pending = SimpleNamespace(needed=bytes_)
+    return saver.limit_s, saver.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_ranks_wait_for_each_other_as_long_as_a_checkpoint_may_take(pool, tmp_path):
+    """By itself torch would end a group's wait after half an hour, and with it the run."""
+    for limit, waited in pool.run(2, waits, str(tmp_path), 10e12):
+        assert limit == 3600 + 1e6
+        assert waited > 10 * limit
 
 
 def without_room(folder: str) -> float:

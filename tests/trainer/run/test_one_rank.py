@@ -15,10 +15,19 @@ import torch
 import torch.distributed as dist
 
 from stepline.trainer.data.loader import TrainLoader
-from stepline.trainer.run import checkpoint, eval_command
+from stepline.trainer.errors import UserError
+from stepline.trainer.run import checkpoint, eval_command, manifest
 from stepline.trainer.run.checkpoint import EPHEMERAL, Checkpointer
+from stepline.trainer.run.folder import checkpoint_to_resume
 from stepline.trainer.run.launch import run_training
-from stepline.trainer.run.manifest import SUPERSEDED, complete_checkpoints, step_of
+from stepline.trainer.run.manifest import (
+    DAMAGED,
+    SUPERSEDED,
+    checkpoint_path,
+    complete_checkpoints,
+    step_of,
+)
+from stepline.trainer.run.stored import sound_checkpoint
 
 
 def one_rank(config: str, options: list[str], resume: str = "never") -> int:
@@ -78,6 +87,23 @@ def test_rows_that_rank_0_cannot_read(pool, tiny_config, tmp_path):
     assert outcome["message"] == (
         f"{rows} cannot be read (Is a directory); mend that and start the same command again"
     )
+
+
+def test_rows_that_cannot_be_read_at_the_end_of_a_run(pool, tiny_config, tmp_path):
+    """They would say whether it has been validated."""
+    folder = tmp_path / "run"
+    options = ["budget.steps=2", f"run.folder={folder}"]
+    assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [0, 0]
+    (folder / "outcome.json").unlink()
+    rows = folder / "metrics.jsonl"
+    rows.unlink()
+    rows.mkdir()
+    assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["message"] == (
+        f"{rows} cannot be read (Is a directory); mend that and start the same command again"
+    )
+    assert not (folder / "logs/attempt-2").exists()
 
 
 def test_a_token_that_no_vocabulary_has_in_a_validation(pool, tiny_config, copied, tmp_path):
@@ -143,3 +169,78 @@ def test_a_run_that_ends_above_its_first_loss_is_said(train, tiny_config, tmp_pa
     assert (rows[-1]["val_loss"] > rows[0]["loss"]) == said
     log = (tmp_path / "run/logs/attempt-1/rank-0.log").read_text()
     assert ("this run has learned nothing; lower optimizer.lr" in log) == said
+
+
+def test_a_run_from_the_weights_of_another_has_a_first_loss_that_says_nothing(train, tiny_config, tmp_path):
+    train(1, tiny_config, tmp_path / "first", "budget.steps=4")
+    rows = train(1, tiny_config, tmp_path / "run", "optimizer.lr=10", f"run.init_from={tmp_path / 'first'}")
+    assert rows[-1]["val_loss"] > rows[0]["loss"]
+    assert "learned nothing" not in (tmp_path / "run/logs/attempt-1/rank-0.log").read_text()
+
+
+def sound(folders: list[str], broken: str | None) -> tuple[str, list[str]]:
+    """Where this rank would go on, in its own folder, or what it says; rank 1 cannot read files that begin so."""
+    run, honest = Path(folders[dist.get_rank() % len(folders)]), manifest.file_entry
+
+    def entry(path: Path) -> dict[str, int]:
+        if broken is not None and path.name.startswith(broken) and dist.get_rank() == 1:
+            raise OSError(116, "Stale file handle")
+        return honest(path)
+
+    group, notes = dist.new_group(backend="gloo"), []
+    with mock.patch.object(manifest, "file_entry", entry):
+        try:
+            path, notes = sound_checkpoint(checkpoint_path(run, 3), run, group, only_this=False)
+            said = str(path)
+        except UserError as error:
+            said = str(error)
+    return said, notes
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_stays_and_counts(pool, tmp_path):
+    pool.run(2, saves, str(tmp_path), 0)
+    broken = tmp_path / "checkpoints/step-000003/__0_0.distcp"  # of rank 1's share
+    says = f"{broken} cannot be read (Stale file handle); mend that and start the same command again"
+    assert pool.run(2, sound, [str(tmp_path)], "__0_") == [(says, [])] * 2
+    assert [step_of(p) for p in complete_checkpoints(tmp_path)] == [1, 2, 3]
+    assert pool.run(2, sound, [str(tmp_path)], None) == [(str(broken.parent), [])] * 2
+    broken.unlink()  # what is missing is damage
+    note = (
+        f"the checkpoint {broken.parent} is damaged ({broken.name} cannot be read (No such file or directory)): "
+        "the one before it is used"
+    )
+    assert pool.run(2, sound, [str(tmp_path)], None) == [(str(checkpoint_path(tmp_path, 2)), [note])] * 2
+    assert (broken.parent / DAMAGED).exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "step-000002"])
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_no_new_start(tmp_path, monkeypatch, resume):
+    kept, listdir = tmp_path / "checkpoints", os.listdir
+    (kept / "step-000002").mkdir(parents=True)
+
+    def refused(path: Path) -> list[str]:
+        if path == kept:
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(UserError) as caught:
+        checkpoint_to_resume(tmp_path, resume)
+    assert str(caught.value) == (
+        f"{kept} cannot be read (Permission denied); mend that and start the same command again"
+    )
+
+
+def test_each_rank_goes_on_from_the_checkpoint_in_its_own_folder(pool, tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    pool.run(2, saves, str(mine), 0)
+    shutil.copytree(mine, other)
+    shutil.rmtree(mine / "checkpoints/step-000003")
+    found = [str(checkpoint_path(folder, 2)) for folder in (mine, other)]
+    assert pool.run(2, sound, [str(mine), str(other)], None) == [(path, []) for path in found]
+    other.rename(tmp_path / "unmounted")
+    says = (
+        f"{found[1]} cannot be read (No such file or directory); mend that and start the same command again"
+    )
+    assert pool.run(2, sound, [str(mine), str(other)], None) == [(says, [])] * 2
+    assert [step_of(p) for p in complete_checkpoints(mine)] == [1, 2]

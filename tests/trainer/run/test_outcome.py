@@ -90,6 +90,29 @@ def test_a_refused_start_says_so_in_the_runs_folder(run, options, sentence, caps
     assert outcome_of(run, "job") == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "base"),
+    [
+        ("run: {{folder: {run}}}\nbudgt: 3\n", None),
+        ("base: other\nmodel: {{layers: 3}}\n", "run:\n  folder: {run}\n"),
+        ("base: other\nrun: {{sed: 1}}\n", "base: mine\nrun: {{folder: {run}}}\n"),
+        ("model: [\nrun:\n  folder: '{run}'  # here\n", None),
+        ("model: [\n", None),
+        ("budgt: 3\n", None),
+    ],
+)
+def test_a_mistake_in_the_config_file_is_noted_where_it_says(run, tmp_path, monkeypatch, text, base):
+    monkeypatch.chdir(tmp_path)
+    if "{run}" not in text + (base or ""):
+        (tmp_path / "runs").mkdir()
+        run = run.rename(tmp_path / "runs" / "mine")
+    for name, content in (("mine", text), ("other", base)):
+        (tmp_path / f"{name}.yaml").write_text((content or "").format(run=run))
+    note_refusal("mine.yaml", [], UserError("mend the file"))
+    assert (read_outcome(run)["status"], read_outcome(run)["message"]) == ("stopped", "mend the file")
+    assert beat_of(run)["status"] == "stopped"
+
+
 def refuse_start(folder):
     note_refusal("quickstart", [f"run.folder={folder}"], UserError("choose another"))
 

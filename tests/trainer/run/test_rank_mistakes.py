@@ -9,7 +9,9 @@ import torch
 
 from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
+from stepline.trainer.run import launch
 from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.outcome import read_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import pick_device, start_job
 
@@ -72,6 +74,21 @@ def test_a_rank_alone_with_its_mistake_speaks(tiny_config, capsys, monkeypatch, 
     assert capsys.readouterr().err.count("\n") == (not stopped)
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_rank_alone_with_its_mistake_notes_it(tiny_config, tmp_path, monkeypatch, ours):
+    """Rank 0 of the same launch, which waits for it, holds the folder; a run of another launch may train there."""
+    run, stop = tmp_path / "run", StopSignal()
+    (run / "logs" / "attempt-1").mkdir(parents=True)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(launch, "ALONE_S", 0.0)
+    with launch._only_one(run, stop.launcher if ours else "another"):
+        assert run_training(str(tiny_config), [f"run.folder={run}", "parallel.shard=3"], "auto", stop) == 2
+    said = read_outcome(run).get("message", "")
+    assert ("parallel.shard is 3 but there are 2 ranks" in said) == ours
+
+
 def test_a_port_in_use(tiny_config, tmp_path, capsys, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -108,10 +125,19 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
         "cuda", 1
     )  # by --gpu-bind=none, all of them
     monkeypatch.delenv("SLURM_GPUS_PER_TASK")
-    for of_node, bound in ((8, True), (4, True), (2, False)):  # --gpu-bind=single:2 of so many, or two in all
+    for of_node, bound in (
+        (8, True),
+        (7, False),
+        (4, False),
+        (2, False),
+    ):  # two for each, or tasks share them
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", str(of_node))
         assert (pick_device("auto", four)[0] == torch.device("cuda", 0)) == bound
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    eight = World(5, 8, 5, 8)  # with CUDA_VISIBLE_DEVICES=0,1 of the user's
+    assert pick_device("auto", eight)[1] == ["2 GPUs cannot serve 8 ranks: this run uses the CPU"]
+    with pytest.raises(UserError, match="has 2 GPUs for 8 ranks; start 2 ranks"):
+        pick_device("cuda", eight)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
     assert pick_device("auto", four)[0].type == "cpu"
 

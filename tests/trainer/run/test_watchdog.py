@@ -1,10 +1,13 @@
 """A rank that hangs ends, whatever else hangs with it."""
 
+import json
 import subprocess
 import sys
+from unittest import mock
 
 from stepline.trainer.run import checkpoint
 from stepline.trainer.run.checkpoint import Checkpointer
+from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.watchdog import Watchdog
 
 HANGS = """
@@ -102,3 +105,23 @@ def test_it_may_be_entered_again():
     work = "pass\nwith dog.longer(0.3, 'writing a checkpoint'), dog: time.sleep(1000)"
     code, out, _ = hang("", work)
     assert (code, out.splitlines()[-1]) == (1, "writing a checkpoint after the start takes longer than 0.3 s")
+
+
+def test_the_heartbeat_gives_a_checkpoint_that_is_waited_for_its_limit(tiny_config, tmp_path):
+    folder, seen, honest = tmp_path / "run", [], Checkpointer.finish
+
+    def finish(saver: Checkpointer) -> bool:
+        if saver._pending is not None:
+            beat = json.loads((folder / "heartbeat.json").read_text())
+            seen.append(
+                (beat["step"], beat["status"], beat["stale_after_s"] == round(saver.limit_s, 1) > 3600)
+            )
+        return honest(saver)
+
+    options = [f"run.folder={folder}", "budget.steps=4", "checkpoint.every=2"]
+    with (
+        mock.patch.object(Checkpointer, "finish", finish),
+        mock.patch.object(Checkpointer, "poll"),  # which does not wait
+    ):
+        assert run_training(str(tiny_config), options, "never") == 0
+    assert seen == [(4, "saving", True)] * 2

@@ -128,6 +128,21 @@ def test_time_left_and_the_age_that_means_a_stalled_run(tmp_path, clock):
     assert (says["stale_after_s"], says["eta_s"], says["exit_code"]) == (None, None, 0)
 
 
+def test_what_may_take_longer_than_a_hang_says_so_at_once(tmp_path, clock):
+    beat = make(tmp_path)
+    said = []
+    for status, limit_s in (
+        ("saving", 3600.06),
+        ("saving", 7200),
+        ("saving", 0),
+        ("saving", 5),
+        ("starting", 0),
+    ):
+        beat.beat(0, status, limit_s)
+        said.append(read(beat)["stale_after_s"])
+    assert said == [3600.1, 7200, 600, 600, 600]
+
+
 def test_fast_steps_may_take_a_minute(tmp_path, clock):
     beat = make(tmp_path)
     for step in range(1, 30):
