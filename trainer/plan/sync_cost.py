@@ -143,7 +143,7 @@ class SyncBytes:
         ]
 
     def all_reduce(self, item: int) -> Exchange:
-        """Of every gradient, in `item` bytes; to lose nothing by bf16 is assumed, not measured."""
+        """Of every gradient, in `item` bytes; in bf16 it loses nothing that was seen (benchmarks/RESULTS.md)."""
         name = {2: "bf16", 4: "fp32", 8: "fp64"}[item]
         size = ring_bytes(sum(self.sizes) * item, self.replicas)
         options = ("parallel.sync=all_reduce", *(["precision.reduce=bf16"] if item == 2 else []))
