@@ -15,6 +15,7 @@ DATA: a folder written by `stepline prepare` with a `tune` split and at most 204
 
 import argparse
 import json
+import math
 import os
 import shutil
 import socket
@@ -39,7 +40,7 @@ SHAPE = [
 ]  # fmt: skip
 """2,048 tokens for each of two replicas in a step."""
 EVERY = 32
-"""Steps between two exchanges of DiLoCo, which then sends 1.03 times the bytes of DeMo at 1/50."""
+"""Steps between two exchanges of DiLoCo, which then sends 1.02 times the bytes of DeMo at 1/50."""
 DILOCO = f"DiLoCo int8, H = {EVERY}"
 METHODS = {
     "no network": ["parallel.sync=diloco", "parallel.diloco.every=1000000"],
@@ -65,12 +66,16 @@ RATES_MBIT = (10, 100, 1000, 10000)
 STEPLINE = (sys.executable, "-m", "stepline.trainer")
 
 
+class Diverged(Exception):
+    """A run was ended by its guard: the learning rate is too high for it."""
+
+
 def run(
     data: Path, folder: Path, options: list[str], shape: dict, nodes=None, program: Sequence[str] = STEPLINE,
     per_node: int = 1,
 ) -> list[dict]:  # fmt: skip
     """Trains with two nodes of `per_node` ranks; the rows of metrics.jsonl. nodes: (namespace, interface, address) of
-    each; program: that takes stepline's arguments."""
+    each; program: that takes stepline's arguments. Raises Diverged."""
     shutil.rmtree(folder, ignore_errors=True)
     program = [*program, "train", "quickstart", f"data.path={data}", *SHAPE]
     program += [f"model.{key}={value}" for key, value in shape.items()] + options + [f"run.folder={folder}"]
@@ -92,6 +97,9 @@ def run(
         )
     errors = [rank.communicate()[1].decode() for rank in ranks]
     if any(rank.returncode for rank in ranks):
+        outcome = folder / "outcome.json"
+        if outcome.exists() and json.loads(outcome.read_text()).get("diverged"):
+            raise Diverged
         sys.exit("\n".join(errors))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -198,7 +206,8 @@ def train_all(data: Path, output: Path, methods: Sequence[str]) -> None:
     those of the winners on all seeds.
 
     The learning rate is chosen by the `tune` split, what is reported stands on `val`. Bandwidth changes the time, not
-    the loss: these runs are unshaped. Runs that are in losses.json already are not repeated.
+    the loss: these runs are unshaped. Runs that are in losses.json already are not repeated; one that diverged has no
+    loss there.
     """
     path = output / "losses.json"
     found = json.loads(path.read_text()) if path.exists() else []
@@ -213,20 +222,28 @@ def train_all(data: Path, output: Path, methods: Sequence[str]) -> None:
             "optimizer.weight_decay=0.1", f"budget.steps={TRAINED_STEPS}", "logging.every=10",
             f"logging.eval_every={TRAINED_STEPS // 8}", "logging.eval_windows=64",
         ]  # fmt: skip
-        rows = run(data, output / "trained", options, TRAINED)
-        values = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-        sent = statistics.mean(row["bytes_sent"] for row in rows if "loss" in row)
-        known = key | {"val": values[-1][1], "curve": values, "bytes": sent}
+        try:
+            rows = run(data, output / "trained", options, TRAINED)
+        except Diverged:
+            known, says = key | {"val": None}, "diverged"
+        else:
+            values = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+            sent = statistics.mean(row["bytes_sent"] for row in rows if "loss" in row)
+            known, says = key | {"val": values[-1][1], "curve": values, "bytes": sent}, f"{values[-1][1]:.4f}"
         found.append(known)
         path.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{method}, lr {lr:g}, seed {seed}, {split}: {known['val']:.4f}", flush=True)
+        print(f"{method}, lr {lr:g}, seed {seed}, {split}: {says}", flush=True)
         return known
 
+    def tuned(method: str, lr: float) -> float:
+        loss = curve(method, lr, SEEDS[0], "tune")["val"]
+        return math.inf if loss is None else loss
+
     for method in methods:
-        tried = {lr: curve(method, lr, SEEDS[0], "tune")["val"] for lr in LEARNING_RATES}
+        tried = {lr: tuned(method, lr) for lr in LEARNING_RATES}
         while (lr := min(tried, key=tried.get)) in (min(tried), max(tried)):
             further = lr / 2 if lr == min(tried) else lr * 2
-            tried[further] = curve(method, further, SEEDS[0], "tune")["val"]
+            tried[further] = tuned(method, further)
         for seed in SEEDS if method in WINNERS else SEEDS[:1]:
             curve(method, lr, seed, "val")
 

@@ -18,7 +18,7 @@ def show(output: Path, methods: Sequence[str]) -> None:
     times = read(output / "times.json") or {"rates_mbit": [], "methods": {}}
     final: dict[str, list[dict]] = {}
     for run in read(output / "losses.json") or []:
-        if run["split"] == "val":
+        if run["split"] == "val" and run["val"] is not None:
             final.setdefault(run["method"], []).append(run)
     if times["methods"]:
         show_times(times)

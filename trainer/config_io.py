@@ -131,12 +131,14 @@ def check(tree: dict[str, Any], where: str, given: Iterable[str] = ()) -> Config
         raise UserError(f"{where}: {_sentence(problem)}") from None
 
 
+UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+"""Pydantic's kinds of problem; the second one is of a key that is no text."""
+
+
 def _key(problem: dict[str, Any]) -> list[str]:
     """The dotted key of a problem: a union (`auto` or a number) adds the branch that failed, which is cut off."""
     parts = [str(part) for part in problem["loc"]]
-    written = (
-        parts[-1:] if problem["type"] in ("extra_forbidden", "invalid_key") else []
-    )  # a user's own, whatever it is
+    written = parts[-1:] if problem["type"] in UNKNOWN_KEY else []  # a user's own, whatever it is
     parts, kinds = parts[: len(parts) - len(written)], {"float", "int", "bool", "literal"}
     return [p for p in parts if p.replace("_", "").isalnum() and p not in kinds] + written
 
@@ -182,7 +184,7 @@ def allowed_values(keys: list[str]) -> str:
 def _sentence(problem: dict[str, Any]) -> str:
     keys, given, kind = _key(problem), problem.get("input"), problem["type"]
     key, section = ".".join(keys), section_of(keys[:-1])
-    if kind in ("extra_forbidden", "invalid_key"):
+    if kind in UNKNOWN_KEY:
         return f"unknown key '{key}'{nearest(keys[-1], section.model_fields if section else ())}"
     if kind == "missing":
         return f"'{key}' is missing"

@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from stepline.comm import slurm
 
@@ -19,6 +20,14 @@ class UserError(Exception):
 
 class DoesNotFit(UserError):
     """A step needs more memory than a device has."""
+
+
+class Unreadable(UserError):
+    """A file cannot be read now (a mount, rights, a disk), which says nothing of what it holds."""
+
+    def __init__(self, path: Path | str, error: OSError) -> None:
+        why = error.strerror or type(error).__name__
+        super().__init__(f"{path} cannot be read ({why}); mend that and start the same command again")
 
 
 def speaks() -> bool:

@@ -19,14 +19,7 @@ from stepline.trainer.config_io import (
 from stepline.trainer.config_resume import merge_for_resume
 from stepline.trainer.errors import UserError
 
-MODEL = {"vocab_size": 100, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 128}
-
-
-@pytest.fixture
-def file(tmp_path) -> Path:
-    path = tmp_path / "a.yaml"
-    path.write_text(yaml.safe_dump({"model": MODEL, "optimizer": {"beta2": 0.99}}))
-    return path
+from .conftest import MODEL
 
 
 def test_base_file_and_overrides_in_that_order_with_their_origins(tmp_path, file):
@@ -186,48 +179,6 @@ def test_a_section_as_one_override_is_its_keys(file):
     config, origins = load_config("dense-8b", ["model.rope_scaling={factor: 4}"])
     assert (config.model.rope_scaling.factor, origins["model.rope_scaling.factor"]) == (4, "override")
     assert load_config("dense-8b", ["model.rope_scaling.factor=4"])[0] == config
-
-
-def test_a_date_is_text(file):
-    file.write_text(file.read_text() + "logging: {project: 2024-13-45}\n")
-    config, _ = load_config(str(file), ["run.folder=2026-10-03"])
-    assert (config.logging.project, str(config.run.folder)) == ("2024-13-45", "2026-10-03")
-    again, _ = load_config(str(file), [f"run.folder={config.run.folder}"])
-    assert again == config
-
-
-def test_what_is_yes_and_no_stays_so(file):
-    config, _ = load_config(str(file), ["run.compile=yes", "model.qk_norm=on", "data.verify=off"])
-    assert (config.run.compile, config.model.qk_norm, config.data.verify) == (True, True, "off")
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("model: {}\noptimizer: {lr: 1}\nmodel: {}\n", "3 is not valid YAML: 'model' stands in line 1 too"),
-        (
-            "optimizer:\n  lr: 1e-3\n  beta2: 0.9\n  lr: 2e-3\n",
-            "4 is not valid YAML: 'lr' stands in line 2 too",
-        ),
-        ("base: a\nbase: b\n", "2 is not valid YAML: 'base' stands in line 1 too"),
-    ],
-)
-def test_a_key_twice_in_a_file(tmp_path, text, sentence):
-    path = tmp_path / "a.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        load_config(str(path))
-    assert str(error.value) == f"{path}:{sentence}; leave out one of the two"
-
-
-def test_a_merge_key_is_none_twice(file):
-    """YAML's own way to take over keys, of which some are set anew."""
-    file.write_text(
-        file.read_text()
-        + "data: {sources: [&first {path: a, weight: 2}, &second {<<: *first, path: b}, {<<: *second}]}\n"
-    )
-    config, _ = load_config(str(file))
-    assert [(str(s.path), s.weight) for s in config.data.sources] == [("a", 2), ("b", 2), ("b", 2)]
 
 
 def test_the_page_of_all_keys_is_that_of_the_schema():

@@ -17,7 +17,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.data.dataset import source_names
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.verify import Verifier, copy_of, sharers, start_verifying
-from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, UserError
+from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, Unreadable, UserError
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
 from stepline.trainer.run.evaluate import evaluate
 from stepline.trainer.run.manifest import DAMAGED, SUPERSEDED, complete_checkpoints, retire, short, step_of
@@ -86,8 +86,7 @@ class Attempt:
                     world_size=job.world.size,
                 )  # fmt: skip
             except OSError as error:
-                what = f"{error.filename or job.folder} cannot be read ({error.strerror})"
-                raise UserError(f"{what}; mend that and start the same command again") from error
+                raise Unreadable(error.filename or job.folder, error) from error
 
         return together(begin, self.group)
 
@@ -124,7 +123,7 @@ class Attempt:
         step, folder = self.state.step, self.job.folder
         due = self.job.world.rank == 0 and step > 0 and validation_due(step, self.job.config)
         owed = together(lambda: due and not validated(folder, step), self.group)
-        return self.consensus.settle(Wish(save=owed)).save
+        return any(gathered(owed, self.group))
 
     def validate(self, whole: bool) -> dict[str, float] | None:
         """Held-out loss and bits per byte, logged; None where all ranks were told to stop meanwhile."""
@@ -260,8 +259,7 @@ def validated(folder: Path, step: int) -> bool:
     try:
         return has_validation(path, step)
     except OSError as error:
-        what = f"{path} cannot be read ({error.strerror})"
-        raise UserError(f"{what}; mend that and start the same command again") from error
+        raise Unreadable(path, error) from error
 
 
 def validate(

@@ -26,7 +26,7 @@ from stepline.trainer.data.discover import discover
 from stepline.trainer.data.loader import ValidationLoader
 from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.tokenizer import load_tokenizer
-from stepline.trainer.errors import USER_ERROR, UserError
+from stepline.trainer.errors import USER_ERROR, Unreadable, UserError
 from stepline.trainer.run.evaluate import Score, evaluate
 from stepline.trainer.run.infer import load_run, tokenizer_path
 from stepline.trainer.run.manifest import damaged, find_checkpoint, run_of
@@ -109,7 +109,7 @@ def _check_text(path: Path) -> None:
     try:
         files = discover([path], ())[0]
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); mend that") from error
+        raise Unreadable(error.filename or path, error) from error
     if not any(file.size for file in files):
         raise UserError(f"{path} has no text; give --data files with text, or a prepared folder")
 

@@ -5,9 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from stepline.trainer.errors import UserError, nearest
+from stepline.trainer.errors import Unreadable, UserError, nearest
 from stepline.trainer.run.manifest import (
-    Unreadable,
     complete_checkpoints,
     damaged,
     damaged_checkpoints,

@@ -26,21 +26,20 @@ from stepline.trainer.errors import (
     UserError,
     speaks,
 )
-from stepline.trainer.files import locked
 from stepline.trainer.run.alike import check_ranks_alike
 from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
+from stepline.trainer.run.lock import only_one
 from stepline.trainer.run.malloc import keep_freed_memory
 from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
 from stepline.trainer.run.outcome import diverged_before, forget_outcome, restarts, told_before, write_outcome
-from stepline.trainer.run.refusal import LOCK, note_refusal, sign
+from stepline.trainer.run.refusal import note_refusal
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
 from stepline.trainer.run.together import together
 from stepline.trainer.watch import heartbeat
 
-LOCK_WAIT_S = 20.0  # the attempt before may be about to end
 ALONE_S = 5.0  # more than ranks of one node part while they start
 REFUSED = "refused"
 SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
@@ -66,7 +65,7 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if job.device.type == "cpu":
                 keep_freed_memory()
             if world.rank == 0:
-                held.enter_context(_only_one(job.folder, stop.launcher))
+                held.enter_context(only_one(job.folder, stop.launcher))
             join(world, job.device, job.config.parallel.timeout_s)
             again, launchers = zip(*gathered((job.again, stop.launcher)))
             asked, resume = resume, "auto" if any(again) else resume
@@ -171,23 +170,6 @@ def _has_moved_on(job: Job, resume: str) -> bool:
     return moved
 
 
-@contextlib.contextmanager
-def _only_one(folder: Path, launcher: str):
-    """Keeps two runs out of one folder; raises UserError where the other one does not end soon."""
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        with locked(folder / LOCK, wait=False) as mine:
-            if mine is not None:
-                sign(mine, launcher)
-                yield
-                return
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"another process trains in {folder}; wait for its end or choose another run.folder"
-            )
-        time.sleep(0.5)
-
-
 def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
     from stepline.trainer.run.loop import train
 
@@ -202,7 +184,8 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         outcome |= train(job, stop, number, stacks)
         code = DONE
     except (UserError, TrainingStopped, ToBeContinued) as error:
-        code = {UserError: USER_ERROR, TrainingStopped: FAILED, ToBeContinued: TO_BE_CONTINUED}[type(error)]
+        codes = {UserError: USER_ERROR, TrainingStopped: FAILED, ToBeContinued: TO_BE_CONTINUED}
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
         outcome |= {"message": str(error)}
         if code == TO_BE_CONTINUED:
             outcome["told"] = error.told

@@ -20,6 +20,7 @@ from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import learning_rate_multiplier
 from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due, verify_data
+from stepline.trainer.run.manifest import find_checkpoint
 from stepline.trainer.run.outcome import note_begun
 from stepline.trainer.run.products import choose_products
 from stepline.trainer.run.profile import profiler
@@ -64,7 +65,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     if job.resume_from is not None:
         go_on(job, state, group)
     elif config.run.init_from is not None:
-        loaded = load_weights(state.model, config.run.init_from, state.synchronizer.masters())
+        source = together(lambda: find_checkpoint(config.run.init_from), group)
+        loaded = load_weights(state.model, source, state.synchronizer.masters(), checksums=False)
         log.info("weights from %s", loaded)
         state.synchronizer.adopt()
     if (name := state.first_difference()) is not None:
@@ -138,9 +140,8 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         watch.close(exit_code, validation, **attempt.saved())
     if stopping:
         raise attempt.to_be_continued(stopping)
-    begun = (
-        None if config.run.init_from is not None else watch.first_loss()
-    )  # weights of another run know something
+    # weights of another run know something before the first step
+    begun = watch.first_loss() if config.run.init_from is None else None
     if begun is not None and not validation["val_loss"] <= begun:
         log.warning(
             "validation ends at %.4g, above the loss of the first step (%.4g): this run has learned nothing; lower "

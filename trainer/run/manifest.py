@@ -7,20 +7,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import Unreadable, UserError
 
 COMPLETE, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 DAMAGED, SUPERSEDED = "DAMAGED", "SUPERSEDED"
 """What COMPLETE is renamed to when a checkpoint no longer counts."""
 BLOCK = 16 * 2**20
-
-
-class Unreadable(UserError):
-    """A part of a checkpoint cannot be read now (a mount, rights, a disk), which says nothing of what it holds."""
-
-    def __init__(self, path: Path, error: OSError) -> None:
-        why = error.strerror or type(error).__name__
-        super().__init__(f"{path} cannot be read ({why}); mend that and start the same command again")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

@@ -1,26 +1,15 @@
 """What a run's folder says of a start that was refused. Imports no torch."""
 
 import contextlib
-import os
 import re
 from pathlib import Path
 
 from stepline.trainer.config_io import find_base, find_config, load_config
 from stepline.trainer.config_yaml import parse_overrides, read_yaml
 from stepline.trainer.errors import USER_ERROR, UserError
-from stepline.trainer.files import locked
+from stepline.trainer.run.lock import unless_held
 from stepline.trainer.run.outcome import write_refusal
 from stepline.trainer.watch import heartbeat
-
-LOCK = ".training.lock"
-"""In a run's folder: held while a process trains there."""
-
-
-def sign(lock: int, launcher: str) -> None:
-    """Says in the lock's file, of that descriptor, whose rank holds it."""
-    with contextlib.suppress(OSError):
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, launcher.encode(), 0)
 
 
 def note_refusal(config: str, overrides: list[str], why: UserError, launcher: str | None = None) -> None:
@@ -35,8 +24,8 @@ def note_refusal(config: str, overrides: list[str], why: UserError, launcher: st
         folder = _folder(config, overrides)
         if not any((folder / "logs").glob("attempt-*")):
             return
-        with locked(folder / LOCK, wait=False) as mine:
-            if mine is not None or (folder / LOCK).read_text(encoding="utf-8") == launcher:
+        with unless_held(folder, launcher) as free:
+            if free:
                 write_refusal(folder, str(why))
                 heartbeat.end(folder, USER_ERROR)
 

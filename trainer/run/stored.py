@@ -10,10 +10,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stepline.comm.gather import gathered
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import Unreadable, UserError
 from stepline.trainer.run.manifest import (
     DAMAGED,
-    Unreadable,
     complete_checkpoints,
     damaged,
     damages,

@@ -254,7 +254,9 @@ def test_mistakes(run, tiny_data, tmp_path, pool, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", denied)
-        with pytest.raises(UserError, match=r"blank.txt cannot be read \(Permission denied\); mend that$"):
+        with pytest.raises(
+            UserError, match=r"blank.txt cannot be read \(Permission denied\); mend that and start"
+        ):
             evaluated(folder, texts)
 
     (texts / "rows.jsonl").write_text('{"text": "alice sees"}\n{"words": "a letter"}\n')

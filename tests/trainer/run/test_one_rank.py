@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from stepline.trainer.data.loader import TrainLoader
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import Unreadable, UserError
 from stepline.trainer.run import checkpoint, eval_command, manifest
 from stepline.trainer.run.checkpoint import EPHEMERAL, Checkpointer
 from stepline.trainer.run.folder import checkpoint_to_resume
@@ -33,6 +33,11 @@ from stepline.trainer.run.stored import sound_checkpoint
 def one_rank(config: str, options: list[str], resume: str = "never") -> int:
     sys.argv = ["stepline"]
     return run_training(config, options, resume)
+
+
+def message(folder: Path) -> str:
+    """Of the attempt's end."""
+    return json.loads((folder / "outcome.json").read_text())["message"]
 
 
 @pytest.fixture
@@ -77,15 +82,14 @@ def test_rows_that_rank_0_cannot_read(pool, tiny_config, tmp_path):
     rows = folder / "metrics.jsonl"
     rows.write_text(rows.read_text().replace("{", "", 1))
     assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
-    outcome = json.loads((folder / "outcome.json").read_text())
-    assert outcome["message"] == f"{rows}, line 1, is not a JSON object; delete that line"
+    assert message(folder) == f"{rows}, line 1, is not a JSON object; delete that line"
     assert json.loads((folder / "heartbeat.json").read_text())["status"] == "stopped"
     rows.unlink()
     rows.mkdir()
     assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
-    outcome = json.loads((folder / "outcome.json").read_text())
-    assert outcome["message"] == (
-        f"{rows} cannot be read (Is a directory); mend that and start the same command again"
+    assert (
+        message(folder)
+        == f"{rows} cannot be read (Is a directory); mend that and start the same command again"
     )
 
 
@@ -99,11 +103,40 @@ def test_rows_that_cannot_be_read_at_the_end_of_a_run(pool, tiny_config, tmp_pat
     rows.unlink()
     rows.mkdir()
     assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
-    outcome = json.loads((folder / "outcome.json").read_text())
-    assert outcome["message"] == (
-        f"{rows} cannot be read (Is a directory); mend that and start the same command again"
+    assert (
+        message(folder)
+        == f"{rows} cannot be read (Is a directory); mend that and start the same command again"
     )
     assert not (folder / "logs/attempt-2").exists()
+
+
+def stale(config: str, options: list[str], module: str, name: str, rank: int, resume: str) -> int:
+    """A run in which a function of a module finds, on one rank, a file on a mount that is gone."""
+    os.environ["LOCAL_RANK"] = os.environ.get("RANK", "0")
+    from stepline.trainer.run import loop, state
+
+    gone = Unreadable("/mnt/file", OSError(116, "Stale file handle"))
+    where = {"loop": loop, "state": state}[module]
+    broken = mock.patch.object(where, name, side_effect=gone)
+    with broken if int(os.environ["LOCAL_RANK"]) == rank else contextlib.nullcontext():
+        return one_rank(config, options, resume)
+
+
+def test_what_one_rank_cannot_read_ends_all_in_one_sentence(pool, tiny_config, tmp_path):
+    says = "/mnt/file cannot be read (Stale file handle); mend that and start the same command again"
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["budget.steps=4", f"run.folder={first}"]
+    assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [0, 0]
+    begin = ["budget.steps=4", f"run.folder={second}", f"run.init_from={first}"]
+    found = pool.run(2, stale, str(tiny_config), begin, "loop", "find_checkpoint", 1, "never", init=False)
+    assert (found, message(second)) == ([2, 2], says)
+    options = ["budget.steps=2", f"run.folder={second}", "checkpoint.every=1"]
+    shutil.rmtree(second)
+    assert pool.run(1, one_rank, str(tiny_config), options, init=False) == [0]
+    shutil.rmtree(second / "checkpoints/step-000002")
+    assert pool.run(1, stale, str(tiny_config), options, "state", "read_state", 0, "auto", init=False) == [2]
+    assert message(second) == says
+    assert [step_of(p) for p in complete_checkpoints(second)] == [1]
 
 
 def test_a_token_that_no_vocabulary_has_in_a_validation(pool, tiny_config, copied, tmp_path):

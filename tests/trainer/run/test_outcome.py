@@ -8,8 +8,9 @@ import pytest
 from stepline.trainer import cli
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import locked
+from stepline.trainer.run.lock import LOCK
 from stepline.trainer.run.outcome import read_outcome, write_outcome
-from stepline.trainer.run.refusal import LOCK, note_refusal
+from stepline.trainer.run.refusal import note_refusal
 from stepline.trainer.run.requeue import outcome_of
 from stepline.trainer.run.signals import StopSignal
 
