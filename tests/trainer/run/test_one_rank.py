@@ -74,6 +74,15 @@ def test_a_token_that_no_vocabulary_has(pool, tiny_config, copied, tmp_path):
     assert sorted(step_of(p.parent) for p in folder.glob(f"checkpoints/*/{SUPERSEDED}")) == [2, 4]
 
 
+def refused_without(rows: Path, pool, config, options: list[str]) -> bool:
+    """Whether all ranks end in the sentence for rows that cannot be read, of which this makes a folder."""
+    rows.unlink()
+    rows.mkdir()
+    codes = pool.run(2, one_rank, str(config), options, "auto", init=False)
+    says = f"{rows} cannot be read (Is a directory); mend that and start the same command again"
+    return (codes, message(rows.parent)) == ([2, 2], says)
+
+
 def test_rows_that_rank_0_cannot_read(pool, tiny_config, tmp_path):
     folder = tmp_path / "run"
     options = ["budget.steps=4", "checkpoint.every=2", f"run.folder={folder}"]
@@ -84,13 +93,7 @@ def test_rows_that_rank_0_cannot_read(pool, tiny_config, tmp_path):
     assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
     assert message(folder) == f"{rows}, line 1, is not a JSON object; delete that line"
     assert json.loads((folder / "heartbeat.json").read_text())["status"] == "stopped"
-    rows.unlink()
-    rows.mkdir()
-    assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
-    assert (
-        message(folder)
-        == f"{rows} cannot be read (Is a directory); mend that and start the same command again"
-    )
+    assert refused_without(rows, pool, tiny_config, options)
 
 
 def test_rows_that_cannot_be_read_at_the_end_of_a_run(pool, tiny_config, tmp_path):
@@ -100,13 +103,7 @@ def test_rows_that_cannot_be_read_at_the_end_of_a_run(pool, tiny_config, tmp_pat
     assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [0, 0]
     (folder / "outcome.json").unlink()
     rows = folder / "metrics.jsonl"
-    rows.unlink()
-    rows.mkdir()
-    assert pool.run(2, one_rank, str(tiny_config), options, "auto", init=False) == [2, 2]
-    assert (
-        message(folder)
-        == f"{rows} cannot be read (Is a directory); mend that and start the same command again"
-    )
+    assert refused_without(rows, pool, tiny_config, options)
     assert not (folder / "logs/attempt-2").exists()
 
 
