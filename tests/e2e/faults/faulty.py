@@ -107,7 +107,7 @@ def faulty_save(save, staged, storage_writer, **options):
 
 def main() -> int:
     from stepline.trainer.data import verify
-    from stepline.trainer.run import attempt, checkpoint, launch, loop
+    from stepline.trainer.run import attempt, checkpoint, launch, lock, loop
 
     loop.train_step = functools.partial(faulty_step, loop.train_step)
     checkpoint.dcp.save = functools.partial(faulty_save, checkpoint.dcp.save)
@@ -117,7 +117,7 @@ def main() -> int:
         verify.check_file = functools.partial(late_check, verify.check_file)
     if "free_bytes" in FAULTS:
         shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, int(FAULTS["free_bytes"]))
-    launch.LOCK_WAIT_S = FAULTS.get("lock_wait", launch.LOCK_WAIT_S)
+    lock.WAIT_S = FAULTS.get("lock_wait", lock.WAIT_S)
     config, *overrides = [word for word in sys.argv[2:] if not word.startswith("--resume=")]
     resume = next((word.partition("=")[2] for word in sys.argv if word.startswith("--resume=")), "auto")
     return launch.run_training(config, overrides, resume, STOP)

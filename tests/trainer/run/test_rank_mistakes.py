@@ -11,6 +11,7 @@ from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
 from stepline.trainer.run import launch
 from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.lock import only_one
 from stepline.trainer.run.outcome import read_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import pick_device, start_job
@@ -83,7 +84,7 @@ def test_a_rank_alone_with_its_mistake_notes_it(tiny_config, tmp_path, monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(launch, "ALONE_S", 0.0)
-    with launch._only_one(run, stop.launcher if ours else "another"):
+    with only_one(run, stop.launcher if ours else "another"):
         assert run_training(str(tiny_config), [f"run.folder={run}", "parallel.shard=3"], "auto", stop) == 2
     said = read_outcome(run).get("message", "")
     assert ("parallel.shard is 3 but there are 2 ranks" in said) == ours
