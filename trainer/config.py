@@ -143,8 +143,9 @@ class LoggingConfig(Section):
     """Steps between rows of metrics.jsonl."""
     eval_every: Auto | Annotated[Count, Field(ge=0)] = "auto"
     """Steps between validations, 0 for none before the end; auto: a tenth of the run."""
-    eval_windows: Count | None = Field(None, ge=1)
-    """Windows of a validation during the run, evenly spaced; default: the whole split, as at the end."""
+    eval_windows: Auto | Annotated[Count, Field(ge=1)] | None = "auto"
+    """Windows of a validation during the run, evenly spaced; null: the whole split, as at the end always; auto: so many
+    that all of them compute a twentieth of what training does, at least 64."""
     eval_split: Literal["val", "tune"] = "val"
     """Held-out split of the validations; tune for runs that settings are chosen by, so that val stays unseen."""
     wandb: Annotated[Literal["auto", "online", "offline", "off"], BeforeValidator(off)] = "auto"

@@ -47,7 +47,7 @@ def test_help_and_version(sh):
         assert "Example" in sh(*STEPLINE, command, "--help").stdout
 
 
-def test_torchrun_trains_evaluates_and_generates(sh, data, tmp_path):
+def test_torchrun_trains_evaluates_and_generates(sh, stepline, data, tmp_path):
     run = tmp_path / "run"
     options = [f"run.folder={run}", f"data.path={data}", *NARROW, "budget.tokens=40960", "logging.every=1"]
     sh(*torchrun(2), "train", "quickstart", *options)
@@ -58,17 +58,15 @@ def test_torchrun_trains_evaluates_and_generates(sh, data, tmp_path):
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert json.loads((run / "plan.json").read_text())["steps"] == 40
     last = [r for r in rows(run) if "val_loss" in r][-1]
-    values = json.loads(sh(*STEPLINE, "eval", run, "--data", data, "--json").stdout)
+    values = json.loads(stepline("eval", str(run), "--data", str(data), "--json")[0])
     assert values["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     assert values["val_bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-6)
     two = json.loads(sh(*torchrun(2), "eval", run, "--data", data, "--json").stdout)
     assert two["sources"] == {data.name: pytest.approx(values["sources"][data.name], rel=1e-9)}
-    text = [
-        sh(*STEPLINE, "generate", run, "--prompt", "def é(", "--max-tokens", "20", "--seed", "3").stdout
-        for _ in range(2)
-    ]
-    assert text[0] == text[1]
-    assert text[0].startswith("def é(")
+    generate = ("generate", str(run), "--prompt", "def é(", "--max-tokens", "20", "--seed", "3")
+    text = sh(*STEPLINE, *generate).stdout
+    assert text == stepline(*generate)[0]
+    assert text.startswith("def é(")
     assert (run / "run_id").read_text().strip()
 
 

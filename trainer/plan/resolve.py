@@ -19,6 +19,8 @@ from stepline.trainer.plan.zero import Settle, check_zero, settle_zero
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
 """Tokens beyond which a larger micro-batch is not faster."""
 
+EVAL_SHARE, LEAST_EVAL_WINDOWS = 0.05, 64
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -135,10 +137,21 @@ def resolve(
     settle("schedule", "warmup_steps", warmup, how)
     settle("checkpoint", "every", max(1, steps // 10), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
+    if config.logging.eval_windows == "auto":  # null has a meaning
+        settle("logging", "eval_windows", auto_eval_windows(config), "a twentieth of the computing")
     crowded += check_warmup(config.schedule.warmup_steps, steps)
     crowded += check_dense_end(config.sparse.dense_fraction, steps)
     # Who sets all three by hand, and who resumes, has no use for what the laws say.
     return plan, crowded + (list(plan.warnings) if planned else [])
+
+
+def auto_eval_windows(config: Config) -> int:
+    """Windows of one validation, of each source, of which all together compute EVAL_SHARE of what training does: a
+    token's forward is a third of its training."""
+    steps, every = config.total_steps(), config.logging.eval_every
+    validations = max(1, steps // every if every else 0) * max(1, len(config.data.folders()))
+    windows = steps * config.budget.batch_tokens / config.data.seq_len
+    return max(LEAST_EVAL_WINDOWS, round(3 * EVAL_SHARE * windows / validations))
 
 
 def check_dense_end(fraction: float, steps: int) -> list[str]:

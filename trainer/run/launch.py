@@ -40,7 +40,7 @@ from stepline.trainer.run.start import Job, join, launched_world, start_job
 from stepline.trainer.run.together import together
 from stepline.trainer.watch import heartbeat
 
-ALONE_S = 5.0  # more than ranks of one node part while they start
+ALONE_S = 15.0  # more than ranks of one node part while they start, on a busy machine too
 REFUSED = "refused"
 SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
 
