@@ -64,9 +64,9 @@ def test_torchrun_trains_evaluates_and_generates(sh, stepline, data, tmp_path):
     two = json.loads(sh(*torchrun(2), "eval", run, "--data", data, "--json").stdout)
     assert two["sources"] == {data.name: pytest.approx(values["sources"][data.name], rel=1e-9)}
     generate = ("generate", str(run), "--prompt", "def é(", "--max-tokens", "20", "--seed", "3")
-    text = sh(*STEPLINE, *generate).stdout
-    assert text == stepline(*generate)[0]
-    assert text.startswith("def é(")
+    text = [sh(*STEPLINE, *generate).stdout for _ in range(2)]
+    assert text[0] == text[1]
+    assert text[0].startswith("def é(")
     assert (run / "run_id").read_text().strip()
 
 
