@@ -33,7 +33,9 @@ def _kinds(annotation: Any) -> set[Any]:
 class Section(BaseModel):
     """A section of the configuration: unknown keys are refused, attribute docstrings become help."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -58,6 +60,13 @@ class RopeScaling(Section):
     """llama3: wavelengths below original_context / high_freq_factor are kept."""
     original_context: int = Field(8192, ge=1)
     """llama3: context length of the first training, in tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.type == "llama3" and low >= high:
+            raise ValueError(f"high_freq_factor {high:g} must be above low_freq_factor {low:g}")
+        return self
 
 
 class MoEConfig(Section):
@@ -120,7 +129,7 @@ class ModelConfig(Section):
     """Rows of the embedding; at least the tokenizer's vocabulary."""
     hidden_size: int = Field(ge=1)
     """Width of the residual stream."""
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=100_000)
     """Number of blocks."""
     num_heads: int = Field(ge=1)
     """Query heads."""

@@ -61,9 +61,9 @@ class BudgetConfig(Section):
 
     tokens: Count | None = Field(None, ge=1)
     """D: training tokens; beyond the corpus it repeats (epochs)."""
-    steps: Count | None = Field(None, ge=1)
+    steps: Count | None = Field(None, ge=1, le=10**15)
     """Optimizer steps, instead of `tokens`."""
-    batch_tokens: Auto | Annotated[Count, Field(ge=1)] = "auto"
+    batch_tokens: Auto | Annotated[Count, Field(ge=1, le=10**15)] = "auto"
     """Global batch in tokens; auto: by the scaling law, rounded to ranks x micro-batch x sequence."""
     law: Path | None = None
     """law.json of `stepline laws fit`, or the name of a shipped one; default: Step Law (arXiv 2503.04715)."""
@@ -130,7 +130,7 @@ class CheckpointConfig(Section):
 
     every: Auto | Annotated[Count, Field(ge=1)] = "auto"
     """Steps between permanent checkpoints, which all stay, like the last; auto: a tenth of the run."""
-    ephemeral_minutes: float | None = Field(5.0, gt=0)
+    ephemeral_minutes: float | None = Field(5.0, gt=0, allow_inf_nan=True)
     """Minutes between ephemeral checkpoints, for a restart; null: none but those of a run that is told to stop."""
     keep: int = Field(2, ge=1)
     """Newest ephemeral checkpoints that are kept."""
@@ -166,7 +166,8 @@ class RunConfig(Section):
     compile: Auto | bool = "auto"
     """torch.compile per block; auto: on CUDA."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recompute: none; selective (attention and products are kept); full (a block's input is kept)."""
+    """Activation recompute: none; selective (attention and products are kept; of attention that is compiled by itself,
+    as beside experts, not its linear layers' products); full (a block's input is kept)."""
     deterministic: bool = False
     """Deterministic kernels on CUDA (slower): a resume is then bitwise the same run."""
     init_from: Path | None = None

@@ -11,7 +11,7 @@ from stepline.trainer.config_types import Auto, Count
 class GuardConfig(Section):
     """When a step is skipped, alike on all ranks, and when the run stops."""
 
-    sigma: float = Field(6.0, gt=0)
+    sigma: float = Field(6.0, gt=0, allow_inf_nan=True)
     """Skip a step whose loss or gradient norm is this many standard deviations above the recent mean."""
     window: int = Field(128, ge=8, le=65536)
     """Accepted steps that make the recent mean."""
@@ -39,7 +39,7 @@ class OptimizerConfig(Section):
     """AdamW's epsilon."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's momentum (Nesterov)."""
-    grad_clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(1.0, gt=0, allow_inf_nan=True)
     """Largest global gradient norm."""
     guard: GuardConfig = GuardConfig()
     """NaN and spike guard."""

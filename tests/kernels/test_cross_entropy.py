@@ -71,6 +71,20 @@ def test_bf16_inputs_have_fp32_loss_and_accumulation():
         assert (w.grad - grad_w).norm() < 0.02 * grad_w.norm()
 
 
+@pytest.mark.parametrize("tokens", [98_304, 1_000_000, 3_932_160])
+def test_bf16_gradients_carry_the_whole_scale(tokens):
+    """1 / tokens in 8 bits would make all of the gradient too long or too short, by up to .4 %."""
+    hidden, weight, targets = batch(torch.bfloat16)
+
+    def gradients(divisor: int) -> torch.Tensor:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        (linear_cross_entropy(*inputs, targets).nll / divisor).backward()
+        return torch.cat([x.grad.double().flatten() for x in inputs])
+
+    plain, scaled = gradients(1), gradients(tokens)
+    assert scaled @ plain / (plain @ plain) * tokens == pytest.approx(1, abs=4e-4)
+
+
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
 def test_gradcheck(z_weight):
     hidden, weight, targets = batch()

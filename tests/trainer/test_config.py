@@ -103,7 +103,10 @@ def test_the_written_config_reads_back_and_names_every_origin(tmp_path, file):
         ("run.seed=-2", "run.seed is -2; it must be a whole number at least 0 and below 2147483648"),
         ("schedule.name=cosin", "it must be 'linear', 'cosine' or 'wsd'; did you mean 'cosine'?"),
         ("budget.tokens=1.5", "budget.tokens is 1.5; it must be a whole number at least 1"),
-        ("budget.batch_tokens=0", "budget.batch_tokens is 0; it must be 'auto' or a whole number at least 1"),
+        (
+            "budget.batch_tokens=0",
+            "budget.batch_tokens is 0; it must be 'auto' or a whole number at least 1 and at most 1000000000000000",
+        ),
         ("model.num_heads=0", "model.num_heads is 0; it must be a whole number at least 1"),
         (
             "model.hidden_size=66",
@@ -113,8 +116,26 @@ def test_the_written_config_reads_back_and_names_every_origin(tmp_path, file):
         ("model.head_dim=3", "head_dim 3 is odd"),
         ("optimizer=3", "optimizer is 3; it must be a section with keys of its own"),
         ("parallel.backend=ddp", "parallel.backend is 'ddp'; it must be 'fsdp'"),
-        ("model.num_layers=null", "model.num_layers is None; it must be a whole number at least 1"),
-        ("model.num_layers=yes", "model.num_layers is True; it must be a whole number at least 1"),
+        ("model.moe.capacity=.inf", "model.moe.capacity is inf; it must be a number above 0"),
+        ("model.rope_theta=.nan", "model.rope_theta is nan; it must be a number above 0"),
+        ("budget.steps=1e308", "it must be a whole number at least 1 and at most 1000000000000000"),
+        (
+            "budget.batch_tokens=1e308",
+            "it must be 'auto' or a whole number at least 1 and at most 1000000000000000",
+        ),
+        ("model.num_layers=1000000007", "it must be a whole number at least 1 and at most 100000"),
+        (
+            "model.rope_scaling={low_freq_factor: 8}",
+            "high_freq_factor 4 must be above low_freq_factor 8",
+        ),
+        (
+            "model.num_layers=null",
+            "model.num_layers is None; it must be a whole number at least 1 and at most 100000",
+        ),
+        (
+            "model.num_layers=yes",
+            "model.num_layers is True; it must be a whole number at least 1 and at most 100000",
+        ),
         ("optimizer.lr=on", "optimizer.lr is True; it must be 'auto' or a number above 0 and at most 10"),
         ("parallel.demo.delay=true", "parallel.demo.delay is True; it must be 0 or 1"),
         ("checkpoint.ephemeral_minutes=no", "ephemeral_minutes is False; it must be a number above 0"),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from stepline.comm.experts import expert_mesh, place_experts
@@ -126,8 +127,32 @@ def _recompute(block: nn.Module, mode: str) -> None:
         return
     context = {}
     if mode == "selective":
-        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+        context["context_fn"] = _keep_products_alone
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **context)
+
+
+def _keep_products_alone() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The modes of the forward and of its repetition."""
+    keeping, giving = create_selective_checkpoint_contexts(_keep_products)
+    return keeping, _Repetition(giving)
+
+
+class _Repetition(TorchDispatchMode):
+    """Takes what was kept from `kept` and runs the rest as it comes: FSDP's hooks around dealt experts, which lie
+    inside of the block, run other operators than in the forward, and torch's own mode counts on the same ones."""
+
+    def __init__(self, kept: TorchDispatchMode) -> None:
+        super().__init__()
+        self.kept = kept
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if _keep_products(None, operation) is CheckpointPolicy.MUST_SAVE:
+            return self.kept.__torch_dispatch__(operation, types, args, kwargs)
+        return operation(*args, **(kwargs or {}))
 
 
 def _keep_products(

@@ -49,6 +49,13 @@ def check_products_of_batch(config: Config, device: torch.device) -> None:
         )
 
 
+def cannot_compile_fp8(config: Config, device: torch.device) -> bool:
+    """Whether what torch.compile makes of FP8 numbers ends in an error: torch before 2.13 gives Triton their types on
+    GPUs that have none (pytorch issue 184081)."""
+    emulated = config.precision.fp8 and device.type == "cuda" and not has_fp8(device)
+    return emulated and torch.__version__ < (2, 13)
+
+
 def products_done_instead(config: Config, device: torch.device) -> list[str]:
     """What of FP8 and 2:4 sparse products this device does in another way, one sentence each."""
     notes, experts = [], config.model.ffn == "moe"

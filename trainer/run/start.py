@@ -30,7 +30,7 @@ from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
 from stepline.trainer.run.manifest import read_state, step_of
 from stepline.trainer.run.outcome import begun_before
-from stepline.trainer.run.products import check_products_of_batch, products_done_instead
+from stepline.trainer.run.products import cannot_compile_fp8, check_products_of_batch, products_done_instead
 from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.run.zero import check_installed
@@ -168,7 +168,9 @@ def start_job(
     if resume_from is None and config.run.init_from is not None:
         check_weights(config)
         notes += other_tokenizer(config, metas[0])
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if cannot_compile_fp8(config, device):
+        settler(config, origins)("run", "compile", False, "this GPU has no FP8")
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
     machine = Machine(world.size, device.type, bf16, memory, world.local_size)

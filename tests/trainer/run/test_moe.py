@@ -67,6 +67,7 @@ GLOBAL = ["model.moe.balance=global", "budget.batch_tokens=128"]  # one micro-ba
     [
         (2, 8, ["parallel.experts=2"]),
         (4, 8, ["parallel.experts=4", "run.recompute=full"]),
+        (2, 8, ["parallel.experts=2", "run.recompute=selective"]),
         (4, 8, ["parallel.experts=2", "optimizer.name=muon"]),
         (4, 6, ["parallel.experts=2", "parallel.reshard_after_forward=false"]),
         (

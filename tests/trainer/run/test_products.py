@@ -241,3 +241,33 @@ def test_what_a_gpu_does_instead_is_said(tiny_config, tmp_path, monkeypatch):
     assert "sparse.forward=dense" in notes(*SPARSE, "sparse.forward=dense")[0]
     assert "set precision.fp8=true" in notes("sparse.mode=s-ste")[0]
     assert "no grouped 2:4 product" in notes(*SPARSE, "model.ffn=moe", "model.moe.experts=4")[1]
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "compiled", "compute"),
+    [
+        ("2.11.0", (7, 5), False, "fp32"),
+        ("2.11.0", (8, 6), False, "bf16"),
+        ("2.13.0", (8, 6), True, "bf16"),
+        ("2.11.0", (9, 0), True, "bf16"),
+    ],
+)
+def test_what_a_gpu_only_emulates(tiny_config, tmp_path, monkeypatch, version, capability, compiled, compute):
+    """bf16 is not chosen, and FP8 not compiled by a torch that cannot."""
+
+    class Properties:
+        total_memory = 2**34
+        major, minor = capability
+
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    for name, value in {
+        "is_available": True, "device_count": 1, "get_device_capability": capability, "current_device": 0,
+        "get_device_properties": Properties(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    overrides = [f"run.folder={tmp_path / 'run'}", *SHAPE, "precision.fp8=true", "run.device=cuda"]
+    overrides += ["precision.compute=auto", "run.compile=auto"]
+    job = start_job(str(tiny_config), overrides, "never", World(0, 1, 0, 1))
+    assert (job.config.run.compile, job.config.precision.compute) == (compiled, compute)
+    assert ("no FP8" in job.origins["run.compile"]) is not compiled
