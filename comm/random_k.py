@@ -1,5 +1,6 @@
 """Random-k: all replicas send the same random values of their waiting updates, so that no index travels."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stepline.comm.fsdp import local
-from stepline.comm.host_copy import to_device
 from stepline.comm.synchronizer import Optimizer, StepResult, Synchronizer
 from stepline.comm.traffic import ring_bytes
 from stepline.comm.waiting import MakeOptimizer, Waiting
@@ -26,12 +26,33 @@ class RandomKSettings:
     seed: int = 0
 
 
-def random_places(numel: int, density: float, generator: torch.Generator) -> Tensor:
-    """One place (int64) at random in each run of 1 / density of `numel` values: distinct, each value equally likely."""
+GOLDEN, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def splitmix(key: int, counters: Tensor) -> Tensor:
+    """Output number `counters` (int64, from 0) of SplitMix64 with the state `key`: int64, 64 random bits each, the same
+    on every device (Steele, Lea and Flood, OOPSLA 2014)."""
+    z = (counters + 1).mul_(GOLDEN).add_(key)  # overflow keeps the low 64 bits
+    for shift, factor in ((30, FIRST), (27, SECOND), (31, 1)):
+        z = z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return z
+
+
+def random_places(numel: int, density: float, key: int, device: torch.device | None = None) -> Tensor:
+    """One place (int64) at random in each run of 1 / density of `numel` values: distinct, each value equally likely.
+
+    key: 64 bits, signed. The host knows without asking the device whether the last run, which may be shorter, has one.
+    """
     length = max(1, round(1 / density))
-    starts = torch.arange(0, numel, length)
-    places = starts + torch.randint(length, (len(starts),), generator=generator)
-    return places[places < numel]
+
+    def place(runs: Tensor) -> Tensor:
+        high = (splitmix(key, runs) >> 32).bitwise_and_(2**32 - 1)
+        return high.mul_(length).bitwise_right_shift_(32).add_(runs * length)
+
+    count = -(-numel // length)
+    if count and int(place(torch.tensor(count - 1))) >= numel:
+        count -= 1
+    return place(torch.arange(count, device=device))
 
 
 class RandomK(Synchronizer):
@@ -85,11 +106,12 @@ class RandomK(Synchronizer):
         return StepResult(num_bytes, num_bytes, skip)
 
     def _places(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of this update by name, on the deltas' device; drawn on the host, so that every device has the same."""
-        generator = torch.Generator().manual_seed(hash((self.settings.seed, int(self.updates))))
-        drawn = [random_places(d.numel(), self.settings.density, generator) for d in deltas.values()]
-        together = to_device(torch.cat(drawn), next(iter(deltas.values())).device)
-        return dict(zip(deltas, together.split([len(places) for places in drawn]), strict=True))
+        """Those of this update by name, on the deltas' device; every device draws the same."""
+        keys = (hash((self.settings.seed, int(self.updates), i)) for i in itertools.count())
+        return {
+            n: random_places(d.numel(), self.settings.density, next(keys), d.device)
+            for n, d in deltas.items()
+        }
 
     def describe(self) -> dict[str, str]:
         """The waiting updates' optimizer, or the dense one's words."""
