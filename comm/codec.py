@@ -103,13 +103,22 @@ class ChunkCodec:
         return indices, dequantise(numbers, scale, self.dtype)
 
     def pack(self, indices: Tensor | None, numbers: Tensor, scale: Tensor | None) -> Tensor:
-        """The packet of what `quantise` made."""
-        parts = [self.packing.pack(indices.reshape(-1), self.bits)] if self.indexed else []
+        """The packets `[..., num_bytes]` of what `quantise` made, `[..., chunks, kept]` and scales `[..., chunks]`."""
+        parts = [self._bits(indices, self.bits)] if self.indexed else []
         if self.codec == "sign":
-            parts.append(self.packing.pack(numbers.reshape(-1), 1))
+            parts.append(self._bits(numbers, 1))
         else:
-            parts.append(numbers.reshape(-1).contiguous().view(torch.uint8))
-        return torch.cat(parts if scale is None else [*parts, scale.contiguous().view(torch.uint8)])
+            parts.append(numbers.flatten(-2).contiguous().view(torch.uint8))
+        return torch.cat(parts if scale is None else [*parts, scale.contiguous().view(torch.uint8)], -1)
+
+    def _bits(self, numbers: Tensor, bits: int) -> Tensor:
+        """`[..., chunks, kept]` to `[..., bytes]`: of each packet by itself, which begins with a byte."""
+        flat = numbers.flatten(-2)
+        missing = -flat.shape[-1] % 8
+        if missing and flat.ndim > 1:
+            flat = torch.nn.functional.pad(flat, (0, missing))
+        num_bytes = -(-flat.shape[-1] // 8) * bits
+        return self.packing.pack(flat.reshape(-1), bits).view(*flat.shape[:-1], num_bytes)
 
     def unpack(self, packet: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """(indices, numbers, scale) of packets `[..., num_bytes]`."""

@@ -153,7 +153,7 @@ class DeMo(Synchronizer):
     def _encode(self, lr: float) -> tuple[list[Quantised], list[Tensor]]:
         """Takes the gradients into what waits, and what is sent out of it; returns a packet for each share, and before
         them, to look ahead, what was sent."""
-        settings, form = self.settings, self.form
+        settings = self.settings
         gain = lr if settings.version == 1 else 1 - settings.beta
         for name, delta in self.momentum.items():
             local(delta).mul_(settings.beta).add_(self.gradient(name), alpha=gain)
@@ -165,17 +165,7 @@ class DeMo(Synchronizer):
             alpha = settings.alpha if batch.published and settings.version == 2 else 1.0
             sent.append(self.chunks.encode(batch, delta, alpha))
         vectors = torch.cat([self.sample.new_zeros(0), *(self.gradient(n).reshape(-1) for n in self.vectors)])
-        packets = [form.write(share, *self._share(share, sent, vectors)) for share in range(form.shares)]
-        return ([] if self.shared is None else sent), packets
-
-    def _share(self, share: int, sent: Sequence[Quantised], dense: Tensor) -> tuple[list[Quantised], Tensor]:
-        """What of a whole step belongs to one owner."""
-        spans = [self.form.span(batch.chunks, share) for batch in self.batches]
-        parts = [
-            tuple(None if t is None else t[span] for t in whole)
-            for whole, span in zip(sent, spans, strict=True)
-        ]
-        return parts, dense[self.form.span(len(dense), share)]
+        return ([] if self.shared is None else sent), self.form.write_all(sent, vectors)
 
     def _decoded(self, flight: Flight) -> dict[str, Tensor]:
         """What has arrived, for all parameters: decoded updates, and the vectors' mean gradients."""

@@ -122,10 +122,7 @@ class PacketExchange:
         if not self.owners:
             arrived, dense = self.form.read(0, packets)
             return arrived, _mean(dense)
-        shares = [self.form.read(share, packet) for share, packet in enumerate(packets)]
-        batches = zip(*(arrived for arrived, _ in shares), strict=True)
-        whole = [tuple(torch.cat(own).unsqueeze(0) for own in zip(*parts, strict=True)) for parts in batches]
-        return whole, torch.cat([dense for _, dense in shares])
+        return self.form.read_all(packets)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this owner owes, under names of this layout of ranks and parameters alone."""

@@ -1,5 +1,6 @@
 """What one replica tells the others in a step: chunks of many parameters as batches, and vectors, in one packet."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -146,8 +147,12 @@ class PacketFormat:
 
     def num_bytes(self, share: int) -> int:
         """Of one share's packet."""
-        dense = _length(self.span(self.dense, share)) * self.dense_dtype.itemsize
-        return sum(codec.num_bytes for codec in self.codecs(share)) + dense
+        return self._num_bytes[share]
+
+    @functools.cached_property
+    def _num_bytes(self) -> list[int]:
+        dense = [_length(self.span(self.dense, s)) * self.dense_dtype.itemsize for s in range(self.shares)]
+        return [sum(codec.num_bytes for codec in self.codecs(s)) + dense[s] for s in range(self.shares)]
 
     def write(self, share: int, sent: Sequence[Quantised], dense: Tensor) -> Tensor:
         """The packet of one share (uint8). sent, for each batch, and dense: of this share alone."""
@@ -162,6 +167,43 @@ class PacketFormat:
         *parts, dense = packet.split([*sizes, self.num_bytes(share) - sum(sizes)], dim=-1)
         chosen = [codec.decode(part) for codec, part in zip(codecs, parts, strict=True)]
         return chosen, as_numbers(dense, self.dense_dtype).to(self.dtype)
+
+    def write_all(self, sent: Sequence[Quantised], dense: Tensor) -> list[Tensor]:
+        """The packets of all shares, of whole batches. Shares of one size are packed together, so that the number of
+        tensors that is made does not grow with the shares."""
+        packets: list[Tensor] = [dense] * self.shares
+        for shares in self._alike:
+            parts = [tuple(None if t is None else self._cut(t, shares) for t in whole) for whole in sent]
+            codecs = self.codecs(shares[0])
+            packed = [codec.pack(*own) for codec, own in zip(codecs, parts, strict=True)]
+            own = self._cut(dense.to(self.dense_dtype), shares).view(torch.uint8)
+            for share, packet in zip(shares, torch.cat([*packed, own], -1)):
+                packets[share] = packet
+        return packets
+
+    def read_all(self, packets: Tensor) -> tuple[list[Chosen], Tensor]:
+        """The inverse, of `[shares, bytes]`: for each batch `[1, chunks, kept]`, and dense."""
+        shares_of, found = [], []
+        for shares in self._alike:
+            chosen, dense = self.read(shares[0], packets[shares])
+            shares_of += shares
+            found += zip(*(own for pair in chosen for own in pair), dense, strict=True)
+        order = sorted(range(self.shares), key=shares_of.__getitem__)
+        *batches, dense = (torch.cat(own) for own in zip(*(found[i] for i in order), strict=True))
+        return [(i.unsqueeze(0), v.unsqueeze(0)) for i, v in zip(batches[::2], batches[1::2])], dense
+
+    def _cut(self, whole: Tensor, shares: Sequence[int]) -> Tensor:
+        """`[shares, length, ...]` of a whole `[n, ...]`: the parts of shares that have equally many."""
+        return torch.stack([whole[self.span(len(whole), share)] for share in shares])
+
+    @functools.cached_property
+    def _alike(self) -> list[list[int]]:
+        """The shares, those of one size together."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for share in range(self.shares):
+            totals = (*(batch.chunks for batch in self.batches), self.dense)
+            found.setdefault(tuple(_length(self.span(n, share)) for n in totals), []).append(share)
+        return list(found.values())
 
 
 def contributors_mean(arrived: Chosen, elements: int) -> Tensor:
