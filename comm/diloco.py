@@ -7,7 +7,7 @@ model that take turns, Streaming DiLoCo (arXiv 2501.18512).
     anchor <- anchor - outer_lr (d + mu m);  p <- anchor
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -66,8 +66,9 @@ class DiLoCo(Synchronizer):
         """One inner update, and the outer one of the fragment whose turn it is. A skipped step takes its turn too."""
         self.inner.step(lr, self.settings.weight_decay, skip)
         self.steps += 1
-        num_bytes = sum(self._average(names) for names in self._due(int(self.steps)))
-        return StepResult(num_bytes, num_bytes, skip)
+        due = self._due(int(self.steps))
+        num_bytes = sum(self._average(names) for names in due)
+        return StepResult(num_bytes, num_bytes, skip, jumped=bool(due))
 
     def _due(self, step: int) -> list[list[str]]:
         """The fragments that are averaged after `step`."""
@@ -132,12 +133,17 @@ class DiLoCo(Synchronizer):
         state |= {f"optimizer.{n}.outer_momentum": t for n, t in self.momentum.items()}
         return state | {"optimizer.steps": self.steps}
 
-    def resized(self, replicas_before: int) -> str:
-        """All replicas continue from the anchor."""
+    @torch.no_grad()
+    def resized(self, replicas_before: int, load: Callable[[dict[str, Tensor]], None]) -> str:
+        """All replicas continue from the mean of those that were: an early average, without the outer step."""
+        for replica in range(replicas_before):
+            load({f"replica{replica}.local.{n}": p.data for n, p in self.parameters.items()})
+            for name, parameter in self.parameters.items():
+                local(self.anchor[name]).lerp_(local(parameter.data), 1 / (replica + 1))
         self.shared.give()
         return (
-            f"{replicas_before} replicas became {self.replicas}: all begin at the average of the last exchange, with "
-            "the inner optimizer's state of a replica that was there"
+            f"{replicas_before} replicas became {self.replicas}: all begin at the mean of those that were, with the "
+            "inner optimizer's state of a replica that was there"
         )
 
 

@@ -76,7 +76,9 @@ class DeMoConfig(Section):
 
 
 class DiLoCoConfig(Section):
-    """DiLoCo (arXiv 2311.08105): replicas train alone and average how far they came."""
+    """DiLoCo (arXiv 2311.08105): replicas train alone and average how far they came. The loss jumps at an outer step,
+    where the guard's history begins anew: of a turn of every / fragments steps it judges what is behind half of
+    optimizer.guard.window, by default only NaN."""
 
     every: int = Field(32, ge=1)
     """Steps between two averages of a parameter."""
