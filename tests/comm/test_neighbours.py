@@ -99,6 +99,29 @@ def test_diloco_averages_how_far_replicas_came(pool, codec, fragments, world):
     assert all(torch.equal(ranks[0][-1][name], other[-1][name]) for other in ranks for name in SHAPES)
 
 
+def resize(before: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters and anchor of a replica that loads the state of `before` others."""
+    named = {name: nn.Parameter(draw(999, 0, name)) for name in SHAPES}
+    sync = DiLoCo(named, dist.group.WORLD, DiLoCoSettings(), SGD(named))
+    saved = {f"replica{r}.local.{name}": draw(5, r, name) for r in range(before) for name in SHAPES}
+
+    def load(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+
+    assert f"{before} replicas became 2" in sync.resized(before, load)
+    return {"p": {n: p.detach() for n, p in named.items()}, "anchor": sync.shared_parameters()}
+
+
+@pytest.mark.parametrize("before", [1, 3, 4])
+def test_diloco_on_another_number_of_replicas_begins_at_their_mean(pool, before):
+    for rank in pool.run(2, resize, before):
+        for name in SHAPES:
+            mean = torch.stack([draw(5, r, name) for r in range(before)]).mean(0)
+            torch.testing.assert_close(rank["p"][name], mean, rtol=0, atol=1e-14)
+            assert torch.equal(rank["anchor"][name], rank["p"][name])
+
+
 def test_every_value_is_as_likely_to_be_sent():
     """Those of a last, shorter run too."""
     generator, numel, draws = torch.Generator().manual_seed(0), 19, 4000
