@@ -32,8 +32,8 @@ class StepResult:
     skipped: Tensor | None
     """0-dim, on the device: 1 where nothing was updated."""
     jumped: bool = False
-    """Whether the parameters moved otherwise than by a step's gradients, on all ranks alike: losses of before say nothing
-    of those to come."""
+    """Whether the parameters moved otherwise than by a step's gradients, on all ranks alike: the losses until now say
+    nothing of those to come."""
 
 
 class Synchronizer(ABC):

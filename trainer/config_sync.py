@@ -81,7 +81,8 @@ class DiLoCoConfig(Section):
     optimizer.guard.window, by default only NaN."""
 
     every: int = Field(32, ge=1)
-    """Steps between two averages of a parameter."""
+    """Steps between two averages of a parameter. After the run's last step what is not in its turn takes the plain mean
+    of the replicas."""
     outer_lr: float = Field(0.7, gt=0, le=10)
     """Learning rate of the outer step."""
     outer_momentum: float = Field(0.9, ge=0, lt=1)

@@ -56,6 +56,7 @@ def as_sent(d: torch.Tensor, codec: str) -> torch.Tensor:
 
 
 def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]]) -> list[list[dict]]:
+    """After the last step what is not in turn takes the replicas' mean as it is."""
     mu, outer = 0.9, 0.7
     own = [{name: draw(999, 0, name) for name in SHAPES} for _ in range(world)]
     anchor, momentum = dict(own[0]), {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
@@ -65,7 +66,8 @@ def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]])
             for name in SHAPES:
                 p[name] = p[name] - LR * (draw(step - 1, r, name) + 0.1 * p[name])
         for i, names in enumerate(fragments):
-            if step != STEPS and (step + i * every // len(fragments)) % every:
+            turn = (step + i * every // len(fragments)) % every == 0
+            if not turn and step != STEPS:
                 continue
             flat = [torch.cat([(anchor[n] - p[n]).flatten() for n in names]) for p in own]
             total = as_sent(flat[0], codec)
@@ -74,8 +76,9 @@ def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]])
             sizes = [anchor[n].numel() for n in names]
             for name, mean in zip(names, (total.double() / world).split(sizes), strict=True):
                 d = mean.reshape(SHAPES[name])
-                momentum[name] = mu * momentum[name] + d
-                anchor[name] = anchor[name] - outer * (d + mu * momentum[name])
+                if turn:
+                    momentum[name] = mu * momentum[name] + d
+                anchor[name] = anchor[name] - (outer * (d + mu * momentum[name]) if turn else d)
                 for p in own:
                     p[name] = anchor[name]
         seen.append([dict(p) for p in own])
