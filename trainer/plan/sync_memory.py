@@ -3,7 +3,7 @@
 import math
 
 from stepline.trainer.config import Config
-from stepline.trainer.plan.demo_memory import Batch, batches, exchanged, packet
+from stepline.trainer.plan.demo_memory import Batch, batches, exchanged, messages, packet
 from stepline.trainer.plan.tensors import Group, local_shape
 from stepline.trainer.plan.update import BUCKET_ELEMENTS, adamw_state, muon_state, muon_temporaries
 
@@ -47,7 +47,7 @@ class SyncMemory:
         if demo.faithful:
             return self.whole + (self.whole if demo.delay else 0)
         owed = 0
-        if self.replicas > demo.owner_reduce_above:
+        if self.owners():
             owed = sum(batch.elements for batch in self.batches()) * self.item // self.replicas
         if demo.accumulate == "gradients":
             waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item) + ends
@@ -78,14 +78,21 @@ class SyncMemory:
             signs = demo.phi == "sign" and any(batch.published for batch in found)
             largest = max(math.prod(local_shape(s, self.shard)) for s in self.every) * self.item
             applied = 0 if fused else max(batch.applying(largest if signs else 0) for batch in found)
-        return max(muon, exchanged(found, self.codec(), self.replicas, fused, applied))
+        return max(muon, exchanged(found, self.codec(), self.replicas, self.owners(), fused, applied))
 
     def flying(self) -> int:
         """Packets that are under way beside a forward and backward."""
         demo = self.parallel.demo
         if self.parallel.sync != "demo" or not demo.delay:
             return 0
-        return self.replicas * packet(self.batches(), self.codec())
+        found, owners = self.batches(), self.owners()
+        first = packet(found, self.codec()) if owners else 0  # to all owners, in one piece
+        return first + messages(found, self.codec(), self.replicas, owners)
+
+    def owners(self) -> bool:
+        """Whether each replica reduces a share of the chunks."""
+        demo = self.parallel.demo
+        return not demo.faithful and self.replicas > demo.owner_reduce_above
 
     def _random_k(self) -> int:
         """For each value: where it is, itself in a list and as it travels, what it was rounded to, and the mean before
