@@ -12,6 +12,7 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.memory import slow_link_shard
 from stepline.trainer.plan.resolve import check_experts, check_layout
 from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.sync_cost import HARMLESS, Exchange, SyncBytes, link_bytes, model_parameters
@@ -216,7 +217,8 @@ def asked_layout(
 ) -> tuple[int, int] | None:
     """(replicas, shard) of --link-mbit and --replicas; None when no link is asked for. Raises UserError.
 
-    world: --world-size. Without it each replica is one rank, or the `parallel.shard` ranks of the config.
+    world: --world-size. Without it each replica is the `parallel.shard` ranks of the config, or the fewest that `auto`
+    makes one of.
     """
     if mbit is None:
         if replicas is not None:
@@ -234,16 +236,17 @@ def asked_layout(
         raise UserError(
             "--link-mbit does not know all parameters of this model's layers yet (model.ffn, model.blocks)"
         )
-    replicas, shard = _layout(replicas, config.parallel.shard, world)
-    check_experts(config, shard)
+    replicas, shard = _layout(replicas, config, world)
+    check_experts(config, replicas * shard, shard)
     return replicas, shard
 
 
-def _layout(replicas: int | None, shard: int | str, world: int | None) -> tuple[int, int]:
+def _layout(replicas: int | None, config: Config, world: int | None) -> tuple[int, int]:
+    shard = config.parallel.shard
     if world is None or (shard == "auto" and replicas is None):
         if replicas is None:
             raise UserError("--link-mbit needs --replicas, or --world-size and parallel.shard")
-        return replicas, 1 if shard == "auto" else shard
+        return replicas, slow_link_shard(config, world=1) if shard == "auto" else shard
     if shard != "auto":
         check_layout(shard, world)
         if replicas not in (None, world // shard):

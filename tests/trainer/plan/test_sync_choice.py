@@ -150,6 +150,15 @@ def test_the_ranks_of_a_config_that_says_its_shard(capsys):
     assert sync_of(capsys, "dense-1b")["sync"] is None
 
 
+def test_experts_that_ranks_share_make_the_replica(capsys):
+    sync = sync_of(capsys, "olmoe-1b-7b", "parallel.experts=8", link_mbit=1000.0, replicas=4)["sync"]
+    assert (sync["replicas"], sync["shard"]) == (4, 8)
+    with pytest.raises(UserError, match="8 does not divide the 4 ranks of a replica"):
+        run_plan(
+            ask("olmoe-1b-7b", "parallel.experts=8", link_mbit=9.0, replicas=4, world_size=16), as_json=True
+        )
+
+
 def test_an_exchange_that_overlaps_is_said_so(capsys):
     late = ("dense-1b", "parallel.sync=demo", "parallel.demo.delay=1")
     sync = sync_of(capsys, *late, link_mbit=100.0, replicas=4)["sync"]
