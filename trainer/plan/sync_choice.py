@@ -120,9 +120,20 @@ class Choice:
             found.append(f"faster, but loss not measured: {', '.join(said)}")
         return found
 
+    def longest(self, exchange: Exchange) -> float:
+        """Seconds of the step that sends most."""
+        return self.seconds(exchange) + (exchange.burst - 1) * exchange.seconds(self.link.mbit)
+
+    def patience(self) -> list[str]:
+        """That a run needs a longer limit, where a step takes longer than one that hangs may."""
+        limit = self.config.parallel.timeout_s
+        late = [f"{math.ceil(s):,} for {e.label}" for e in self.whole if (s := self.longest(e)) > limit]
+        why = f"a step that takes longer than it ({limit:g} s) ends the run"
+        return [f"set parallel.timeout_s above {', '.join(late)}: {why}"] if late else []
+
     def notes(self) -> list[str]:
         """What the numbers stand on, and what is not in them."""
-        link, found = self.link, []
+        link, found = self.link, self.patience()
         if link.compute_s is not None:
             found.append(f"a step computes for {seconds_text(link.compute_s)} {link.computed_on}")
         if link.shard > 1:
@@ -287,4 +298,4 @@ def rule(mbit: float, replicas: int, between: str, *, cpu: bool = False) -> tupl
         f"{best.label}{counted}, other sizes in proportion: {' '.join(best.options)}, unless a step computes for "
         f"{seconds_text(compute_s)} or more"
     )
-    return value, says
+    return value, "; ".join([says, *choice.patience()])

@@ -43,6 +43,8 @@ class Exchange:
     """Seconds to encode and to decode on a CPU, beside which nothing else is done."""
     loss_percent: float | None = None
     """Loss above all-reduce's; None where that was not measured."""
+    burst: float = 1.0
+    """Times the mean that the step sends which sends most."""
 
     @property
     def slower(self) -> float:
@@ -173,7 +175,8 @@ class SyncBytes:
             else:
                 sent += ring_bytes(values * (2 if setting.codec == "bf16" else self.item), self.replicas)
         label = f"diloco {setting.codec}, H = {setting.every}"
-        return Exchange(label, ("parallel.sync=diloco",), sent / setting.every, sent / setting.every)
+        mean = sent / setting.every
+        return Exchange(label, ("parallel.sync=diloco",), mean, mean, burst=setting.every)
 
     def demo(self) -> Exchange:
         """Packets gathered by all, or reduced by owners beyond `owner_reduce_above` replicas (comm/exchange.py)."""
