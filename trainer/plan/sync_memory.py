@@ -27,10 +27,10 @@ class SyncMemory:
         self.matrices = Group(tuple(blocks.matrices()))
         self.ends = Group(tuple(root.matrices()))
 
-    def inner(self) -> int:
-        """State of the config's optimizer over all parameters."""
+    def inner(self, moments: int = 2) -> int:
+        """State of the config's optimizer over all parameters; moments: AdamW's."""
         state = muon_state if self.config.optimizer.name == "muon" else adamw_state
-        return state(self.root, self.blocks, self.shard, self.item)
+        return state(self.root, self.blocks, self.shard, self.item, moments)
 
     def state(self) -> int:
         """Bytes that stay."""
@@ -41,7 +41,8 @@ class SyncMemory:
             return self.inner() + 2 * self.whole  # anchor and outer momentum
         dense = adamw_state(self.vectors, NONE, self.shard, self.item)
         matrices, ends = (group.shard(self.shard) * self.item for group in (self.matrices, self.ends))
-        waits = self.inner() - dense + matrices + ends  # the optimizer's state and its updates
+        # the optimizer's state, without a first moment and the vectors, and its updates
+        waits = self.inner(1) - adamw_state(self.vectors, NONE, self.shard, self.item, 1) + matrices + ends
         if sync == "random_k":
             return waits + dense
         if demo.faithful:
@@ -50,7 +51,7 @@ class SyncMemory:
         if self.owners():
             owed = sum(batch.elements for batch in self.batches()) * self.item // self.replicas
         if demo.accumulate == "gradients":
-            waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item) + ends
+            waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item, 1) + ends
         copies = demo.delay + demo.looks_ahead  # of the update that has landed, of the shared model
         return dense + waits + owed + copies * self.whole
 
