@@ -182,6 +182,11 @@ CASES = [
         for name, model, settings in (
             ("demo, logits", LOGITS, DEMO),
             ("demo, half of each chunk", TWO, DEMO | {"parallel.demo.kept": 512}),
+            (
+                "demo, half of each chunk, owners",
+                TWO,
+                DEMO | {"parallel.demo.kept": 512, "parallel.demo.owner_reduce_above": 1},
+            ),
             ("demo, half as fp32", TWO, DEMO | {"parallel.demo.density": 0.5, "parallel.demo.codec": "fp32"}),
             ("demo, faithful", TWO, DEMO | {"parallel.demo.faithful": True}),
             ("random-k, half", TWO, {"parallel.sync": "random_k", "parallel.random_k.density": 0.5}),

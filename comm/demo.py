@@ -270,7 +270,7 @@ class DeMo(Synchronizer):
         """The parameters are those within."""
         return super().shared_model() if self.shared is None else self.shared.given()
 
-    def resized(self, replicas_before: int) -> str:
+    def resized(self, replicas_before: int, load: Callable[[dict[str, Tensor]], None]) -> str:
         """The sentence for the log."""
         return (
             f"{replicas_before} replicas became {self.replicas}: what waited to be sent, which each replica has of its "

@@ -5,9 +5,12 @@ model that take turns, Streaming DiLoCo (arXiv 2501.18512).
     d      <- anchor - mean of p over the replicas
     m      <- mu m + d
     anchor <- anchor - outer_lr (d + mu m);  p <- anchor
+
+After the last step of a run, what has come only part of its way takes the plain mean: anchor <- anchor - d. An outer
+step reaches beyond where the replicas are, which further inner steps make good and nothing does there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -39,7 +42,7 @@ class DiLoCoSettings:
     codec: str = "fp32"
     """How pseudo-gradients travel: fp32, bf16 or int8."""
     total_steps: int | None = None
-    """The step after which all fragments are averaged, whatever their turn."""
+    """The step after which all fragments are averaged, those whose turn it is not by their plain mean."""
     weight_decay: float = 0.0
 
 
@@ -66,29 +69,36 @@ class DiLoCo(Synchronizer):
         """One inner update, and the outer one of the fragment whose turn it is. A skipped step takes its turn too."""
         self.inner.step(lr, self.settings.weight_decay, skip)
         self.steps += 1
-        num_bytes = sum(self._average(names) for names in self._due(int(self.steps)))
-        return StepResult(num_bytes, num_bytes, skip)
+        turn = self._turn(int(self.steps))
+        rest = [f for f in self.fragments if f not in turn] if self.steps == self.settings.total_steps else []
+        num_bytes = sum(self._average(names, self._outer_step) for names in turn)
+        num_bytes += sum(self._average(names, self._plain_mean) for names in rest)
+        return StepResult(num_bytes, num_bytes, skip, jumped=bool(turn or rest))
 
-    def _due(self, step: int) -> list[list[str]]:
-        """The fragments that are averaged after `step`."""
+    def _turn(self, step: int) -> list[list[str]]:
+        """The fragments whose turn it is after `step`."""
         every, count = self.settings.every, len(self.fragments)
-        if step == self.settings.total_steps:
-            return self.fragments
         return [f for i, f in enumerate(self.fragments) if (step + i * every // count) % every == 0]
 
-    def _average(self, names: list[str]) -> int:
-        """The outer step of some parameters; returns the bytes that were sent, and as many received."""
-        settings = self.settings
+    def _average(self, names: list[str], move: Callable[[str, Tensor], None]) -> int:
+        """Moves the anchors of some parameters by d, and the parameters to them; returns the bytes that were sent, and
+        as many received."""
         d = torch.cat([(local(self.anchor[n]) - local(self.parameters[n].data)).view(-1) for n in names])
         mean, num_bytes = self._mean(d)
         sizes = [local(self.anchor[n]).numel() for n in names]
         for name, part in zip(names, mean.split(sizes), strict=True):
-            anchor, m = local(self.anchor[name]), local(self.momentum[name])
-            part = part.view_as(anchor)
-            m.mul_(settings.outer_momentum).add_(part)
-            anchor.sub_(part.add(m, alpha=settings.outer_momentum), alpha=settings.outer_lr)
+            anchor = local(self.anchor[name])
+            move(name, part.view_as(anchor))
             local(self.parameters[name].data).copy_(anchor)
         return num_bytes
+
+    def _outer_step(self, name: str, d: Tensor) -> None:
+        m, mu = local(self.momentum[name]), self.settings.outer_momentum
+        m.mul_(mu).add_(d)
+        local(self.anchor[name]).sub_(d.add(m, alpha=mu), alpha=self.settings.outer_lr)
+
+    def _plain_mean(self, name: str, d: Tensor) -> None:
+        local(self.anchor[name]).sub_(d)
 
     def _mean(self, d: Tensor) -> tuple[Tensor, int]:
         """(mean over the replicas of a pseudo-gradient `[n]`, bytes sent)."""
@@ -132,12 +142,17 @@ class DiLoCo(Synchronizer):
         state |= {f"optimizer.{n}.outer_momentum": t for n, t in self.momentum.items()}
         return state | {"optimizer.steps": self.steps}
 
-    def resized(self, replicas_before: int) -> str:
-        """All replicas continue from the anchor."""
+    @torch.no_grad()
+    def resized(self, replicas_before: int, load: Callable[[dict[str, Tensor]], None]) -> str:
+        """All replicas continue from the mean of those that were: an early average, without the outer step."""
+        for replica in range(replicas_before):
+            load({f"replica{replica}.local.{n}": p.data for n, p in self.parameters.items()})
+            for name, parameter in self.parameters.items():
+                local(self.anchor[name]).lerp_(local(parameter.data), 1 / (replica + 1))
         self.shared.give()
         return (
-            f"{replicas_before} replicas became {self.replicas}: all begin at the average of the last exchange, with "
-            "the inner optimizer's state of a replica that was there"
+            f"{replicas_before} replicas became {self.replicas}: all begin at the mean of those that were, with the "
+            "inner optimizer's state of a replica that was there"
         )
 
 

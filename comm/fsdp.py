@@ -95,6 +95,21 @@ def all_reduce_on_last(model: nn.Module, last: bool) -> None:
     """Under HSDP, reduce over the replicas only in the last micro-batch; shards are reduced in each one."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
+        _widen_sums(model)
+
+
+def _widen_sums(model: nn.Module) -> None:
+    """What a replica's ranks have summed over micro-batches goes on in the parameters' type.
+
+    HSDP keeps it in the reduce dtype: in bf16 each micro-batch would round it again. On the stream that adds to it.
+    """
+    for module in model.modules():
+        state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+        for group in getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]):
+            total = None if group is None else group._partial_reduce_output
+            if total is not None and total.dtype != group._orig_dtype:
+                with group.device_handle.stream(group.comm_ctx.reduce_scatter_stream):
+                    group._partial_reduce_output = total.to(group._orig_dtype)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Random-k: all replicas send the same random values of their waiting updates, so that no index travels."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,7 @@ class RandomK(Synchronizer):
             state |= {f"optimizer.{n}": t for n, t in self.dense.state().items()}
         return state | {"optimizer.updates": self.updates}
 
-    def resized(self, replicas_before: int) -> str:
+    def resized(self, replicas_before: int, load: Callable[[dict[str, Tensor]], None]) -> str:
         """The sentence for the log."""
         return (
             f"{replicas_before} replicas became {self.replicas}: updates that waited to be sent, which each replica "

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,9 @@ class StepResult:
     bytes_received: int
     skipped: Tensor | None
     """0-dim, on the device: 1 where nothing was updated."""
+    jumped: bool = False
+    """Whether the parameters moved otherwise than by a step's gradients, on all ranks alike: the losses until now say
+    nothing of those to come."""
 
 
 class Synchronizer(ABC):
@@ -84,8 +87,11 @@ class Synchronizer(ABC):
         state = self.state_dict(self.replica % replicas_before)
         return {n: t for n, t in state.items() if not any(part in n for part in self.left_behind)}
 
-    def resized(self, replicas_before: int) -> str | None:
-        """After a checkpoint of another number of replicas was loaded: says what begins anew."""
+    def resized(self, replicas_before: int, load: Callable[[dict[str, Tensor]], None]) -> str | None:
+        """After a checkpoint of another number of replicas was loaded: says what begins anew.
+
+        load: reads more of that checkpoint in place, by the names that it has there; a collective of all ranks.
+        """
         return None
 
     def adopt(self) -> None:  # noqa: B027 (most have nothing to note)

@@ -122,7 +122,8 @@ class PrecisionConfig(Section):
     """What shares a scale in FP8: tensor, all of an operand; row, a token, and a row of a weight (dense ones alone),
     so that one outlier costs the others no precision."""
     reduce: Literal["parameters", "bf16"] = "parameters"
-    """Type in which gradients are summed over ranks: that of the parameters, or bf16, which halves what is sent."""
+    """Type in which gradients are summed over ranks: that of the parameters, or bf16, which halves what is sent: they
+    are rounded as they are sent, and summed over micro-batches in the parameters' type."""
 
 
 class CheckpointConfig(Section):

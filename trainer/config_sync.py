@@ -76,10 +76,13 @@ class DeMoConfig(Section):
 
 
 class DiLoCoConfig(Section):
-    """DiLoCo (arXiv 2311.08105): replicas train alone and average how far they came."""
+    """DiLoCo (arXiv 2311.08105): replicas train alone and average how far they came. The loss jumps at an outer step,
+    where the guard's history begins anew: of a turn of every / fragments steps it judges what is behind half of
+    optimizer.guard.window, by default only NaN."""
 
     every: int = Field(32, ge=1)
-    """Steps between two averages of a parameter."""
+    """Steps between two averages of a parameter. After the run's last step what is not in its turn takes the plain mean
+    of the replicas."""
     outer_lr: float = Field(0.7, gt=0, le=10)
     """Learning rate of the outer step."""
     outer_momentum: float = Field(0.9, ge=0, lt=1)

@@ -56,6 +56,7 @@ def as_sent(d: torch.Tensor, codec: str) -> torch.Tensor:
 
 
 def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]]) -> list[list[dict]]:
+    """After the last step what is not in turn takes the replicas' mean as it is."""
     mu, outer = 0.9, 0.7
     own = [{name: draw(999, 0, name) for name in SHAPES} for _ in range(world)]
     anchor, momentum = dict(own[0]), {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
@@ -65,7 +66,8 @@ def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]])
             for name in SHAPES:
                 p[name] = p[name] - LR * (draw(step - 1, r, name) + 0.1 * p[name])
         for i, names in enumerate(fragments):
-            if step != STEPS and (step + i * every // len(fragments)) % every:
+            turn = (step + i * every // len(fragments)) % every == 0
+            if not turn and step != STEPS:
                 continue
             flat = [torch.cat([(anchor[n] - p[n]).flatten() for n in names]) for p in own]
             total = as_sent(flat[0], codec)
@@ -74,8 +76,9 @@ def naive_diloco(world: int, codec: str, every: int, fragments: list[list[str]])
             sizes = [anchor[n].numel() for n in names]
             for name, mean in zip(names, (total.double() / world).split(sizes), strict=True):
                 d = mean.reshape(SHAPES[name])
-                momentum[name] = mu * momentum[name] + d
-                anchor[name] = anchor[name] - outer * (d + mu * momentum[name])
+                if turn:
+                    momentum[name] = mu * momentum[name] + d
+                anchor[name] = anchor[name] - (outer * (d + mu * momentum[name]) if turn else d)
                 for p in own:
                     p[name] = anchor[name]
         seen.append([dict(p) for p in own])
@@ -122,6 +125,29 @@ def test_places_are_drawn_by_splitmix64(key):
     for numel in (991, 995, 999, 1000):
         assert random_places(numel, 0.1, key).tolist() == [p for p in wanted if p < numel]
     assert random_places(0, 0.1, key).tolist() == []
+
+
+def resize(before: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters and anchor of a replica that loads the state of `before` others."""
+    named = {name: nn.Parameter(draw(999, 0, name)) for name in SHAPES}
+    sync = DiLoCo(named, dist.group.WORLD, DiLoCoSettings(), SGD(named))
+    saved = {f"replica{r}.local.{name}": draw(5, r, name) for r in range(before) for name in SHAPES}
+
+    def load(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+
+    assert f"{before} replicas became 2" in sync.resized(before, load)
+    return {"p": {n: p.detach() for n, p in named.items()}, "anchor": sync.shared_parameters()}
+
+
+@pytest.mark.parametrize("before", [1, 3, 4])
+def test_diloco_on_another_number_of_replicas_begins_at_their_mean(pool, before):
+    for rank in pool.run(2, resize, before):
+        for name in SHAPES:
+            mean = torch.stack([draw(5, r, name) for r in range(before)]).mean(0)
+            torch.testing.assert_close(rank["p"][name], mean, rtol=0, atol=1e-14)
+            assert torch.equal(rank["anchor"][name], rank["p"][name])
 
 
 def test_every_value_is_as_likely_to_be_sent():

@@ -16,21 +16,25 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 class AdamW:
-    """Fused AdamW (arXiv 1711.05101) on this rank's shards; `decayed` names what weight decay applies to."""
+    """Fused AdamW (arXiv 1711.05101) on this rank's shards; `decayed` names what weight decay applies to.
+
+    beta1: None for no first moment, which is that of 0 without its state.
+    """
 
     def __init__(
         self,
         params: dict[str, nn.Parameter],
         decayed: set[str],
-        beta1: float = 0.9,
+        beta1: float | None = 0.9,
         beta2: float = 0.95,
         eps: float = 1e-8,
     ) -> None:
         self.params, self.decayed = params, decayed
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
         zeros = {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
-        self.exp_avg = zeros
-        self.exp_avg_sq = {name: torch.zeros_like(zero) for name, zero in zeros.items()}
+        self.exp_avg_sq = zeros
+        kept = {} if beta1 is None else zeros
+        self.exp_avg = {name: torch.zeros_like(zero) for name, zero in kept.items()}
         # One counter each, in fp32: what the fused kernels take.
         self.steps = {name: torch.zeros((), device=_local(p).device) for name, p in params.items()}
 
@@ -38,7 +42,8 @@ class AdamW:
         """The live moments and counters of each parameter, sharded as the parameter is."""
         flat = {}
         for name in self.params:
-            flat[f"{name}.exp_avg"] = self.exp_avg[name]
+            if name in self.exp_avg:
+                flat[f"{name}.exp_avg"] = self.exp_avg[name]
             flat[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
             flat[f"{name}.step"] = self.steps[name]
         return flat
@@ -51,17 +56,20 @@ class AdamW:
             names = [name for name in present if (name in self.decayed) == decay]
             if not names:
                 continue
+            gradients = [_local(self.params[n].grad) for n in names]
+            # the mean of one gradient, written into it, is that gradient
+            means = gradients if self.beta1 is None else [_local(self.exp_avg[n]) for n in names]
             adamw(
                 [_local(self.params[n]) for n in names],
-                [_local(self.params[n].grad) for n in names],
-                [_local(self.exp_avg[n]) for n in names],
+                gradients,
+                means,
                 [_local(self.exp_avg_sq[n]) for n in names],
                 [],
                 [self.steps[n] for n in names],
                 fused=True,
                 found_inf=skip,
                 amsgrad=False,
-                beta1=self.beta1,
+                beta1=self.beta1 or 0.0,
                 beta2=self.beta2,
                 lr=lr,
                 weight_decay=weight_decay if decay else 0.0,
@@ -109,7 +117,7 @@ def build_optimizer(
     named_parameters: dict[str, nn.Parameter],
     *,
     name: str = "adamw",
-    beta1: float = 0.9,
+    beta1: float | None = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
     momentum: float = 0.95,

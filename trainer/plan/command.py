@@ -25,6 +25,7 @@ from stepline.trainer.plan.resolve import (
     Machine,
     auto_micro_batch,
     check_dense_end,
+    check_experts,
     check_run,
     config_inputs,
     config_law,
@@ -151,6 +152,8 @@ def step_memory(config: Config, plan: Plan) -> tuple[Memory, Layout] | None:
     shard = config.parallel.shard
     if shard == "auto":
         shard = world if config.parallel.sync == "all_reduce" else slow_link_shard(config, world)
+        if config.run.device == "cpu":  # on GPUs `train` may take fewer
+            check_experts(config, world, shard)
     layout = Layout(world, shard, micro_batch, plan.grad_accumulation)
     return estimate(config, layout), layout
 

@@ -1,7 +1,7 @@
 """What an update by DeMo holds for a moment, from the batches that comm/demo.py makes. Imports no torch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepline.comm.chunking import (
     PUBLISHED_KEPT,
@@ -111,10 +111,21 @@ def packet(found: list[Batch], codec: str) -> int:
     return sum(sum(packet_bytes(b.chunks, b.kept, b.bits, codec, b.item)) for b in found)
 
 
-def exchanged(found: list[Batch], codec: str, replicas: int, fused: bool, applied: int) -> int:
+def owners_share(found: list[Batch], owners: int) -> list[Batch]:
+    """The largest share of the chunks."""
+    return [replace(batch, chunks=-(-batch.chunks // owners)) for batch in found]
+
+
+def messages(found: list[Batch], codec: str, replicas: int, owners: bool) -> int:
+    """Bytes of what arrives from all replicas: their packets, or of owners one message of all shares."""
+    return replicas * packet(owners_share(found, replicas) if owners else found, codec)
+
+
+def exchanged(found: list[Batch], codec: str, replicas: int, owners: bool, fused: bool, applied: int) -> int:
     """Most bytes of an update: while a batch is encoded, while packets are written or read, and while it is applied.
 
-    fused: by CUDA's kernels, which address the chunks in the parameters. applied: beside what has arrived.
+    owners: whether they reduce, so that all shares together are read once. fused: by CUDA's kernels, which address the
+    chunks in the parameters. applied: beside what has arrived.
     """
     index = 4 if fused else INDEX
     number = {"fp32": found[0].item, "int8": 1, "sign": 1}[codec]
@@ -124,11 +135,18 @@ def exchanged(found: list[Batch], codec: str, replicas: int, fused: bool, applie
         peak = max(peak, sent + (0 if fused else batch.encoding(number)))
         sent += batch.values * (index + number)
     peak = max(peak, sent + 2 * own)  # its parts, and the packet
-    flying = (1 + replicas) * own
+    come = messages(found, codec, replicas, owners)
+    # to owners packets leave in one piece, and what comes back is there beside what came to this one
+    flying = 2 * (own + come) if owners else own + come
+    copies = 1 if owners else replicas
     for batch in found:
-        values = replicas * batch.values
+        values = copies * batch.values
         # 32-bit numbers of the bytes, of the indices, and these without what is beside them, beside 64-bit ones
         unpacking = 0 if fused else values * (batch.bits // 2 + 4 + 4)
         peak = max(peak, flying + arrived + values * index + unpacking)
         arrived += values * (index + batch.item)
+    if owners:  # the sums of its share, and of all shares values by share and together
+        share = owners_share(found, replicas)
+        summed = max(2 * batch.elements * batch.item for batch in share)
+        peak = max(peak, flying + arrived + max(summed, arrived))
     return max(peak, flying + arrived + applied)

@@ -125,6 +125,7 @@ def resolve(
         config, world, useful, windows, machine.memory_bytes, machine.node_ranks
     )
     settle("parallel", "shard", shard, "machine")
+    check_experts(config, world)
     settle("parallel", "micro_batch", micro_batch, "machine")
     pieces = math.ceil(windows / (world * micro_batch))
     plan = replace(plan, inputs=replace(plan.inputs, micro_batch=micro_batch), grad_accumulation=pieces)
@@ -230,21 +231,24 @@ def check_layout(shard: int, world: int) -> None:
         raise UserError(f"parallel.shard {shard} does not divide the {world} ranks; choose a divisor")
 
 
-def check_experts(config: Config, world: int | None) -> None:
+def check_experts(config: Config, world: int | None, shard: int | None = None) -> None:
     """Raises UserError for a number of parts that the experts, or the ranks of a replica, cannot make.
 
-    world: None where it is not known; a replica is then taken to have no more ranks than parts.
+    world: None where it is not known; there are then taken to be no more ranks than parts. shard: ranks of a replica;
+    None: those of the config, of which nothing is known while they are auto.
     """
-    parts, shard = config.parallel.experts, config.parallel.shard
+    parts = config.parallel.experts
     if parts == 1:
         return
     if config.model.ffn != "moe":
         raise UserError("parallel.experts deals a mixture's experts; set it to 1, or model.ffn to moe")
-    ranks = (world or parts) if shard == "auto" else shard
+    if shard is None and config.parallel.shard != "auto":
+        shard = config.parallel.shard
+    ranks = shard or world or parts
     if ranks % parts:
         raise UserError(
-            f"parallel.experts {parts} does not divide the {ranks} ranks of a replica; the nearest that does: "
-            f"{nearest_divisor(ranks, parts)}"
+            f"parallel.experts {parts} does not divide the {ranks} ranks{' of a replica' if shard else ''}; the "
+            f"nearest that does: {nearest_divisor(ranks, parts)}"
         )
     if config.model.moe.experts % parts:
         both = math.gcd(ranks, config.model.moe.experts)
@@ -252,7 +256,9 @@ def check_experts(config: Config, world: int | None) -> None:
             f"the {config.model.moe.experts} experts cannot be dealt evenly to {parts} ranks (parallel.experts); the "
             f"nearest possible: {nearest_divisor(both, parts)}"
         )
-    held, rest = config.model.moe.experts // parts, ranks // parts
+    if shard is None:
+        return
+    held, rest = config.model.moe.experts // parts, shard // parts
     rows = (config.model.ffn_size, config.model.hidden_size)
     if held % rest and (whole_matrices(config) or any(n % rest for n in rows)):
         raise UserError(

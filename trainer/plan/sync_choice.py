@@ -12,6 +12,7 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.memory import slow_link_shard
 from stepline.trainer.plan.resolve import check_experts, check_layout
 from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.sync_cost import HARMLESS, Exchange, SyncBytes, link_bytes, model_parameters
@@ -119,9 +120,20 @@ class Choice:
             found.append(f"faster, but loss not measured: {', '.join(said)}")
         return found
 
+    def longest(self, exchange: Exchange) -> float:
+        """Seconds of the step that sends most."""
+        return self.seconds(exchange) + (exchange.burst - 1) * exchange.seconds(self.link.mbit)
+
+    def patience(self) -> list[str]:
+        """That a run needs a longer limit, where a step takes longer than one that hangs may."""
+        limit = self.config.parallel.timeout_s
+        late = [f"{math.ceil(s):,} for {e.label}" for e in self.whole if (s := self.longest(e)) > limit]
+        why = f"a step that takes longer than it ({limit:g} s) ends the run"
+        return [f"set parallel.timeout_s above {', '.join(late)}: {why}"] if late else []
+
     def notes(self) -> list[str]:
         """What the numbers stand on, and what is not in them."""
-        link, found = self.link, []
+        link, found = self.link, self.patience()
         if link.compute_s is not None:
             found.append(f"a step computes for {seconds_text(link.compute_s)} {link.computed_on}")
         if link.shard > 1:
@@ -216,7 +228,8 @@ def asked_layout(
 ) -> tuple[int, int] | None:
     """(replicas, shard) of --link-mbit and --replicas; None when no link is asked for. Raises UserError.
 
-    world: --world-size. Without it each replica is one rank, or the `parallel.shard` ranks of the config.
+    world: --world-size. Without it each replica is the `parallel.shard` ranks of the config, or the fewest that `auto`
+    makes one of.
     """
     if mbit is None:
         if replicas is not None:
@@ -234,16 +247,17 @@ def asked_layout(
         raise UserError(
             "--link-mbit does not know all parameters of this model's layers yet (model.ffn, model.blocks)"
         )
-    replicas, shard = _layout(replicas, config.parallel.shard, world)
-    check_experts(config, shard)
+    replicas, shard = _layout(replicas, config, world)
+    check_experts(config, replicas * shard, shard)
     return replicas, shard
 
 
-def _layout(replicas: int | None, shard: int | str, world: int | None) -> tuple[int, int]:
+def _layout(replicas: int | None, config: Config, world: int | None) -> tuple[int, int]:
+    shard = config.parallel.shard
     if world is None or (shard == "auto" and replicas is None):
         if replicas is None:
             raise UserError("--link-mbit needs --replicas, or --world-size and parallel.shard")
-        return replicas, 1 if shard == "auto" else shard
+        return replicas, slow_link_shard(config, world=1) if shard == "auto" else shard
     if shard != "auto":
         check_layout(shard, world)
         if replicas not in (None, world // shard):
@@ -284,4 +298,4 @@ def rule(mbit: float, replicas: int, between: str, *, cpu: bool = False) -> tupl
         f"{best.label}{counted}, other sizes in proportion: {' '.join(best.options)}, unless a step computes for "
         f"{seconds_text(compute_s)} or more"
     )
-    return value, says
+    return value, "; ".join([says, *choice.patience()])

@@ -43,6 +43,8 @@ class Exchange:
     """Seconds to encode and to decode on a CPU, beside which nothing else is done."""
     loss_percent: float | None = None
     """Loss above all-reduce's; None where that was not measured."""
+    burst: float = 1.0
+    """Times the mean that the step sends which sends most."""
 
     @property
     def slower(self) -> float:
@@ -128,7 +130,7 @@ class SyncBytes:
     def __init__(self, config: Config, shard: int, replicas: int, rank: int = 0, replica: int = -1) -> None:
         self.parallel, self.replicas, self.replica = config.parallel, replicas, replica % replicas
         self.item = 8 if config.precision.compute == "fp64" else 4
-        self.whole = model_parameters(config.model)
+        self.whole = trained_parameters(config)
         self.local = [(local_shape(shape, config, shard, rank), end) for shape, end in self.whole]
         self.sizes = [math.prod(shape) for shape, _ in self.local]
 
@@ -173,7 +175,8 @@ class SyncBytes:
             else:
                 sent += ring_bytes(values * (2 if setting.codec == "bf16" else self.item), self.replicas)
         label = f"diloco {setting.codec}, H = {setting.every}"
-        return Exchange(label, ("parallel.sync=diloco",), sent / setting.every, sent / setting.every)
+        mean = sent / setting.every
+        return Exchange(label, ("parallel.sync=diloco",), mean, mean, burst=setting.every)
 
     def demo(self) -> Exchange:
         """Packets gathered by all, or reduced by owners beyond `owner_reduce_above` replicas (comm/exchange.py)."""
@@ -205,7 +208,7 @@ def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
     which holds the most."""
     # A parameter's rows end in one rank: those before hold equal parts, those after nothing.
     edges = {0, shard}
-    for shape, _ in model_parameters(config.model):
+    for shape, _ in trained_parameters(config):
         parts = config.parallel.experts if len(shape) > 2 else 1
         last = shape[0] // parts // -(-shape[0] // shard)
         edges |= {min(last * parts, shard), min((last + 1) * parts, shard)}
@@ -220,10 +223,16 @@ def link_bytes(config: Config, shard: int, replicas: int) -> list[Exchange]:
     return [replace(exchange, **{way: whole(i, way) for way in ways}) for i, exchange in enumerate(first)]
 
 
-def model_parameters(model: ModelConfig) -> list[tuple[Shape, bool]]:
-    """(shape, whether it is embedding or head) of each parameter, in the model's order."""
-    first, *last = ((shape, len(shape) > 1) for shape in root_group(model).shapes)
-    return [first, *([(shape, False) for shape in block_group(model).shapes] * model.num_layers), *last]
+def trained_parameters(config: Config) -> list[tuple[Shape, bool]]:
+    """The `model_parameters` of a config: those that have a gradient to exchange."""
+    return model_parameters(config.model, adapters_alone=config.optimizer.only == "adapters")
+
+
+def model_parameters(model: ModelConfig, adapters_alone: bool = False) -> list[tuple[Shape, bool]]:
+    """(shape, whether it is embedding or head) of each parameter that is trained, in the model's order."""
+    root = [(shape, len(shape) > 1) for shape in root_group(model, adapters_alone).trained.shapes]
+    block = [(shape, False) for shape in block_group(model, adapters_alone).trained.shapes]
+    return [*root[:1], *(block * model.num_layers), *root[1:]]
 
 
 def local_shape(shape: Shape, config: Config, shard: int, rank: int) -> Shape:

@@ -3,7 +3,7 @@
 import math
 
 from stepline.trainer.config import Config
-from stepline.trainer.plan.demo_memory import Batch, batches, exchanged, packet
+from stepline.trainer.plan.demo_memory import Batch, batches, exchanged, messages, packet
 from stepline.trainer.plan.tensors import Group, local_shape
 from stepline.trainer.plan.update import BUCKET_ELEMENTS, adamw_state, muon_state, muon_temporaries
 
@@ -27,10 +27,10 @@ class SyncMemory:
         self.matrices = Group(tuple(blocks.matrices()))
         self.ends = Group(tuple(root.matrices()))
 
-    def inner(self) -> int:
-        """State of the config's optimizer over all parameters."""
+    def inner(self, moments: int = 2) -> int:
+        """State of the config's optimizer over all parameters; moments: AdamW's."""
         state = muon_state if self.config.optimizer.name == "muon" else adamw_state
-        return state(self.root, self.blocks, self.shard, self.item)
+        return state(self.root, self.blocks, self.shard, self.item, moments)
 
     def state(self) -> int:
         """Bytes that stay."""
@@ -41,16 +41,17 @@ class SyncMemory:
             return self.inner() + 2 * self.whole  # anchor and outer momentum
         dense = adamw_state(self.vectors, NONE, self.shard, self.item)
         matrices, ends = (group.shard(self.shard) * self.item for group in (self.matrices, self.ends))
-        waits = self.inner() - dense + matrices + ends  # the optimizer's state and its updates
+        # the optimizer's state, without a first moment and the vectors, and its updates
+        waits = self.inner(1) - adamw_state(self.vectors, NONE, self.shard, self.item, 1) + matrices + ends
         if sync == "random_k":
             return waits + dense
         if demo.faithful:
             return self.whole + (self.whole if demo.delay else 0)
         owed = 0
-        if self.replicas > demo.owner_reduce_above:
+        if self.owners():
             owed = sum(batch.elements for batch in self.batches()) * self.item // self.replicas
         if demo.accumulate == "gradients":
-            waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item) + ends
+            waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item, 1) + ends
         copies = demo.delay + demo.looks_ahead  # of the update that has landed, of the shared model
         return dense + waits + owed + copies * self.whole
 
@@ -78,14 +79,21 @@ class SyncMemory:
             signs = demo.phi == "sign" and any(batch.published for batch in found)
             largest = max(math.prod(local_shape(s, self.shard)) for s in self.every) * self.item
             applied = 0 if fused else max(batch.applying(largest if signs else 0) for batch in found)
-        return max(muon, exchanged(found, self.codec(), self.replicas, fused, applied))
+        return max(muon, exchanged(found, self.codec(), self.replicas, self.owners(), fused, applied))
 
     def flying(self) -> int:
         """Packets that are under way beside a forward and backward."""
         demo = self.parallel.demo
         if self.parallel.sync != "demo" or not demo.delay:
             return 0
-        return self.replicas * packet(self.batches(), self.codec())
+        found, owners = self.batches(), self.owners()
+        first = packet(found, self.codec()) if owners else 0  # to all owners, in one piece
+        return first + messages(found, self.codec(), self.replicas, owners)
+
+    def owners(self) -> bool:
+        """Whether each replica reduces a share of the chunks."""
+        demo = self.parallel.demo
+        return not demo.faithful and self.replicas > demo.owner_reduce_above
 
     def _random_k(self) -> int:
         """For each value: where it is, itself in a list and as it travels, what it was rounded to, and the mean before

@@ -32,8 +32,14 @@ class Group:
 
     @property
     def trained(self) -> "Group":
-        """Those that have a gradient."""
-        return Group(tuple((Counter(self.shapes) - Counter(self.frozen)).elements()), dealt=self.dealt)
+        """Those that have a gradient, in their order; of equal ones the last are frozen."""
+        left, found = Counter(self.frozen), []
+        for shape in reversed(self.shapes):
+            if left[shape]:
+                left[shape] -= 1
+            else:
+                found.append(shape)
+        return Group(tuple(reversed(found)), dealt=self.dealt)
 
     def wide_shard(self, ranks: int) -> int:
         """Of `shard` what is gathered in the compute dtype."""
@@ -73,17 +79,17 @@ def root_group(model: ModelConfig, adapters_alone: bool = False) -> Group:
 
 def block_group(model: ModelConfig, adapters_alone: bool = False) -> Group:
     """One block, in the order of its modules; adapters_alone: attention and feed-forward layer are frozen."""
-    dim, head = model.inner_size, model.dim_per_head
-    norms = ((head,), (head,)) if model.qk_norm else ()
-    attention = (*attention_shapes(model), *norms)
-    frozen = (*attention, *ffn_shapes(model)) if adapters_alone else ()
-    canon = ((CANON_TAPS * normed_width(model),),) * sum(place in model.canon for place in "AC")
-    if model.blocks == "standard":
-        return Group(((dim,), *canon, *attention, (dim,), *ffn_shapes(model)))
-    full, stream = model.hidden_size, model.hidden_size // 2
-    adapter = ((full, stream), (stream, full)) if model.revffn.adapters else ()
-    norms = ((stream,),) * (3 if model.coupling == "revffn" else 2)
-    return Group((*norms, *canon, *adapter, *attention, *adapter, *ffn_shapes(model)), frozen=frozen)
+    width, head = normed_width(model), model.dim_per_head
+    attention = (*attention_shapes(model), *(((head,), (head,)) if model.qk_norm else ()))
+    reversible = model.blocks == "revffn"
+    full, adapted = model.hidden_size, reversible and model.revffn.adapters
+    adapter = ((full, width), (width, full)) if adapted else ()
+    before, after = ((((CANON_TAPS * width,),) if place in model.canon else ()) for place in ("A", "C"))
+    norms = ((width,),) * (2 if reversible and model.coupling == "revffn" else 1)
+    return Group(
+        (*norms, *adapter, *before, *attention, (width,), *adapter, *after, *ffn_shapes(model)),
+        frozen=(*attention, *ffn_shapes(model)) if adapters_alone else (),
+    )
 
 
 def normed_width(model: ModelConfig) -> int:

@@ -8,16 +8,17 @@ BUCKET_ELEMENTS = 2**27
 """Of optim/muon.py, which imports torch."""
 
 
-def adamw_state(root: Group, blocks: Group, shard: int, item: int) -> int:
-    """Two moments for each element that a rank holds, and a counter in fp32 for each parameter."""
+def adamw_state(root: Group, blocks: Group, shard: int, item: int, moments: int = 2) -> int:
+    """So many moments for each element that a rank holds, and a counter in fp32 for each parameter."""
     elements = root.shard(shard) + blocks.shard(shard)
-    return 2 * item * elements + 4 * len(root.shapes + blocks.shapes)
+    return moments * item * elements + 4 * len(root.shapes + blocks.shapes)
 
 
-def muon_state(root: Group, blocks: Group, shard: int, item: int) -> int:
+def muon_state(root: Group, blocks: Group, shard: int, item: int, moments: int = 2) -> int:
     """One momentum for the blocks' matrices, AdamW's state for the rest."""
     vectors = Group(tuple(shape for shape in blocks.shapes if len(shape) < 2))
-    return Group(tuple(blocks.matrices())).shard(shard) * item + adamw_state(root, vectors, shard, item)
+    momentum = Group(tuple(blocks.matrices())).shard(shard) * item
+    return momentum + adamw_state(root, vectors, shard, item, moments)
 
 
 def muon_temporaries(blocks: Group, shard: int, item: int, master: int) -> int:

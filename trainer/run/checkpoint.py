@@ -89,10 +89,10 @@ class Checkpointer:
         """Starts a checkpoint of `step`; the one before is completed first."""
         begun = time.perf_counter()
         self.finish()
-        copies = state.get("replicas", 1)  # each replica has its own of what is named after it
-        needed = SPARE_BYTES
-        for name, tensor in tensors.items():
-            needed += tensor.numel() * tensor.element_size() * (copies if name.startswith("replica") else 1)
+        replicas = state.get("replicas", 1)
+        needed = SPARE_BYTES + sum(
+            t.numel() * t.element_size() * _copies(name, replicas) for name, t in tensors.items()
+        )
         pending = _Pending(checkpoint_path(self.run, step), state, kind, needed)
         staged = self.stager.stage(tensors)
         if torch.__version__ < (2, 13):  # whose stagers serve once; later ones keep their buffers
@@ -219,6 +219,14 @@ class Checkpointer:
         """Removes all but the newest `keep` of the ephemeral ones; returns how many. What cannot be removed stays."""
         ephemeral = [p for p in checkpoints if _kind(p) == EPHEMERAL]
         return sum(_removed(checkpoint, remove) for checkpoint in ephemeral[: max(len(ephemeral) - keep, 0)])
+
+
+def _copies(name: str, replicas: int) -> int:
+    """How many tensors of a checkpoint this rank's stands for: each rank, or each replica, has its own of what
+    is named after it."""
+    if f"rank{dist.get_rank()}." in name:
+        return dist.get_world_size()
+    return replicas if name.startswith("replica") else 1
 
 
 def _removed(checkpoint: Path, how: Callable[[Path], None]) -> bool:

@@ -1,5 +1,6 @@
 """What a run is at a step: everything that a checkpoint holds."""
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -149,12 +150,12 @@ class TrainState(Trainee):
         tensors = self._shared_tensors() | sync.to_load(replicas)
         # What belongs to one replica or rank may be missing after the layout has changed.
         own = {n: t for n, t in (tensors | random).items() if n.startswith(("replica", "rank"))}
-        load_tensors(
-            checkpoint, {n: t for n, t in (tensors | random).items() if n not in own or n in known}, group
-        )
+        load = functools.partial(load_tensors, checkpoint, group=group)
+        load({n: t for n, t in (tensors | random).items() if n not in own or n in known})
         sync.loaded()
-        if replicas != sync.replicas and (sentence := sync.resized(replicas)):
+        if replicas != sync.replicas and (sentence := sync.resized(replicas, load)):
             log.warning("%s", sentence)
+            self.guard.forget()  # a replica's norm is one of another share of the batch, its model perhaps another
         elif anew := sorted(
             n for n in own if n not in known | random.keys() and not n.endswith(sync.optional)
         ):

@@ -101,6 +101,8 @@ def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     loss, norm = synchronizer.agree(own, norm)
     skip = state.guard.check(loss, norm)
     result = synchronizer.step(lr, skip)
+    if result.jumped:  # a skip would not bring the old loss back: every step after it would be a spike too
+        state.guard.forget()
     synchronizer.zero_grad()
     state.balance.step(skip)
     state.traffic.add(result.bytes_sent, result.bytes_received)

@@ -79,12 +79,14 @@ def chunk_kernels(device: torch.device) -> ModuleType | None:
     return triton_demo
 
 
-def inner_optimizer(config: Config, parameters: dict[str, nn.Parameter]) -> Optimizer:
-    """The optimizer of the config over `parameters`."""
+def inner_optimizer(
+    config: Config, parameters: dict[str, nn.Parameter], first_moment: bool = True
+) -> Optimizer:
+    """The optimizer of the config over `parameters`; first_moment: whether AdamW has one."""
     optimizer = config.optimizer
     return build_optimizer(
-        parameters, name=optimizer.name, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps,
-        momentum=optimizer.momentum,
+        parameters, name=optimizer.name, beta1=optimizer.beta1 if first_moment else None, beta2=optimizer.beta2,
+        eps=optimizer.eps, momentum=optimizer.momentum,
     )  # fmt: skip
 
 
@@ -93,8 +95,7 @@ def waiting_optimizer(config: Config, parameters: dict[str, nn.Parameter]) -> Op
 
     An update waits about 1 / density steps, which is a mean already; a second one costs loss (docs/LAB.md).
     """
-    plain = config.optimizer.model_copy(update={"beta1": 0.0})
-    return inner_optimizer(config.model_copy(update={"optimizer": plain}), parameters)
+    return inner_optimizer(config, parameters, first_moment=False)
 
 
 def _adamw(config: Config, parameters: dict[str, nn.Parameter]) -> Optimizer:

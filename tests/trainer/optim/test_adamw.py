@@ -94,6 +94,18 @@ def test_equals_torch_adamw_bitwise():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_without_a_first_moment_is_a_beta1_of_0_without_its_state(name):
+    model, other = Toy(), Toy()
+    optimizer = build_optimizer(dict(model.named_parameters()), name=name, beta1=None)
+    reference = build_optimizer(dict(other.named_parameters()), name=name, beta1=0.0)
+    end, expected = (train(m, o, skips=(0, 1, 0)) for m, o in ((model, optimizer), (other, reference)))
+    assert {n for n in expected if n.endswith(".exp_avg")} == expected.keys() - end.keys() != set()
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in end.items())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_skip_changes_nothing_even_with_nan(name):
     model = Toy()
     optimizer = build_optimizer(dict(model.named_parameters()), name=name)

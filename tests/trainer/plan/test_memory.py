@@ -167,6 +167,7 @@ def close(row: dict) -> None:
         ("experts dealt", 2),
         ("fsdp, 2:4, fp8, parameters", 2),
         ("demo, half of each chunk", 2),
+        ("demo, half of each chunk, owners", 2),
         ("demo, faithful", 2),
     ],
 )

@@ -81,3 +81,23 @@ def demo_batches(model: ModelConfig, demo: dict) -> tuple[tuple, tuple]:
     dense = form.dense * form.dense_dtype.itemsize
     size = demo_memory.packet(batches, planned.codec())
     return (sorted_batches(batches), size), (sorted_batches(form.batches), form.num_bytes(0) - dense)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_with_owners_memory_does_not_grow_with_the_replicas(delay):
+    """Beyond `owner_reduce_above` a rank holds messages of about a packet, whatever the number of replicas: all that is
+    left to differ are shares of whole chunks. Gathered by all, every replica adds a packet."""
+    model = ModelConfig(vocab_size=32_000, hidden_size=2048, num_layers=16, num_heads=16, ffn_size=5632)
+    blocks = type(root_group(model))(block_group(model).shapes * model.num_layers)
+
+    def needed(replicas: int, above: int) -> int:
+        run = Config(
+            model=model, parallel={"sync": "demo", "demo": {"owner_reduce_above": above, "delay": delay}}
+        )
+        planned = SyncMemory(run, root_group(model), blocks, 1, replicas, 4)
+        owed = sum(batch.elements for batch in planned.batches()) * 4 // replicas if above < replicas else 0
+        return planned.state() - owed + planned.temporaries() + planned.flying()
+
+    assert needed(512, above=8) == pytest.approx(needed(16, above=8), rel=1e-3)
+    assert needed(512, above=8) < needed(9, above=9)
+    assert needed(512, above=512) > 3 * needed(512, above=8)

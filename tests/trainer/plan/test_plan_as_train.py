@@ -28,7 +28,7 @@ def train(name: str, *overrides: str, world: int = 8, memory: int | None = ROOM)
     ("arguments", "sentence"),
     [
         ("olmoe-1b-7b parallel.experts=4 parallel.shard=2", "parallel.experts 4 does not divide the 2 ranks"),
-        ("olmoe-1b-7b parallel.experts=6", "parallel.experts 6 does not divide the 8 ranks of a replica"),
+        ("olmoe-1b-7b parallel.experts=6", "parallel.experts 6 does not divide the 8 ranks; the nearest"),
         ("olmoe-1b-7b parallel.experts=4 parallel.shard=3", "parallel.shard 3 does not divide the 8 ranks"),
         ("dense-125m parallel.experts=2", "parallel.experts deals a mixture's experts"),
         (
@@ -58,6 +58,24 @@ def test_what_train_refuses(arguments, sentence):
         plan(*arguments.split())
     assert str(of_plan.value) == str(of_train.value)
     assert str(of_plan.value).startswith(sentence)
+
+
+def test_experts_are_judged_by_the_replica_that_auto_makes(capsys):
+    """256 ranks in nodes of 8: slow links make replicas of a node, whose 8 ranks hold 8 of 64 experts each. Muon, which
+    takes whole matrices, could not deal them to all 256."""
+    arguments = ["olmoe-1b-7b", "optimizer.name=muon", "parallel.experts=8"]
+    config, origins = load_config(arguments[0], [*arguments[1:], "parallel.sync=demo"])
+    resolve(config, origins, Machine(256, "cuda", True, ROOM, node_ranks=8), 10**8)
+    assert config.parallel.shard == 8
+    assert train(*arguments, world=256)[0].parallel.shard == 8  # the fewest that it fits on
+    plan(*arguments, "parallel.sync=demo", world=256)
+
+    for judge in (
+        lambda: train(*arguments, world=256, memory=None),
+        lambda: plan(*arguments, "run.device=cpu", world=256),
+    ):
+        with pytest.raises(UserError, match="cannot be sharded evenly over 32 more"):
+            judge()
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(20, 1), (10**6, 1), (19, 0), ("auto", 0)])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import subprocess
 import sys
 
@@ -142,12 +143,45 @@ def test_a_device_as_slow_as_a_cpu_is_one(capsys):
         assert (sync["methods"][2]["codec_s"] is not None) is cpu
 
 
+def test_a_step_that_takes_longer_than_one_that_hangs_is_said_so(capsys):
+    """An fp32 ring of 4 replicas takes 6 bytes a parameter and step, DiLoCo's as many in one step of 32."""
+    total = parameter_counts(load_config("dense-1b", [])[0].model).total
+    seconds = math.ceil(total * 6 * 8 / 100e6)
+    assert seconds > 600
+    late = (
+        f"set parallel.timeout_s above {seconds:,} for all-reduce fp32, {seconds:,} for diloco fp32, H = 32: "
+    )
+    options = {"link_mbit": 100.0, "replicas": 4}
+    assert [n for n in sync_of(capsys, "dense-1b", **options)["sync"]["notes"] if n.startswith(late)]
+    for limit, said in ((seconds, 0), (seconds / 2 - 1, 1)):
+        sync = sync_of(capsys, "dense-1b", f"parallel.timeout_s={limit}", **options)["sync"]
+        found = [n for n in sync["notes"] if "timeout_s" in n]
+        assert len(found) == said
+        assert all(f"{math.ceil(seconds / 2):,} for all-reduce bf16" in n for n in found)
+
+    computed = Choice(load_config("dense-1b", [])[0], Link(1000.0, 4, 1, compute_s=550.0)).patience()
+    assert f"above {math.ceil(550 + seconds / 10):,} for all-reduce fp32, " in computed[0]
+    assert set(map(len, (sync_choice.rule(m, 2, "them")[1].split("timeout_s") for m in (50.0, 1000.0)))) == {
+        1,
+        2,
+    }
+
+
 def test_the_ranks_of_a_config_that_says_its_shard(capsys):
     sync = sync_of(capsys, "dense-1b", "parallel.shard=4", link_mbit=10.0, world_size=8)["sync"]
     assert (sync["replicas"], sync["shard"]) == (2, 4)
     sync = sync_of(capsys, "dense-1b", "parallel.shard=4", link_mbit=10.0, replicas=3)["sync"]
     assert (sync["replicas"], sync["shard"]) == (3, 4)
     assert sync_of(capsys, "dense-1b")["sync"] is None
+
+
+def test_experts_that_ranks_share_make_the_replica(capsys):
+    sync = sync_of(capsys, "olmoe-1b-7b", "parallel.experts=8", link_mbit=1000.0, replicas=4)["sync"]
+    assert (sync["replicas"], sync["shard"]) == (4, 8)
+    with pytest.raises(UserError, match="8 does not divide the 4 ranks of a replica"):
+        run_plan(
+            ask("olmoe-1b-7b", "parallel.experts=8", link_mbit=9.0, replicas=4, world_size=16), as_json=True
+        )
 
 
 def test_an_exchange_that_overlaps_is_said_so(capsys):

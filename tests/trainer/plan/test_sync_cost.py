@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from stepline.comm import chunking, diloco
 from stepline.comm.mesh import build_mesh
-from stepline.models.config import ModelConfig
 from stepline.models.flops import parameter_counts
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import load_config
+from stepline.trainer.hf.adapters import freeze
 from stepline.trainer.plan import sync_cost
 from stepline.trainer.plan.sync_cost import Exchange, SyncBytes, link_bytes, model_parameters
 from stepline.trainer.run import synchronize
@@ -127,15 +127,41 @@ def test_constants_are_those_of_the_synchronisers():
     assert sync_cost.INT8_CHUNK == diloco.INT8_CHUNK
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_parameters_come_in_the_models_order(tied):
-    model = ModelConfig(**MODEL, tied_embeddings=tied)
+SHAPES = [
+    ("dense-1b", ["model.tied_embeddings=true", "model.canon=AC", "model.qk_norm=true"]),
+    ("dense-1b", ["model.tied_embeddings=false", "model.canon=C"]),
+    ("olmoe-1b-7b", []),
+    ("revffn-1b", ["model.canon=AC"]),
+    ("revffn-1b-paper", ["model.canon=C", "model.qk_norm=true"]),
+    (
+        "revffn-1b-paper",
+        ["model.canon=none", "model.num_heads=2", "model.qk_norm=true"],
+    ),  # a head as wide as a stream
+    ("revffn-1b-paper", ["model.ffn=moe", "model.moe.experts=4"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "only"),
+    [(*case, only) for case in SHAPES for only in ("all", "adapters") if only == "all" or "paper" in case[0]],
+)
+def test_parameters_come_in_the_models_order_and_without_frozen_ones(name, options, only):
+    config = load_config(name, [*options, "model.num_layers=2", f"optimizer.only={only}"])[0]
     with torch.device("meta"):
-        named = dict(Transformer(model).named_parameters())
-    ends = [p.ndim > 1 and name.split(".")[0] in ("embed", "head") for name, p in named.items()]
-    assert model_parameters(model) == [
-        (tuple(p.shape), end) for p, end in zip(named.values(), ends, strict=True)
-    ]
+        model = Transformer(config.model)
+    if only == "adapters":
+        freeze(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ends = [p.ndim > 1 and n.split(".")[0] in ("embed", "head") for n, p in trained.items()]
+    expected = [(tuple(p.shape), end) for p, end in zip(trained.values(), ends, strict=True)]
+    assert sync_cost.trained_parameters(config) == expected
+
+
+def test_adapters_alone_send_a_share_of_the_model():
+    """revffn-1b-paper: 24 layers x 4 adapters of 2048 x 1024 and three norms of a stream, twice 3/4 of fp32."""
+    config = load_config("revffn-1b-paper", ["optimizer.only=adapters"])[0]
+    trained = 24 * (4 * 2048 * 1024 + 3 * 1024)
+    assert SyncBytes(config, 1, 4).all_reduce(4).sent == trained * 4 * 2 * 3 / 4
 
 
 def test_a_square_matrix_by_hand():

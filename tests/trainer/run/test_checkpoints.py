@@ -118,11 +118,10 @@ def test_a_checkpoint_that_its_run_removes_while_it_is_read_gives_way_to_a_newer
         assert find_checkpoint(tmp_path) == second
 
 
-def test_the_space_that_is_asked_for_counts_every_replica(pool, tmp_path):
-    (said,) = pool.run(1, without_room, str(tmp_path))
-    assert said == pytest.approx(
-        4 * (1_000 + 4 * 10_000) / 1e9, rel=1e-2
-    )  # of each of four replicas 10,000 values
+def test_the_space_that_is_asked_for_counts_every_replica_and_rank(pool, tmp_path):
+    """Two replicas of two ranks: each replica has a delta of its own, and each rank what it owes."""
+    for said in pool.run(4, without_room, str(tmp_path)):
+        assert said == pytest.approx(4 * (1_000 + 2 * 10_000 + 4 * 100_000) / 1e9, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +190,11 @@ def test_ranks_wait_for_each_other_as_long_as_a_checkpoint_may_take(pool, tmp_pa
 def without_room(folder: str) -> float:
     failures = []
     saver = Checkpointer(Path(folder), 2, torch.device("cpu"), failures.append)
-    tensors = {"model.w": torch.zeros(1_000), "replica0.delta": torch.zeros(10_000)}
+    rank = dist.get_rank()
+    tensors = {"model.w": torch.zeros(1_000), f"replica{rank // 2}.delta": torch.zeros(10_000)}
+    tensors[f"replica{rank // 2}.owed.2x2.rank{rank}.a.0"] = torch.zeros(100_000)
     full = mock.patch.object(checkpoint.shutil, "disk_usage", return_value=SimpleNamespace(free=0))
     with full, mock.patch.object(checkpoint, "SPARE_BYTES", 0):
-        saver.save(1, tensors, {"replicas": 4}, PERMANENT)
+        saver.save(1, tensors, {"replicas": 2}, PERMANENT)
         assert not saver.finish()
     return float(re.search(r"needs (\S+) GB", failures[0])[1])

@@ -148,7 +148,7 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
     [
         (4, ["model.moe.experts=6", "parallel.experts=4"], "6 experts cannot be dealt evenly to 4 ranks"),
         (4, ["model.moe.experts=6", "parallel.experts=4"], "the nearest possible: 2"),
-        (6, ["parallel.experts=4"], "does not divide the 6 ranks of a replica; the nearest that does: 3"),
+        (6, ["parallel.experts=4"], "does not divide the 6 ranks; the nearest that does: 3"),
         (
             4,
             ["model.moe.experts=6", "parallel.experts=2", "optimizer.name=muon"],
