@@ -197,6 +197,8 @@ class PacketFormat:
 
     def _cut(self, whole: Tensor, shares: Sequence[int]) -> Tensor:
         """`[shares, length, ...]` of a whole `[n, ...]`: the parts of shares that have equally many."""
+        if self.shares == 1:
+            return whole.unsqueeze(0)
         return torch.stack([whole[self.span(len(whole), share)] for share in shares])
 
     @functools.cached_property

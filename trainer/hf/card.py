@@ -127,4 +127,5 @@ def _result_rows(path: Path, step: int) -> list[tuple[str, str]]:
     if last["val_loss"] is None:
         return [("validation", f"not finite, at step {last['step']:,}")]
     bits = f", {last['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in last else ""
-    return [("validation", f"loss {last['val_loss']:.4f} nats per token{bits}, at step {last['step']:,}")]
+    on = f", on {last['val_tokens']:,} tokens" if "val_tokens" in last else ""
+    return [("validation", f"loss {last['val_loss']:.4f} nats per token{bits}{on}, at step {last['step']:,}")]

@@ -266,7 +266,8 @@ def validate(
     state: TrainState, whole: bool, interrupted: Callable[[], int] = lambda: 0
 ) -> dict[str, float] | None:
     """Held-out loss and bits per byte: of several sources the means, in which each counts alike, and each one's as
-    `val_loss/NAME`. None as soon as `interrupted`, which all ranks ask after each micro-batch, says so."""
+    `val_loss/NAME`; and `val_tokens`, on how many. None as soon as `interrupted`, which all ranks ask after each
+    micro-batch, says so."""
     with state.synchronizer.shared_model():
         forget_gathered(state.model)
         state.sparsity.enter_phase(max(state.step - 1, 0))  # of the step that led here, after a resume too
@@ -278,7 +279,7 @@ def validate(
 
 def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) -> dict[str, float] | None:
     config = state.config
-    folders, results = [source.path for source in config.data.folders()], {}
+    folders, results, tokens = [source.path for source in config.data.folders()], {}, 0
     for name, folder in zip(source_names(folders), folders, strict=True):
         loader = ValidationLoader(
             folder,
@@ -294,8 +295,10 @@ def _validate(state: TrainState, whole: bool, interrupted: Callable[[], int]) ->
         score = evaluate(state.model, loader, state.device, interrupted)
         if score is None:
             return None
+        tokens += score.tokens
         results[name] = score.row()
+    of = {"val_tokens": tokens}
     if len(results) == 1:
-        return next(iter(results.values()))
+        return next(iter(results.values())) | of
     mean = {k: sum(r[k] for r in results.values()) / len(results) for k in ("val_loss", "val_bits_per_byte")}
-    return mean | {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()}
+    return mean | {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()} | of

@@ -50,10 +50,17 @@ def check_products_of_batch(config: Config, device: torch.device) -> None:
 
 
 def cannot_compile_fp8(config: Config, device: torch.device) -> bool:
-    """Whether what torch.compile makes of FP8 numbers ends in an error: torch before 2.13 gives Triton their types on
-    GPUs that have none (pytorch issue 184081)."""
+    """Whether what torch.compile makes of FP8 numbers would end in an error: torch before 2.13 gives Triton their types
+    on GPUs that have none (pytorch issue 184081). Raises UserError where it is asked for."""
     emulated = config.precision.fp8 and device.type == "cuda" and not has_fp8(device)
-    return emulated and torch.__version__ < (2, 13)
+    if not emulated or torch.__version__ >= (2, 13):
+        return False
+    if config.run.compile is True:
+        raise UserError(
+            f"torch {torch.__version__} cannot compile FP8 numbers for a GPU that has none; leave run.compile out, or "
+            "install torch 2.13"
+        )
+    return True
 
 
 def products_done_instead(config: Config, device: torch.device) -> list[str]:

@@ -171,6 +171,7 @@ def start_job(
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if cannot_compile_fp8(config, device):
         settler(config, origins)("run", "compile", False, "this GPU has no FP8")
+        notes.append("run.compile is off: this torch cannot compile FP8 numbers for a GPU that has none")
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     memory = device_memory(device, world.local_size)
     machine = Machine(world.size, device.type, bf16, memory, world.local_size)

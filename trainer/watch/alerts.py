@@ -25,6 +25,7 @@ class Alerts:
         self._said: dict[str, float] = {}
         self._kept_back: dict[str, int] = {}
         self._validation: float | None = None
+        self._validated_on: int | None = None
         self._rises = 0
 
     def say(self, title: str, text: str, level: str = "warn") -> None:
@@ -48,7 +49,7 @@ class Alerts:
             self.say("Spike", f"{steps} up to step {row['step']}, {skipped} in the whole run")
         self._skipped = skipped
         if (loss := row.get("val_loss")) is not None:
-            self._validated(row["step"], loss)
+            self._validated(row["step"], loss, row.get("val_tokens"))
 
     def step(self, step: int, seconds: float | None, median: float | None, count: int) -> None:
         """A step took `seconds`; the `count` steps before it took `median` seconds."""
@@ -57,10 +58,12 @@ class Alerts:
         if seconds > STALL_LEAST_S and seconds > STALL_FACTOR * median:
             self.say("Stall", f"step {step} took {seconds:.0f} s; the steps before it took {median:.2g} s")
 
-    def _validated(self, step: int, loss: float) -> None:
+    def _validated(self, step: int, loss: float, tokens: int | None) -> None:
         if not math.isfinite(loss):
             self.say("Divergence", f"the validation loss at step {step} is {loss}", "error")
             return
+        if tokens != self._validated_on:  # another text has another loss
+            self._validation, self._validated_on = None, tokens
         rose = self._validation is not None and loss > self._validation
         self._rises = self._rises + 1 if rose else 0
         self._validation = loss

@@ -119,6 +119,12 @@ TOGETHER = [
             ["run.recompute=full", "run.compile=true", "model.num_layers=1"],
             marks=pytest.mark.e2e,
         ),
+        pytest.param(
+            "fp32",
+            1e-5,
+            ["run.recompute=selective", "run.compile=true", "model.num_layers=1"],
+            marks=pytest.mark.e2e,
+        ),
     ],
 )
 def test_everything_at_once_equals_one_plain_rank(

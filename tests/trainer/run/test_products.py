@@ -1,5 +1,6 @@
 """The choice between sparse and dense products by measurement, with a timer that the tests hold."""
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,3 +272,9 @@ def test_what_a_gpu_only_emulates(tiny_config, tmp_path, monkeypatch, version, c
     job = start_job(str(tiny_config), overrides, "never", World(0, 1, 0, 1))
     assert (job.config.run.compile, job.config.precision.compute) == (compiled, compute)
     assert ("no FP8" in job.origins["run.compile"]) is not compiled
+    assert any("run.compile is off" in note for note in job.notes) is not compiled
+    overrides[-1] = "run.compile=true"
+    with (
+        contextlib.nullcontext() if compiled else pytest.raises(UserError, match="cannot compile FP8 numbers")
+    ):
+        start_job(str(tiny_config), overrides, "never", World(0, 1, 0, 1))

@@ -95,6 +95,15 @@ def test_validation_losses(sent, said, clock, losses, alert):
     assert sent == ([alert] if alert else [])
 
 
+def test_the_losses_of_other_text_are_not_compared(sent, said, clock):
+    """The last validation is of more than those before it."""
+    watch = alerts_for(sent)
+    for step, (loss, tokens) in enumerate([(2.0, 10), (2.1, 10), (2.2, 10), (2.3, 50), (2.4, 50)]):
+        watch.row({"step": step, "val_loss": loss, "val_tokens": tokens})
+        clock.now += alerts.AGAIN_S
+    assert sent == []
+
+
 @pytest.mark.parametrize(
     ("usual", "slow", "alert"),
     [
