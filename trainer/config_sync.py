@@ -77,8 +77,8 @@ class DeMoConfig(Section):
 
 class DiLoCoConfig(Section):
     """DiLoCo (arXiv 2311.08105): replicas train alone and average how far they came. The loss jumps at an outer step,
-    where the guard's history begins anew: of a turn of every / fragments steps it judges what is behind half of
-    optimizer.guard.window, by default only NaN."""
+    where the guard's history begins anew: of a turn of every / fragments steps it judges the second half, of one below
+    32 steps what is behind half of optimizer.guard.window, and NaN always."""
 
     every: int = Field(32, ge=1)
     """Steps between two averages of a parameter. After the run's last step what is not in its turn takes the plain mean

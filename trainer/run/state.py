@@ -35,6 +35,18 @@ log = logging.getLogger("stepline")
 EMPTY: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
+LEAST_SPREAD = 16
+"""Steps that tell how much losses and norms spread."""
+
+
+def least_history(config: Config) -> int:
+    """Steps that the guard sees before it judges: half of its window, or of a turn of DiLoCo's, whose outer steps begin
+    its history anew."""
+    half, parallel = config.optimizer.guard.window // 2, config.parallel
+    turn = parallel.diloco.every // parallel.diloco.fragments // 2 if parallel.sync == "diloco" else half
+    return min(half, turn) if turn >= LEAST_SPREAD else half
+
+
 @dataclass(kw_only=True)
 class Trainee:
     """What a step updates, on one rank."""
@@ -57,12 +69,12 @@ class Trainee:
             synchronizer = build_zero(config, model, device)
         else:
             synchronizer = build_synchronizer(config, dict(model.named_parameters()), mesh)
-        window = config.optimizer.guard.window
+        settings = config.optimizer.guard
         return cls(
             config=config, device=device, mesh=mesh, model=model, synchronizer=synchronizer,
             balance=ExpertBalance(model),
             sparsity=Sparsity(config, model),
-            guard=Guard(window, config.optimizer.guard.sigma, min_history=window // 2, device=device), **more,
+            guard=Guard(settings.window, settings.sigma, min_history=least_history(config), device=device), **more,
         )  # fmt: skip
 
     def first_difference(self) -> str | None:

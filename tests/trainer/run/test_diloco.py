@@ -5,7 +5,9 @@ import shutil
 import pytest
 import torch
 
+from stepline.trainer.config_io import load_config
 from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.run.state import least_history
 
 
 def test_an_outer_step_is_no_spike(train, tiny_config, tmp_path, column):
@@ -44,3 +46,20 @@ def test_what_replicas_have_learned_alone_survives_a_resize(
     assert torch.equal(resized[:20], straight[:20])
     assert straight[:3].mean() - straight[20:25].mean() > 0.5  # they had learned something
     assert (resized[20:25].mean() - straight[20:25].mean()).abs() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("sync", "every", "fragments", "window", "steps"),
+    [
+        ("diloco", 32, 1, 128, 16),
+        ("diloco", 100, 2, 128, 25),
+        ("diloco", 500, 1, 128, 64),
+        ("diloco", 31, 1, 128, 64),  # too few to know a spread by
+        ("diloco", 32, 1, 8, 4),
+        ("demo", 32, 1, 128, 64),
+    ],
+)
+def test_the_guard_judges_the_second_half_of_a_turn(tiny_config, sync, every, fragments, window, steps):
+    config, _ = load_config(str(tiny_config), [f"parallel.sync={sync}", f"optimizer.guard.window={window}"])
+    config.parallel.diloco.every, config.parallel.diloco.fragments = every, fragments
+    assert least_history(config) == steps
