@@ -48,7 +48,7 @@ MIXTURE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=48"]
         (["parallel.experts=2"], "set it to 1, or model.ffn to moe"),
         (
             [*MIXTURE, "parallel.experts=2"],
-            "does not divide the 1 ranks of a replica; the nearest that does: 1",
+            "does not divide the 1 ranks; the nearest that does: 1",
         ),
         (
             ["model.blocks=revffn", "model.num_heads=4"],
