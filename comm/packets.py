@@ -185,9 +185,8 @@ class PacketFormat:
         """The inverse, of `[shares, bytes]`: for each batch `[1, chunks, kept]`, and dense."""
         shares_of, found = [], []
         for shares in self._alike:
-            alike = torch.stack(
-                [packets[share] for share in shares]
-            )  # by a list the host would wait for the device
+            # indexed by a list the host would wait for the device
+            alike = torch.stack([packets[share] for share in shares])
             chosen, dense = self.read(shares[0], alike)
             shares_of += shares
             found += zip(*(own for pair in chosen for own in pair), dense, strict=True)

@@ -20,6 +20,7 @@ MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
 """Tokens beyond which a larger micro-batch is not faster."""
 
 EVAL_SHARE, LEAST_EVAL_WINDOWS = 0.05, 64
+"""What validations during a run may compute, of what training does; windows of one, at least."""
 
 
 @dataclass(frozen=True)
