@@ -70,7 +70,8 @@ def grouped_gradients(
 
 
 def _as_one_product(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    """Not of no rows, as a rank has that no token was sent to: its gradients would be products over nothing."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] > 0
 
 
 class _Dispatch(torch.autograd.Function):

@@ -1,8 +1,11 @@
 """Grouped products against one product for each row, and the ways of rows to experts and back against indexing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from stepline.kernels import grouped
 from stepline.kernels.grouped import combine, dispatch, grouped_mm_linear, loop_linear
 from stepline.models.config import ModelConfig
 from stepline.models.moe import MoE, Routing
@@ -29,6 +32,18 @@ def test_products_and_gradients(product):
     for mine, reference in zip(torch.autograd.grad(out, (x, weight), grad), expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
     assert (expected[1][1] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 13])
+def test_no_rows_are_no_grouped_product(rows):
+    """Of a rank that no token was sent to; its experts have a gradient of zeros all the same."""
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(rows, 8))
+    assert grouped._as_one_product(on_gpu) == (rows > 0)
+    x, weight = torch.randn(0, 8, requires_grad=True), torch.randn(5, 16, 8, requires_grad=True)
+    out = loop_linear(x, weight, torch.zeros(5, dtype=torch.int64))
+    found = torch.autograd.grad(out, (x, weight), torch.zeros(0, 16))
+    assert (out.shape, found[0].shape) == ((0, 16), (0, 8))
+    assert torch.equal(found[1], torch.zeros_like(weight))
 
 
 def in_bf16(product, leaves, grad):
