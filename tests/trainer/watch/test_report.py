@@ -39,7 +39,8 @@ def rows_of(count: int, seed: int = 0, **more) -> list[dict]:
         }
         rows.append(row | more)
         if step % 10 == 0:
-            rows.append({"step": step, "tokens": 64 * step, "val_loss": 4 / step, "val_loss/code": 3 / step})
+            losses = {"val_loss": 4 / step, "val_loss/code": 3 / step}
+            rows.append({"step": step, "tokens": 64 * step, "val_tokens": 640} | losses)
     return rows
 
 

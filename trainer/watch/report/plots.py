@@ -91,7 +91,7 @@ PLOTS = (
     _one("fp8_flushed", SPARSE, "Lost to FP8", "of the weights that are not zero", percent=True),
 )  # fmt: skip
 
-UNPLOTTED = {"skipped_in_a_row", "expected_final_loss", "tokens", "step"}
+UNPLOTTED = {"skipped_in_a_row", "expected_final_loss", "tokens", "step", "val_tokens"}
 
 
 def plots_of(runs: Sequence[Run]) -> tuple[list[Plot], list[Plot]]:
