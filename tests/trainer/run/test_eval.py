@@ -161,7 +161,9 @@ def test_a_resumed_run_validates_every_source_again(run, tmp_path):
     options = ["checkpoint.every=2", "logging.eval_every=1"]
     run(*options)
     straight = rows()
-    assert [len([key for key in row if key.startswith("val_")]) for row in straight] == [6] * 4
+    assert [len([key for key in row if key.startswith("val_")]) for row in straight] == [
+        7
+    ] * 4  # losses, bits, tokens
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
     again = [f"run.folder={tmp_path / 'run'}", "budget.steps=4", "precision.compute=fp64", *options]
     assert run_training(str(tmp_path / "both.yaml"), again, "auto") == 0
