@@ -161,9 +161,10 @@ def test_a_resumed_run_validates_every_source_again(run, tmp_path):
     options = ["checkpoint.every=2", "logging.eval_every=1"]
     run(*options)
     straight = rows()
-    assert [len([key for key in row if key.startswith("val_")]) for row in straight] == [
+    values = [[key for key in row if key.startswith("val_")] for row in straight]
+    assert [len(keys) for keys in values] == [
         7
-    ] * 4  # losses, bits, tokens
+    ] * 4  # loss and bits of both and of each, and on how many tokens
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
     again = [f"run.folder={tmp_path / 'run'}", "budget.steps=4", "precision.compute=fp64", *options]
     assert run_training(str(tmp_path / "both.yaml"), again, "auto") == 0
