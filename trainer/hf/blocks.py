@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from stepline.trainer.errors import UserError
 from stepline.trainer.hf.shards import filled
-from stepline.trainer.run.manifest import damaged
+from stepline.trainer.run.manifest import damaged, not_read
+from stepline.trainer.run.stored import stored_metadata
 
 BLOCK_BYTES = 64 * 2**20
 
@@ -51,14 +51,11 @@ class _Window(io.RawIOBase):
 
 
 class StoredTensors:
-    """The tensors of one checkpoint; raises UserError where it is damaged."""
+    """The tensors of one checkpoint; raises UserError where it is damaged or cannot be read now."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        try:
-            self.metadata: Metadata = dcp.FileSystemReader(checkpoint).read_metadata()
-        except Exception as error:  # an unpickled file may raise anything
-            raise damaged(checkpoint, "its metadata cannot be read") from error
+        self.metadata: Metadata = stored_metadata(checkpoint)
 
     def blocks(
         self, name: str, shape: tuple[int, ...], most: int = BLOCK_BYTES
@@ -82,7 +79,9 @@ class StoredTensors:
                     zipfile.ZipFile(io.BufferedReader(_Window(file, where.offset, where.length))) as archive,
                 ):
                     yield from _rows(archive, offsets, sizes, entry.properties.dtype, most)
-            except (OSError, zipfile.BadZipFile, EOFError) as error:
+            except OSError as error:
+                raise not_read(self.checkpoint, where.relative_path, error) from error
+            except (zipfile.BadZipFile, EOFError) as error:
                 raise damaged(self.checkpoint, f"{name} cannot be read") from error
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ def join(world: World, device: torch.device, timeout_s: float) -> None:
         raise UserError(
             f"not all {world.size} ranks came within {timeout_s:g} s (parallel.timeout_s): "
             f"{str(error).splitlines()[0]}"
+        ) from error
+    except dist.DistBackendError as error:  # NCCL's, which connects at once
+        if (found := re.search(r"Duplicate GPU detected.*", str(error))) is None:
+            raise
+        raise UserError(
+            f"ranks share a GPU ({found[0].strip()}); start as many as there are GPUs, and leave CUDA_VISIBLE_DEVICES "
+            "to the launcher"
         ) from error
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from stepline.comm.gather import gathered
 from stepline.trainer.errors import Unreadable, UserError
@@ -17,6 +18,7 @@ from stepline.trainer.run.manifest import (
     damaged,
     damages,
     none_left,
+    not_read,
     passed_over,
     retire,
     step_of,
@@ -32,12 +34,19 @@ def stored_names(checkpoint: Path) -> set[str]:
 
 
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors' shapes by name; raises UserError where the checkpoint is damaged."""
+    """The tensors' shapes by name; raises as `stored_metadata` does."""
+    stored = stored_metadata(checkpoint).state_dict_metadata
+    return {name: tuple(tensor.size) for name, tensor in stored.items()}
+
+
+def stored_metadata(checkpoint: Path) -> Metadata:
+    """What DCP says of a checkpoint's tensors; raises UserError where it is damaged or cannot be read now."""
     try:
-        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        return dcp.FileSystemReader(checkpoint).read_metadata()
+    except OSError as error:
+        raise not_read(checkpoint, ".metadata", error) from error
     except Exception as error:  # an unpickled file may raise anything
         raise damaged(checkpoint, "its metadata cannot be read") from error
-    return {name: tuple(tensor.size) for name, tensor in stored.items()}
 
 
 def misfit(checkpoint: Path, reason: object) -> UserError:
@@ -50,7 +59,8 @@ def load_tensors(
 ) -> None:
     """Reads the named tensors in place; DTensors of any layout get their part (resharding included).
 
-    group: of gloo, for the planning. Raises UserError where the checkpoint is damaged or holds other names or shapes.
+    group: of gloo, for the planning. Raises UserError where the checkpoint is damaged, cannot be read now, or holds
+    other names or shapes.
     """
     alone = not dist.is_initialized()
     with warnings.catch_warnings():
@@ -64,6 +74,9 @@ def load_tensors(
                     raise
                 if str(reason).startswith(("Size mismatch", "Missing key")):
                     raise misfit(checkpoint, reason) from error
+                if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError):
+                    raise Unreadable(reason.filename or checkpoint, reason) from error
+            stored_metadata(checkpoint)  # of which torch tells no error of the disk
             raise damaged(checkpoint, "its tensors cannot be read") from error
 
 

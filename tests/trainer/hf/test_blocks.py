@@ -1,13 +1,16 @@
 """Blocks of a checkpoint's tensors are the tensors themselves, whatever parts they were stored in."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from stepline.trainer.errors import UserError
+from stepline.trainer.errors import Unreadable, UserError
 from stepline.trainer.hf.blocks import StoredTensors
 from stepline.trainer.hf.export import export_run
 from stepline.trainer.hf.importing import import_model
 from stepline.trainer.run.manifest import complete_checkpoints
+from stepline.trainer.run.stored import load_tensors, stored_names
 
 
 @pytest.mark.parametrize("most", [0, 1000, 2**30])
@@ -46,3 +49,30 @@ def test_other_shapes_and_damage(make_run):
     (checkpoint / ".metadata").write_bytes(b"none")
     with pytest.raises(UserError, match="its metadata cannot be read"):
         StoredTensors(checkpoint)
+
+
+@pytest.mark.parametrize("broken", [".metadata", ".distcp"])
+def test_files_that_cannot_be_read_now_are_no_damage(make_run, monkeypatch, broken):
+    run, model = make_run()
+    (checkpoint,), honest = complete_checkpoints(run), Path.open
+
+    def refused(path: Path, *arguments, **more):
+        if path.name.endswith(broken):
+            raise OSError(116, "Stale file handle", str(path))
+        return honest(path, *arguments, **more)
+
+    weights = {"model.embed.weight": torch.empty_like(model.embed.weight)}
+    shape = tuple(weights["model.embed.weight"].shape)
+    for read in (
+        lambda: list(StoredTensors(checkpoint).blocks("model.embed.weight", shape)),
+        lambda: load_tensors(checkpoint, weights),
+        lambda: stored_names(checkpoint) if broken == ".metadata" else load_tensors(checkpoint, weights),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", refused)
+            with pytest.raises(Unreadable) as caught:
+                read()
+        assert f"{broken} cannot be read (Stale file handle); mend that and start" in str(caught.value)
+        assert str(caught.value).startswith(str(checkpoint))
+    load_tensors(checkpoint, weights)
+    assert torch.equal(weights["model.embed.weight"], model.embed.weight)

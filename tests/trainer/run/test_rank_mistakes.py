@@ -9,7 +9,7 @@ import torch
 
 from stepline.comm.mesh import World
 from stepline.trainer.errors import UserError
-from stepline.trainer.run import launch
+from stepline.trainer.run import launch, start
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.lock import only_one
 from stepline.trainer.run.outcome import read_outcome
@@ -106,6 +106,22 @@ def test_a_port_in_use(tiny_config, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert f"port 127.0.0.1:{port} is in use" in error
     assert error.count("\n") == 1
+
+
+def test_ranks_on_one_gpu(monkeypatch):
+    """As with a user's CUDA_VISIBLE_DEVICES=0 under srun, which looks like SLURM's own binding."""
+    said = "NCCL error\nncclInvalidUsage: This usually reflects invalid usage.\nLast error:\n"
+    same = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 53000"
+
+    def refused(*_):
+        raise torch.distributed.DistBackendError(said + same)
+
+    monkeypatch.setattr(start, "start_process_group", refused)
+    with pytest.raises(UserError, match=rf"^ranks share a GPU \({same}\); start as many as there are"):
+        start.join(World(0, 2, 0, 2), torch.device("cuda", 0), 10.0)
+    same = "another error"
+    with pytest.raises(torch.distributed.DistBackendError, match=same):
+        start.join(World(0, 2, 0, 2), torch.device("cuda", 0), 10.0)
 
 
 def test_device_choice_says_what_it_does_instead(monkeypatch):
