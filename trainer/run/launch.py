@@ -27,7 +27,6 @@ from stepline.trainer.errors import (
     speaks,
 )
 from stepline.trainer.run.alike import check_ranks_alike
-from stepline.trainer.run.attempt import validated
 from stepline.trainer.run.device_memory import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
 from stepline.trainer.run.lock import only_one
@@ -38,6 +37,7 @@ from stepline.trainer.run.refusal import note_refusal
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
 from stepline.trainer.run.together import together
+from stepline.trainer.run.validation import validated
 from stepline.trainer.watch import heartbeat
 
 ALONE_S = 15.0  # more than ranks of one node part while they start, on a busy machine too

@@ -19,7 +19,7 @@ from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, USER_ERROR, T
 from stepline.trainer.files import write_whole
 from stepline.trainer.optim.schedule import learning_rate_multiplier
 from stepline.trainer.plan.explain import plan_json
-from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, validation_due, verify_data
+from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, verify_data
 from stepline.trainer.run.manifest import find_checkpoint
 from stepline.trainer.run.outcome import note_begun
 from stepline.trainer.run.products import choose_products
@@ -29,6 +29,7 @@ from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepMeasures, all_max, train_step
 from stepline.trainer.run.together import together
+from stepline.trainer.run.validation import validation_due
 from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.watch.course import leave_course
 from stepline.trainer.watch.loggers import run_id

@@ -107,12 +107,12 @@ def faulty_save(save, staged, storage_writer, **options):
 
 def main() -> int:
     from stepline.trainer.data import verify
-    from stepline.trainer.run import attempt, checkpoint, launch, lock, loop
+    from stepline.trainer.run import checkpoint, launch, lock, loop, validation
 
     loop.train_step = functools.partial(faulty_step, loop.train_step)
     checkpoint.dcp.save = functools.partial(faulty_save, checkpoint.dcp.save)
     if "validation" in FAULTS.get("sleep", {}):
-        attempt.evaluate = functools.partial(slow_evaluate, attempt.evaluate)
+        validation.evaluate = functools.partial(slow_evaluate, validation.evaluate)
     if "verify_after" in FAULTS:
         verify.check_file = functools.partial(late_check, verify.check_file)
     if "free_bytes" in FAULTS:
