@@ -135,3 +135,15 @@ def test_other_schedules(name):
 def test_config_yaml_lists_the_budget_where_it_may_change():
     lists = [format_config(config(name, steps=20), {}).splitlines()[1] for name in ("wsd", "linear")]
     assert lists[0] == f"{lists[1][:-1]}; before the decay budget.tokens or budget.steps."
+
+
+def test_the_split_of_validations_stays():
+    """A forgotten `logging.eval_split=tune` would put the losses of two texts on one curve."""
+    saved, asked = config(steps=20), config(steps=20)
+    saved.logging.eval_split = "tune"
+    forgotten = {"logging.eval_split": "default"}
+    assert merge_for_resume(saved, asked, forgotten, 10)[0].logging.eval_split == "tune"
+    with pytest.raises(
+        UserError, match=r"^logging.eval_split was 'tune' in runs/a and is now 'val'; it cannot"
+    ):
+        merge_for_resume(saved, asked, {"logging.eval_split": "my.yaml"}, 10)

@@ -227,7 +227,8 @@ class TrainLoader:
 
 
 class ValidationLoader:
-    """One pass over a split in order: every token but the first is a target exactly once.
+    """One pass over a split in order: every token is a target exactly once, but for the first of a split that nothing
+    comes before.
 
     Each rank takes a contiguous share of the micro-batches and yields the same number of micro-batches
     ([1, micro_batch, seq]), the last ones with all targets -100, so that ranks stay in step. `max_windows`
@@ -245,12 +246,16 @@ class ValidationLoader:
         world_size: int = 1,
         max_windows: int | None = None,
         confine_attention: bool = False,
+        after_eod: bool = False,
         on_damage: Callable[[str, bool], None] | None = None,
     ) -> None:
-        """Open the split; UserError when it holds fewer than two tokens. on_damage: as TrainLoader's."""
+        """Open the split; UserError when it has nothing to predict. after_eod: an end-of-document token before the
+        first, as in training before every document, so that all of a short text counts. on_damage: as TrainLoader's.
+        """
         self.on_damage = on_damage
         self.tokens = TokenSplit(path, split)
-        num_targets = self.tokens.num_tokens - 1
+        self._before = np.array([self.tokens.eod_id] if after_eod else [], np.int64)
+        num_targets = len(self._before) + self.tokens.num_tokens - 1
         if num_targets < 1:
             raise UserError(
                 f"{path} has no tokens in '{split}' to evaluate; prepare it with a held-out share"
@@ -294,8 +299,11 @@ class ValidationLoader:
             yield batch
 
     def _read(self, start: int, length: int) -> np.ndarray:
+        """Tokens of the split and of what comes before it."""
+        head = self._before[start : start + length]
+        first = start + len(head) - len(self._before)
         try:
-            return self.tokens.read(start, length)
+            return np.concatenate([head, self.tokens.read(first, length - len(head))])
         except UserError as error:
             if self.on_damage is None:
                 raise

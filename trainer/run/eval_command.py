@@ -158,6 +158,7 @@ def score(
                 rank=world.rank,
                 world_size=world.size,
                 confine_attention=config.data.confine_attention,
+                after_eod=source.text,
             )
             scores[source.name] = evaluate(model, loader, device)
     return scores

@@ -254,17 +254,20 @@ def test_mistakes_are_one_sentence(tmp_path, write_data) -> None:
     seq=st.integers(1, 9),
     micro=st.integers(1, 4),
     world_size=st.integers(1, 5),
+    after_eod=st.booleans(),
 )
 def test_validation_covers_every_token_once(
-    tmp_path_factory, write_data, shards: list[int], seq: int, micro: int, world_size: int
+    tmp_path_factory, write_data, shards: list[int], seq: int, micro: int, world_size: int, after_eod: bool
 ) -> None:
     tokens = list(range(10, 10 + sum(shards)))
     cuts = np.cumsum(shards)[:-1].tolist()
     data = [part.tolist() for part in np.split(np.array(tokens), cuts)]
     path = write_data(tmp_path_factory.mktemp("d") / "x", {"val": data}, num_bytes=777)
-    targets, lengths = [], set()
+    targets, inputs, lengths = [], [], set()
     for rank in range(world_size):
-        loader = ValidationLoader(path, seq_len=seq, micro_batch=micro, rank=rank, world_size=world_size)
+        loader = ValidationLoader(
+            path, seq_len=seq, micro_batch=micro, rank=rank, world_size=world_size, after_eod=after_eod
+        )
         batches = list(loader)
         lengths.add(len(batches))
         assert len(batches) == len(loader)
@@ -272,10 +275,11 @@ def test_validation_covers_every_token_once(
             assert batch.inputs.shape == (1, micro, seq)
             valid = batch.targets != IGNORE
             targets += batch.targets[valid].tolist()
-            assert torch.equal(batch.inputs[valid] + 1, batch.targets[valid])
-    assert targets == tokens[1:]
+            inputs += batch.inputs[valid].tolist()
+    read = [loader.tokens.eod_id, *tokens] if after_eod else tokens
+    assert (inputs, targets) == (read[:-1], read[1:])
     assert len(lengths) == 1
-    assert (loader.num_targets, loader.num_bytes) == (len(tokens) - 1, 777)
+    assert (loader.num_targets, loader.num_bytes) == (len(read) - 1, 777)
 
 
 def test_validation_of_some_windows_is_evenly_spaced_and_prorated(tmp_path, write_data) -> None:

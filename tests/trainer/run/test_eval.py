@@ -107,6 +107,7 @@ def test_prepared_data_and_text_in_one_and_two_processes(run, tiny_data, second,
         check(said["sources"][name], *sums[-1])
     files = sorted(texts.iterdir())
     tokens = [t for file in files for t in [*tokenizer.encode(file.read_text()), tokenizer.eod_id]]
+    tokens = [tokenizer.eod_id, *tokens]  # before a text, as before every document of the training
     sums.append((*plain(folder, tokens), sum(file.stat().st_size for file in files)))
     check(said["sources"]["texts"], *sums[-1])
     check(said, *(sum(values) for values in zip(*sums)))
