@@ -239,8 +239,8 @@ MAY_CHANGE_ON_RESUME = (
     "run.init_from",
 )
 """Keys (or whole sections) that may differ between the attempts of one run; data.path because a folder may
-have moved: its fingerprint, which the checkpoint holds, may not differ. Not logging.eval_split: one curve, and the loss that
-is expected of the run, are of one text."""
+have moved: its fingerprint, which the checkpoint holds, may not differ. Not logging.eval_split: one curve, and the loss
+that is expected of the run, are of one text."""
 
 BUDGET = ("budget.tokens", "budget.steps")
 """D, which may differ too where the schedule is wsd and its decay has not begun."""

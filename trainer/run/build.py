@@ -30,10 +30,13 @@ from stepline.trainer.run.sparsity import set_betas
 from stepline.trainer.run.step import all_sum
 
 
-def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -> Transformer:
+def build_model(
+    config: Config, device: torch.device, mesh: DeviceMesh | None, *, initial: bool = True
+) -> Transformer:
     """The initialised model, sharded over `mesh`; without a mesh (evaluation) it stays whole.
 
-    Where DeepSpeed shards (run/zero.py), it stays on the meta device until then.
+    Where DeepSpeed shards (run/zero.py), it stays on the meta device until then. initial: otherwise all parameters are
+    NaN, for whoever loads every one of them: to draw those of 8 billion takes minutes.
     """
     compute = compute_dtype(config)
     with torch.device("meta"):
@@ -76,6 +79,10 @@ def build_model(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
+    if not initial:
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        return model
     initialise(dict(model.named_parameters()), config)
     if config.optimizer.only == "adapters":
         load_frozen(model, config)

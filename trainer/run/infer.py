@@ -41,7 +41,7 @@ def load_run(
         config.precision.compute = "fp32"
     config.precision.fp8 &= fp8
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(config, device, mesh)
+    model = build_model(config, device, mesh, initial=False)
     load_weights(model, checkpoint, checksums=False)
     Sparsity(config, model).begin(read_state(checkpoint)["step"] - 1, watched=False)
     return model.eval(), config, checkpoint
