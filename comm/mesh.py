@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from stepline.comm import slurm
-from stepline.comm.rendezvous import attempt_store
+from stepline.comm.rendezvous import attempt_store, check_kinds
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 HOST_S = 1800.0
@@ -69,7 +69,7 @@ def start_process_group(world: World, device: torch.device, timeout_s: float) ->
     """Joins the default group: gloo for CPU tensors (checkpoint planning too), NCCL for CUDA tensors.
 
     A single process without a launcher needs no port. Raises `torch.distributed.DistNetworkError` when the
-    rendezvous port is taken, `DistStoreError` when other ranks do not come.
+    rendezvous port is taken, `DistStoreError` when other ranks do not come, `UnlikeDevices` when only some have a GPU.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options = {"timeout": timedelta(seconds=timeout_s)}
@@ -77,15 +77,23 @@ def start_process_group(world: World, device: torch.device, timeout_s: float) ->
         torch.cuda.set_device(device)
         if world.size > 1:  # one rank has nobody to connect to at once
             options["device_id"] = device
+    store = _store(world, options["timeout"])
+    if world.size > 1:
+        check_kinds(store, world.size, device.type, options["timeout"])
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, **options)
+
+
+def _store(world: World, timeout: timedelta) -> dist.Store:
+    """Where the ranks of this attempt meet."""
     if world.size == 1 and not all(name in os.environ for name in RENDEZVOUS):
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = (os.environ[name] for name in RENDEZVOUS)
-        store = dist.TCPStore(address, int(port), timeout=options["timeout"], wait_for_workers=False)
-        store = attempt_store(store, world.rank, world.size, options["timeout"])
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, **options)
-    else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, **options)
+        store = dist.TCPStore(address, int(port), timeout=timeout, wait_for_workers=False)
+        return attempt_store(store, world.rank, world.size, timeout)
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore("stepline", store)
 
 
 def limit_groups(timeout_s: float, host: dist.ProcessGroup) -> None:

@@ -1,5 +1,7 @@
-"""A part of the launcher's key-value store that belongs to one attempt alone."""
+"""What ranks tell each other by the launcher's key-value store before they connect: which part of it belongs to this
+attempt alone, and on what kind of device each of them is."""
 
+import socket
 import time
 import uuid
 from datetime import timedelta
@@ -7,6 +9,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 POLL_S = 0.02
+NAMED = 4
+"""Nodes without a GPU that are named."""
+
+
+class UnlikeDevices(Exception):
+    """Some ranks have a GPU and others have none."""
 
 
 def attempt_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -36,3 +44,22 @@ def attempt_store(store: dist.Store, rank: int, size: int, timeout: timedelta) -
             raise dist.DistStoreError(f"rank {min(missing)} did not come")
         time.sleep(POLL_S)
     return dist.PrefixStore(mine, store)
+
+
+def check_kinds(store: dist.Store, size: int, kind: str, timeout: timedelta) -> None:
+    """Raises UnlikeDevices, on all ranks, where some are on `cuda` and some on `cpu`: NCCL would wait for the latter
+    until it gives up. A collective; raises `DistStoreError` when ranks do not come within `timeout`."""
+    if kind != "cuda":
+        store.set(f"kind/without/{store.add('kind/without', 1)}", socket.gethostname())
+    if store.add("kind/told", 1) == size:
+        store.set("kind/all", "")
+    store.wait(["kind/all"], timeout)
+    without = store.add("kind/without", 0)
+    if not 0 < without < size:
+        return
+    hosts = sorted({store.get(f"kind/without/{i + 1}").decode() for i in range(without)})
+    named = ", ".join(hosts[:NAMED]) + (f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else "")
+    if store.add("kind/read", 1) == size:
+        store.set("kind/all read", "")
+    store.wait(["kind/all read"], timeout)  # the store may end with a rank
+    raise UnlikeDevices(f"{without} of {size} ranks have no usable GPU (on {named})")

@@ -4,10 +4,11 @@ import itertools
 import socket
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 
 from stepline.comm.consensus import Consensus, Wish
-from stepline.comm.rendezvous import attempt_store
+from stepline.comm.rendezvous import UnlikeDevices, attempt_store, check_kinds
 
 
 def decisions(steps: int) -> list[Wish]:
@@ -46,9 +47,35 @@ def attempts(port: int) -> list[list[str]]:
     return seen
 
 
-def test_an_attempt_reads_nothing_of_an_earlier_one(pool):
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_an_attempt_reads_nothing_of_an_earlier_one(pool):
     whole = [[f"{number}.{rank}" for rank in range(3)] for number in (0, 1)]
-    assert pool.run(3, attempts, port) == [[*whole, ["2.0", "2.1"]], [*whole, ["2.0", "2.1"]], whole]
+    assert pool.run(3, attempts, free_port()) == [[*whole, ["2.0", "2.1"]], [*whole, ["2.0", "2.1"]], whole]
+
+
+def told(port: int, kinds: list[str]) -> str | None:
+    rank = dist.get_rank()
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+    dist.barrier()
+    try:
+        check_kinds(store, len(kinds), kinds[rank], timedelta(seconds=20))
+    except UnlikeDevices as error:
+        return str(error)
+    finally:
+        dist.barrier()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "without"),
+    [("cuda cpu cuda", 1), ("cpu cpu cuda", 2), ("cuda cuda cuda", 0), ("cpu cpu cpu", 0)],
+)
+def test_ranks_without_a_gpu_beside_ranks_with_one(pool, kinds, without):
+    """Before NCCL, which would wait for them."""
+    says = f"{without} of 3 ranks have no usable GPU (on {socket.gethostname()})" if without else None
+    assert pool.run(3, told, free_port(), kinds.split()) == [says] * 3

@@ -118,6 +118,14 @@ def load_sources(paths: Sequence[Path], vocab_size: int) -> list[Meta]:
     return metas
 
 
+def load_for_run(paths: Sequence[Path], vocab_size: int, seq_len: int, eval_split: str) -> list[Meta]:
+    """As `load_sources`; raises UserError too where a source has no window to train on, or no text to validate on."""
+    metas = load_sources(paths, vocab_size)
+    check_held_out(paths, metas, eval_split)
+    check_windows(paths, metas, seq_len)
+    return metas
+
+
 def check_held_out(paths: Sequence[Path], metas: Sequence[Meta], split: str) -> None:
     """Raises UserError for a source without text in the split that a run validates on."""
     for path, meta in zip(paths, metas):

@@ -1,6 +1,8 @@
-"""How much memory this rank's device has: what the planner fits the layout into."""
+"""What devices this machine has, and how much memory this rank's: what the planner fits the layout into."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -20,3 +22,13 @@ def device_memory(device: torch.device, local_ranks: int) -> int | None:
     except (ValueError, OSError):  # not on every system
         return None
     return min(ram, memory_limit() or ram) // local_ranks
+
+
+def hardware_present() -> bool:
+    """Whether this machine has an NVIDIA GPU, usable or not."""
+    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
+
+
+def hides_gpus(visible: str | None) -> bool:
+    """Whether a value of CUDA_VISIBLE_DEVICES names no GPU."""
+    return visible is not None and not re.match(r"\s*\w", visible)

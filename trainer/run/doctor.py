@@ -14,6 +14,7 @@ from rich.console import Console
 from stepline.trainer.run import doctor_gpu as gpu
 from stepline.trainer.run import doctor_machine as machine
 from stepline.trainer.run import doctor_software as software
+from stepline.trainer.run.device_memory import hardware_present
 from stepline.trainer.run.doctor_ranks import Site, check_alike, check_shared, facts, hangs, talk
 from stepline.trainer.run.doctor_report import NARROW, Check, combine, is_broken, look, show, to_json
 from stepline.trainer.run.start import launched_world, pick_device
@@ -81,7 +82,7 @@ def local_checks(site: Site, code: dict[str, str]) -> list[Check]:
     if site.world.local_rank == 0:
         gpus = gpu.read_gpus()
         checks += [
-            look("gpus", gpu.check_gpus, gpus, local, gpu.hardware_present()),
+            look("gpus", gpu.check_gpus, gpus, local, hardware_present()),
             look("driver", lambda: gpu.check_driver(gpu.driver_cuda(), torch.version.cuda)),
             look("gpu links", gpu.check_links, gpus),
         ]

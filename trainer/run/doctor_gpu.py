@@ -4,11 +4,11 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from stepline.kernels.sparse_mm import loaded_version
+from stepline.trainer.run.device_memory import hides_gpus
 from stepline.trainer.run.doctor_report import Check, reason
 from stepline.trainer.run.doctor_software import run_tool
 from stepline.trainer.watch.peaks import peak_flops
@@ -54,11 +54,6 @@ def read_gpus() -> list[Gpu]:
     return found
 
 
-def hardware_present() -> bool:
-    """Whether this machine has an NVIDIA GPU, usable or not."""
-    return Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/version").exists()
-
-
 def check_gpus(gpus: Sequence[Gpu], local_ranks: int, present: bool) -> Check:
     """Names, memory, capability, bf16 and whether MFU can be shown.
 
@@ -69,7 +64,7 @@ def check_gpus(gpus: Sequence[Gpu], local_ranks: int, present: bool) -> Check:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         if build is None:
             why = "this torch is built for CPUs: install torch's CUDA build"
-        elif hidden is not None and not re.match(r"\s*[\w]", hidden):
+        elif hides_gpus(hidden):
             why = f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it"
         else:
             why = f"torch for CUDA {build} cannot use it ({_cuda_error()}): update the driver"

@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from stepline.comm import slurm
 from stepline.comm.mesh import World, check_rendezvous, start_process_group
+from stepline.comm.rendezvous import UnlikeDevices
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, read_run_config
 from stepline.trainer.config_resume import merge_for_resume
-from stepline.trainer.data.dataset import Meta, check_held_out, check_windows, load_sources
+from stepline.trainer.data.dataset import Meta, load_for_run
 from stepline.trainer.errors import DoesNotFit, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.hf.adapters import check_adapters
@@ -26,7 +27,7 @@ from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_bud
 from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, law_of_resumed, resolve, settler
-from stepline.trainer.run.device_memory import device_memory
+from stepline.trainer.run.device_memory import device_memory, hardware_present, hides_gpus
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
 from stepline.trainer.run.manifest import read_state, step_of
@@ -35,6 +36,10 @@ from stepline.trainer.run.products import cannot_compile_fp8, check_products_of_
 from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.run.zero import check_installed
+
+UNUSED_GPU = (
+    "this machine has a GPU that torch cannot use: this run uses the CPU (`stepline doctor` says why)"
+)
 
 
 @dataclass
@@ -91,7 +96,10 @@ def pick_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
             f"run.device is cuda but this machine has {gpus} GPUs for {world.local_size} ranks; start {gpus} ranks"
         )
     if asked == "cpu" or gpus == 0:
-        return torch.device("cpu"), []
+        unused = (
+            asked == "auto" and hardware_present() and not hides_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        )
+        return torch.device("cpu"), [UNUSED_GPU] if unused else []
     if gpus < world.local_size:
         note = f"{gpus} GPUs cannot serve {world.local_size} ranks: this run uses the CPU"
         return torch.device("cpu"), [note]
@@ -126,6 +134,10 @@ def join(world: World, device: torch.device, timeout_s: float) -> None:
         raise UserError(
             f"not all {world.size} ranks came within {timeout_s:g} s (parallel.timeout_s): "
             f"{str(error).splitlines()[0]}"
+        ) from error
+    except UnlikeDevices as error:
+        raise UserError(
+            f"{error}; leave those nodes out, or set run.device=cpu for all (`stepline doctor` there says more)"
         ) from error
     except dist.DistBackendError as error:  # NCCL's, which connects at once
         if (found := re.search(r"Duplicate GPU detected.*", str(error))) is None:
@@ -170,9 +182,7 @@ def start_job(
         return Job(config, origins, world, device, [], None)
 
     sources = [source.path for source in config.data.folders()]
-    metas = load_sources(sources, config.model.vocab_size)
-    check_held_out(sources, metas, config.logging.eval_split)
-    check_windows(sources, metas, config.data.seq_len)
+    metas = load_for_run(sources, config.model.vocab_size, config.data.seq_len, config.logging.eval_split)
     if resume_from is None and config.run.init_from is not None:
         check_weights(config)
         notes += other_tokenizer(config, metas[0])

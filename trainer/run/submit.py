@@ -9,10 +9,10 @@ from pathlib import Path
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import Origins, load_config, read_run_config
 from stepline.trainer.config_resume import merge_for_resume
-from stepline.trainer.data.dataset import check_held_out, check_windows, load_sources
+from stepline.trainer.data.dataset import load_for_run
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import write_whole
-from stepline.trainer.plan.resolve import Machine, resolve
+from stepline.trainer.plan.resolve import Machine, law_of_resumed, resolve
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.manifest import find_checkpoint, step_of
 from stepline.trainer.run.slurm import (
@@ -131,19 +131,18 @@ def check_run(config: Config, origins: Origins, layout: Layout, ask: Request) ->
     """Raises UserError for what would end the job at its start; looks at files only."""
     folder = config.run.folder
     check_folder(folder)
-    resume_from, _ = checkpoint_to_resume(folder, ask.resume)
+    (resume_from, _), law = checkpoint_to_resume(folder, ask.resume), None
     if resume_from is not None:
         config, origins = merge_for_resume(read_run_config(folder), config, origins, step_of(resume_from))
+        law, _ = law_of_resumed(config)
     elif config.run.init_from is not None:
         find_checkpoint(config.run.init_from, checksums=False)
     sources = [source.path for source in config.data.folders()]
-    metas = load_sources(sources, config.model.vocab_size)
-    check_held_out(sources, metas, config.logging.eval_split)
-    check_windows(sources, metas, config.data.seq_len)
+    metas = load_for_run(sources, config.model.vocab_size, config.data.seq_len, config.logging.eval_split)
     corpus = sum(meta.splits["train"].tokens for meta in metas)
     device = "cuda" if layout.gpus else "cpu"
     machine = Machine(ask.nodes * layout.ranks, device, bf16=layout.gpus > 0, node_ranks=layout.ranks)
-    resolve(config, origins, machine, corpus)
+    resolve(config, origins, machine, corpus, law)
 
 
 def render(ask: Request, layout: Layout, run: Path) -> str:
@@ -151,6 +150,8 @@ def render(ask: Request, layout: Layout, run: Path) -> str:
     logs, options = run / "logs" / "slurm", option_lines(ask.sbatch_options)
     if layout.gpus:
         options = f"#SBATCH --gpus-per-node={layout.gpus}\n{options}"
+    # otherwise a node whose GPUs are gone would train on its CPU
+    device = ["run.device=cuda"] if layout.gpus else []
     resume = [] if ask.resume in ("auto", "never") else ["--resume", ask.resume]  # a requeued job must go on
     values = {
         "name": directive(f"stepline-{run.name}"),
@@ -167,6 +168,6 @@ def render(ask: Request, layout: Layout, run: Path) -> str:
         "threads": layout.cpus_per_rank,
         "grace": max(ask.lead - HAND_OVER_S, ask.lead // 2),
         "ranks": layout.ranks,
-        "command": shlex.join(["train", ask.config, *ask.overrides, *resume]),
+        "command": shlex.join(["train", ask.config, *ask.overrides, *device, *resume]),
     }
     return fill(template("train.sbatch"), values)

@@ -3,19 +3,21 @@
 import json
 import runpy
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from stepline.comm.mesh import World
-from stepline.trainer.config_io import read_run_config
+from stepline.trainer.config_io import load_config, read_run_config
 from stepline.trainer.data.dataset import load_meta
 from stepline.trainer.errors import UserError
 from stepline.trainer.plan.expect import held_out_text
 from stepline.trainer.run.attempt import Attempt
 from stepline.trainer.run.manifest import read_state
 from stepline.trainer.run.start import start_job
+from stepline.trainer.run.submit import Layout, Request, check_run
 from stepline.trainer.watch.report.read import read_run
 
 law_file = runpy.run_path(str(Path(__file__).with_name("test_expected.py")))["law_file"]
@@ -121,6 +123,14 @@ def test_twenty_steps_become_thirty(train, tiny_config, tiny_data, tmp_path, mon
     assert (job.config.optimizer.lr, job.expected.loss) == (5e-3, plan["expected_final_loss"]["loss"])
     with pytest.raises(UserError, match="no law file"):
         start_job(str(tiny_config), [f"run.folder={tmp_path / 'new'}", *thirty], "auto", one)
+    ask, layout = Request(str(tiny_config), [], resume="step-000012"), Layout(0, 1, 1)
+    check_run(*load_config(str(tiny_config), [f"run.folder={folder}", *thirty]), layout, ask)
+    with pytest.raises(UserError, match="no law file"):
+        check_run(
+            *load_config(str(tiny_config), [f"run.folder={tmp_path / 'new'}", *thirty]),
+            layout,
+            replace(ask, resume="auto"),
+        )
 
 
 def left_by_a_signal(chosen: bool) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stepline.comm.mesh import World
+from stepline.comm.rendezvous import UnlikeDevices
 from stepline.trainer.errors import UserError
 from stepline.trainer.run import launch, start
 from stepline.trainer.run.launch import run_training
@@ -157,6 +158,30 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
         pick_device("cuda", eight)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")  # torchrun's ranks share the task's
     assert pick_device("auto", four)[0].type == "cpu"
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+@pytest.mark.parametrize("visible", [None, "0", ""])
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, asked, visible):
+    monkeypatch.setattr(start, "hardware_present", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    device, notes = pick_device(asked, World(0, 1, 0, 1))
+    assert device.type == "cpu"
+    assert notes == ([start.UNUSED_GPU] if asked == "auto" and visible != "" else [])
+
+
+def test_one_node_without_its_gpus(monkeypatch):
+    def unlike(*_):
+        raise UnlikeDevices("1 of 2 ranks have no usable GPU (on b)")
+
+    monkeypatch.setattr(start, "start_process_group", unlike)
+    with pytest.raises(
+        UserError, match=r"^1 of 2 ranks have no usable GPU \(on b\); leave those nodes out, or set"
+    ):
+        start.join(World(0, 2, 0, 1), torch.device("cuda", 0), 10.0)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,9 @@ def test_the_script(tmp_path):
     script = render(ask, layout_of(ask, "auto"), tmp_path / "a run")
     for line in ("--nodes=2", "--gpus-per-node=8", "--signal=USR1@300", "--requeue", "--partition=gpu"):
         assert f"#SBATCH {line}\n" in script
-    assert "train dense-1b 'data.path=my data'" in script
+    assert (
+        "train dense-1b 'data.path=my data' run.device=cuda\n" in script
+    )  # no node may take its CPU instead
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -142,6 +144,8 @@ def test_the_script(tmp_path):
 def test_a_checkpoint_to_go_on_from_stands_in_the_script(tmp_path, resume, command):
     """Not `never`, with which a requeued job would refuse its own run: that is checked when the job is handed in."""
     ask = Request("dense-1b", [], resume=resume)
+    assert f"train dense-1b run.device=cuda{command}\n" in render(ask, layout_of(ask, "auto"), tmp_path)
+    ask = replace(ask, ranks_per_node=2)
     assert f"train dense-1b{command}\n" in render(ask, layout_of(ask, "auto"), tmp_path)
 
 
