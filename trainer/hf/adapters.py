@@ -62,17 +62,19 @@ def freeze(model: nn.Module) -> None:
 
 
 def load_frozen(model: nn.Module, config: Config) -> None:
-    """Fills what is frozen, at the start of every attempt, from the checkpoint that run.init_from names."""
-    path = config.run.init_from
+    """Fills what is frozen, at the start of every attempt, from the checkpoint that run.init_from names, whose files
+    have been read and found sound."""
+    path = find_checkpoint(config.run.init_from, checksums=False)
     frozen = {f"model.{name}": p.data for name, p in model.named_parameters() if not p.requires_grad}
-    for checkpoint, names in holders(path, frozen).items():
+    for checkpoint, names in holders(path, frozen, checksums=False).items():
         load_tensors(checkpoint, {name: frozen[name] for name in names})
 
 
-def holders(checkpoint: Path, names: Collection[str]) -> dict[Path, list[str]]:
+def holders(checkpoint: Path, names: Collection[str], *, checksums: bool = True) -> dict[Path, list[str]]:
     """Which checkpoint holds which of these tensors: this one, or those that runs of adapters alone started from.
 
-    What none holds is left to the last one, so that reading it says what is missing.
+    What none holds is left to the last one, so that reading it says what is missing. checksums: whether the files of
+    the others are read and compared.
     """
     found: dict[Path, list[str]] = {}
     rest = list(names)
@@ -82,14 +84,27 @@ def holders(checkpoint: Path, names: Collection[str]) -> dict[Path, list[str]]:
         rest = [name for name in rest if name not in known]
         if not rest:
             break
-        config = (
-            read_run_config(run_of(checkpoint)) if (run_of(checkpoint) / "config.yaml").is_file() else None
-        )
-        if config is None or config.optimizer.only != "adapters" or config.run.init_from is None:
+        if (base := base_of(checkpoint)) is None:
             found[checkpoint] += rest
             break
-        checkpoint = find_checkpoint(config.run.init_from)
+        checkpoint = find_checkpoint(base, checksums=checksums)
     return {path: part for path, part in found.items() if part}
+
+
+def base_of(checkpoint: Path) -> Path | None:
+    """What the run of a checkpoint started from, where it has trained adapters alone and so holds no other weights."""
+    run = run_of(checkpoint)
+    config = read_run_config(run) if (run / "config.yaml").is_file() else None
+    return config.run.init_from if config is not None and config.optimizer.only == "adapters" else None
+
+
+def initial_checkpoints(path: Path | None) -> list[Path]:
+    """The checkpoint that run.init_from names, and those which hold what it does not."""
+    found = []
+    while path is not None:
+        found.append(find_checkpoint(path, checksums=False))
+        path = base_of(found[-1])
+    return found
 
 
 def pretrained(model: Transformer, checkpoint: Path) -> bool:

@@ -29,9 +29,9 @@ from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import USER_ERROR, Unreadable, UserError
 from stepline.trainer.run.evaluate import Score, evaluate
 from stepline.trainer.run.infer import load_run, tokenizer_path
-from stepline.trainer.run.manifest import damaged, find_checkpoint, run_of
+from stepline.trainer.run.manifest import find_checkpoint, run_of
 from stepline.trainer.run.start import join, launched_world, pick_device
-from stepline.trainer.run.stored import damages_by_all
+from stepline.trainer.run.stored import check_by_all
 
 TOKENS_AT_ONCE = 8192
 """Of a micro-batch."""
@@ -212,8 +212,7 @@ def _same_checkpoint(found: Path, world: World) -> Path:
     """Rank 0's on all ranks, as a run that is still training makes new ones; its files read and found sound by all of
     them together. Raises UserError."""
     checkpoint = _gather(found, world)[0]
-    if problems := damages_by_all(checkpoint):
-        raise damaged(checkpoint, problems[0])
+    check_by_all([checkpoint])
     return checkpoint
 
 

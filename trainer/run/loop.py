@@ -17,10 +17,10 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import write_config
 from stepline.trainer.errors import DONE, FAILED, TO_BE_CONTINUED, USER_ERROR, TrainingStopped, UserError
 from stepline.trainer.files import write_whole
+from stepline.trainer.hf.adapters import initial_checkpoints
 from stepline.trainer.optim.schedule import learning_rate_multiplier
 from stepline.trainer.plan.explain import plan_json
 from stepline.trainer.run.attempt import Attempt, go_on, refuse_damaged_data, verify_data
-from stepline.trainer.run.manifest import find_checkpoint
 from stepline.trainer.run.outcome import note_begun
 from stepline.trainer.run.products import choose_products
 from stepline.trainer.run.profile import profiler
@@ -28,6 +28,7 @@ from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepMeasures, all_max, train_step
+from stepline.trainer.run.stored import check_by_all
 from stepline.trainer.run.together import together
 from stepline.trainer.run.validation import validation_due
 from stepline.trainer.run.watchdog import SPARE_S
@@ -60,14 +61,17 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
     group = dist.new_group(backend="gloo")  # of the host's own bookkeeping
     verifier = verify_data(job, group)
     refuse_damaged_data(verifier, group)
+    reads_initial = job.resume_from is None or config.optimizer.only == "adapters"
+    initial = together(lambda: initial_checkpoints(config.run.init_from) if reads_initial else [], group)
+    check_by_all(initial, group)
     state = TrainState.create(config, device, mesh, world.rank, job.fingerprints)
     state.loader.on_damage = verifier.report
     limit_groups(config.parallel.timeout_s + SPARE_S, group)
     if job.resume_from is not None:
         go_on(job, state, group)
     elif config.run.init_from is not None:
-        source = together(lambda: find_checkpoint(config.run.init_from), group)
-        loaded = load_weights(state.model, source, state.synchronizer.masters(), checksums=False)
+        masters = state.synchronizer.masters()
+        loaded = load_weights(state.model, initial[0], masters, checksums=False, of_base=False)
         log.info("weights from %s", loaded)
         state.synchronizer.adopt()
     if (name := state.first_difference()) is not None:

@@ -199,7 +199,9 @@ def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_weights(config: Config) -> None:
     """Raises UserError, before anything starts, where what run.init_from names has a parameter in another shape."""
-    checkpoint = find_checkpoint(config.run.init_from)
+    checkpoint = find_checkpoint(
+        config.run.init_from, checksums=False
+    )  # the ranks share that once they have met
     with torch.device("meta"):
         model = Transformer(config.model)
     shapes, anew = stored_shapes(checkpoint), pretrained(model, checkpoint)
@@ -216,19 +218,25 @@ def check_weights(config: Config) -> None:
 
 
 def load_weights(
-    model: nn.Module, path: Path, masters: Mapping[str, torch.Tensor] = EMPTY, *, checksums: bool = True
+    model: nn.Module,
+    path: Path,
+    masters: Mapping[str, torch.Tensor] = EMPTY,
+    *,
+    checksums: bool = True,
+    of_base: bool = True,
 ) -> Path:
     """Fills the model from another run or checkpoint; returns the checkpoint. Raises UserError.
 
     masters: what holds the values of parameters, by name, where they are not in the parameters themselves. checksums:
-    whether all files are read and compared first, as `find_checkpoint` does.
+    whether all files are read and compared first, as `find_checkpoint` does; of_base: those of the checkpoints that it
+    leaves weights to.
 
     The weights of a dense run may become sparse: their betas are computed then. A model with adapters may start from a
     checkpoint of standard blocks (hf/adapters.py). A synchroniser over the model must be told (`adopt`).
     """
     checkpoint, tensors = find_checkpoint(path, checksums=checksums), model_tensors(model)
     tensors |= {f"model.{name}": tensor for name, tensor in masters.items()}
-    held = holders(checkpoint, tensors)
+    held = holders(checkpoint, tensors, checksums=of_base)
     known = set().union(*(stored_names(holder) for holder in {checkpoint, *held}))
     betas = {id(beta) for _, _, beta in sparse_weights(model)}
     without_beta = {name for name, tensor in tensors.items() if id(tensor) in betas and name not in known}
@@ -238,8 +246,9 @@ def load_weights(
     if pretrained(model, checkpoint):
         start_adapters(model, checkpoint, tensors)
     else:
-        for holder, names in holders(checkpoint, tensors).items():
-            load_tensors(holder, {name: tensors[name] for name in names})
+        for holder, names in held.items():
+            if own := {name: tensors[name] for name in names if name in tensors}:
+                load_tensors(holder, own)
     if without_canon:
         log.info("%s has no Canon layers like these: they start as ones that do nothing", checkpoint)
     if not betas and any(name.endswith("beta") and name.startswith("model.") for name in known):

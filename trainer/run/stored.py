@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -92,6 +93,14 @@ def damages_by_all(checkpoint: Path, group: dist.ProcessGroup | None = None) -> 
         return damages(checkpoint, dist.get_rank(group), dist.get_world_size(group))
 
     return sorted({problem for part in gathered(together(mine, group), group) for problem in part})
+
+
+def check_by_all(checkpoints: Sequence[Path], group: dist.ProcessGroup | None = None) -> None:
+    """Raises UserError on all ranks where one of these is damaged. A collective, with as many on every rank: the ranks
+    share the reading."""
+    for checkpoint in checkpoints:
+        if problems := damages_by_all(checkpoint, group):
+            raise damaged(checkpoint, problems[0])
 
 
 def sound_checkpoint(

@@ -125,8 +125,16 @@ def test_what_one_rank_cannot_read_ends_all_in_one_sentence(pool, tiny_config, t
     options = ["budget.steps=4", f"run.folder={first}"]
     assert pool.run(2, one_rank, str(tiny_config), options, init=False) == [0, 0]
     begin = ["budget.steps=4", f"run.folder={second}", f"run.init_from={first}"]
-    found = pool.run(2, stale, str(tiny_config), begin, "loop", "find_checkpoint", 1, "never", init=False)
+    found = pool.run(2, stale, str(tiny_config), begin, "loop", "initial_checkpoints", 1, "never", init=False)
     assert (found, message(second)) == ([2, 2], says)
+    (newest,) = complete_checkpoints(first)
+    part = newest / "__1_0.distcp"  # each rank reads a share of the files
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert pool.run(2, one_rank, str(tiny_config), begin, init=False) == [2, 2]
+    assert message(second).startswith(f"the checkpoint {newest} is damaged; its run has no earlier one ({part.name}")
+    part.write_bytes(whole)
+    assert pool.run(2, one_rank, str(tiny_config), begin, init=False) == [0, 0]
     options = ["budget.steps=2", f"run.folder={second}", "checkpoint.every=1"]
     shutil.rmtree(second)
     assert pool.run(1, one_rank, str(tiny_config), options, init=False) == [0]
