@@ -12,10 +12,10 @@ import typer
 from stepline.trainer.cli_cluster import doctor, submit
 from stepline.trainer.cli_hf import export, import_folder
 from stepline.trainer.cli_laws import laws_app, sweep
-from stepline.trainer.cli_options import Json, Overrides
+from stepline.trainer.cli_options import Device, Json, Overrides
 from stepline.trainer.cli_report import report
 from stepline.trainer.cli_usage import UsageError, usage_sentence
-from stepline.trainer.errors import USER_ERROR, UserError, speaks
+from stepline.trainer.errors import USER_ERROR, UserError, refused_by_system, speaks
 
 app = typer.Typer(
     name="stepline",
@@ -156,12 +156,13 @@ def train(
 
     try:  # so that a mistake in it is told at once, not after torch's import
         load_config(config, overrides or [])
-    except UserError as error:
+    except (UserError, OSError) as error:
+        mistake = refused_by_system(error) if isinstance(error, OSError) else error
         if not dry_run and speaks():
             from stepline.trainer.run.refusal import note_refusal
 
-            note_refusal(config, overrides or [], error)
-        raise
+            note_refusal(config, overrides or [], mistake)
+        raise mistake from error
     from stepline.trainer.run.launch import dry_run as show
     from stepline.trainer.run.launch import run_training
 
@@ -201,6 +202,7 @@ def evaluate(
         typer.Option(help="Of prepared folders: val, tune or train; repeatable. \\[default: val]"),
     ] = None,
     text_key: Annotated[str, typer.Option(help="Field of .jsonl and .parquet rows with the text.")] = "text",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a trained model, for each source of text and together.
@@ -211,7 +213,7 @@ def evaluate(
     """
     from stepline.trainer.run.eval_command import run_eval
 
-    run_eval(run, data, split or ["val"], text_key, as_json)
+    run_eval(run, data, split or ["val"], text_key, as_json, device)
 
 
 @app.command()
@@ -222,6 +224,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens up to this mass.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the draws, 0 or more.")] = 0,
+    device: Device = "auto",
 ) -> None:
     """Continue a text with a trained model.
 
@@ -232,7 +235,7 @@ def generate(
     from stepline.trainer.run.generate import generate_text
 
     for piece in generate_text(
-        run, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        run, prompt, device, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     ):
         print(piece, end="", flush=True)
     print()
@@ -258,6 +261,10 @@ def main() -> None:
         if type(error).__name__ != "NoArgsIsHelpError" and not silent:
             sentence = usage_sentence(error, typer.main.get_command(app), sys.argv[1:])
             print(f"error: {sentence}", file=sys.stderr)
+    except OSError as error:
+        problem = refused_by_system(error)
+        if not silent:
+            print(f"error: {problem}", file=sys.stderr)
     except typer.Abort:  # Ctrl-C, in older versions of typer
         sys.exit(130)
     sys.exit(USER_ERROR)

@@ -30,6 +30,13 @@ class Unreadable(UserError):
         super().__init__(f"{path} cannot be read ({why}); mend that and start the same command again")
 
 
+def refused_by_system(error: OSError) -> UserError:
+    """What the system refuses to do with a file, as a sentence; raises the error itself where it is of no file."""
+    if error.filename is None:
+        raise error
+    return UserError(f"{error.filename}: {error.strerror}; mend that and start the same command again")
+
+
 def speaks() -> bool:
     """Whether this process says a user's mistake: until the ranks meet all find the same, and one of each node says it.
 

@@ -152,3 +152,31 @@ def test_exit_codes_stay(monkeypatch, capsys):
     # a script's own values, then what its caller adds
     assert run(monkeypatch, "plan", "tiny", "optimizer.lr=1e-3", "optimizer.lr=2e-3", "--json") == 0
     assert json.loads(capsys.readouterr().out)["lr"] == 2e-3
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        (["eval", f"/tmp/{LONG}"], f"/tmp/{LONG}/COMPLETE"),
+        (["generate", f"/tmp/{LONG}", "--prompt", "a"], f"/tmp/{LONG}/COMPLETE"),
+        (["plan", f"/tmp/{LONG}.yaml"], f"/tmp/{LONG}.yaml"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(monkeypatch, capsys, words, file):
+    """As a folder without rights is: of a name that no file can have, root is told too."""
+    assert run(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {file}: File name too long; mend that and start the same command again\n"
+
+
+def test_an_error_of_no_file_is_no_mistake(monkeypatch):
+    def fails(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("stepline.trainer.cli.app", fails)
+    monkeypatch.setattr(sys, "argv", ["stepline", "plan"])
+    with pytest.raises(BrokenPipeError):
+        main()

@@ -14,10 +14,10 @@ from rich.console import Console
 from stepline.trainer.run import doctor_gpu as gpu
 from stepline.trainer.run import doctor_machine as machine
 from stepline.trainer.run import doctor_software as software
-from stepline.trainer.run.device_memory import hardware_present
+from stepline.trainer.run.devices import hardware_present, pick_device
 from stepline.trainer.run.doctor_ranks import Site, check_alike, check_shared, facts, hangs, talk
 from stepline.trainer.run.doctor_report import NARROW, Check, combine, is_broken, look, show, to_json
-from stepline.trainer.run.start import launched_world, pick_device
+from stepline.trainer.run.start import launched_world
 
 
 def run_doctor(folder: str, as_json: bool, thorough: bool = False, timeout_s: float = 60.0) -> int:

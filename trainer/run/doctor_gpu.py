@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from stepline.kernels.sparse_mm import loaded_version
-from stepline.trainer.run.device_memory import hides_gpus
+from stepline.trainer.run.devices import hides_gpus
 from stepline.trainer.run.doctor_report import Check, reason
 from stepline.trainer.run.doctor_software import run_tool
 from stepline.trainer.watch.peaks import peak_flops

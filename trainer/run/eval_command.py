@@ -28,9 +28,9 @@ from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import USER_ERROR, Unreadable, UserError
 from stepline.trainer.run.evaluate import Score, evaluate
-from stepline.trainer.run.infer import load_run, tokenizer_path
+from stepline.trainer.run.infer import device_for, load_run, must_fit, tokenizer_path
 from stepline.trainer.run.manifest import find_checkpoint, run_of
-from stepline.trainer.run.start import join, launched_world, pick_device
+from stepline.trainer.run.start import join, launched_world
 from stepline.trainer.run.stored import check_by_all
 
 TOKENS_AT_ONCE = 8192
@@ -49,21 +49,24 @@ class Source:
     """Whether `path` is text, all of which is to be tokenised."""
 
 
-def run_eval(path: Path, data: Sequence[Path], splits: Sequence[str], text_key: str, as_json: bool) -> None:
+def run_eval(
+    path: Path, data: Sequence[Path], splits: Sequence[str], text_key: str, as_json: bool, asked: str = "auto"
+) -> None:
     """Evaluates on all ranks, which FSDP2 shards the model over, and prints on rank 0.
 
-    Raises UserError; where other ranks of a node say the same, SystemExit.
+    asked: the kind of device, or auto. Raises UserError; where other ranks of a node say the same, SystemExit.
     """
     world = launched_world()
     with _said_once(world):
         checkpoint = find_checkpoint(path, checksums=world.size == 1)
         config = read_run_config(run_of(checkpoint))
         sources = find_sources(config, data, splits)
-        device, notes = pick_device("auto", world)
+        device, notes = device_for(asked, world)
         if world.size > 1:
             join(world, device, config.parallel.timeout_s)
             checkpoint = _same_checkpoint(checkpoint, world)
-    scores = score(checkpoint, config, sources, device, world, text_key)
+    with must_fit(device):
+        scores = score(checkpoint, config, sources, device, world, text_key)
     if world.size > 1:  # after an error the other ranks may be gone
         dist.destroy_process_group()
     if world.rank:
@@ -77,7 +80,7 @@ def evaluate_run(path: Path, data: Path, split: str = "val") -> dict[str, float]
     """Loss and bits per byte of a run on one split of a prepared data folder, in this process."""
     checkpoint = find_checkpoint(path)
     config = read_run_config(run_of(checkpoint))
-    device = pick_device("auto", ALONE)[0]
+    device, _ = device_for("auto", ALONE)
     (one,) = score(checkpoint, config, find_sources(config, [data], [split]), device, ALONE).values()
     return one.row()
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepline.comm.mesh import World
 from stepline.kernels.sparse24 import sparse_weight
 from stepline.models.cache import KVCache
 from stepline.models.sparse_linear import mode_of, sparse_weights
 from stepline.models.transformer import Transformer
 from stepline.trainer.errors import UserError
-from stepline.trainer.run.infer import load_run, run_tokenizer
+from stepline.trainer.run.infer import device_for, load_run, must_fit, run_tokenizer
 
 CONTEXT_OF_TEXT = 8
 """Tokens of the prompt before which new ones are decoded."""
@@ -97,8 +98,11 @@ def check_sampling(*, temperature: float = 0, top_p: float = 1, seed: int = 0, *
         raise UserError(f"--seed is {seed}; it must be a whole number of at least 0 and below 2**63")
 
 
-def generate_text(path: Path, prompt: str, *, max_tokens: int = 128, **options: float) -> Iterator[str]:
-    """Yields the prompt, then its continuation as text, piece by piece; options: those of `sample`.
+def generate_text(
+    path: Path, prompt: str, asked: str = "auto", *, max_tokens: int = 128, **options: float
+) -> Iterator[str]:
+    """Yields the prompt, then its continuation as text, piece by piece; asked: the kind of device, or auto; options:
+    those of `sample`.
 
     Where the run's window may become too short, standard error says so beforehand. Raises UserError.
     """
@@ -107,8 +111,10 @@ def generate_text(path: Path, prompt: str, *, max_tokens: int = 128, **options: 
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("--prompt is not valid UTF-8; give it as UTF-8 text") from None
-    model, config, _ = load_run(path, fp8=False)
-    settle(model)
+    device, _ = device_for(asked, World(0, 1, 0, 1))
+    with must_fit(device):
+        model, config, _ = load_run(path, device, fp8=False)
+        settle(model)
     tokenizer, context = run_tokenizer(config), config.data.seq_len
     # A text begins where another ends: end-of-document is what the model saw before every document.
     ids = [tokenizer.eod_id, *tokenizer.encode(prompt)]

@@ -1,10 +1,13 @@
 """A trained model, loaded from a run or one of its checkpoints."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from stepline.comm.mesh import World
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
@@ -12,10 +15,33 @@ from stepline.trainer.data.dataset import Meta, load_meta
 from stepline.trainer.data.tokenizer import Tokenizer, load_tokenizer
 from stepline.trainer.errors import UserError
 from stepline.trainer.run.build import build_model
+from stepline.trainer.run.devices import pick_device
 from stepline.trainer.run.folder import TOKENIZER
 from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
 from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.state import load_weights
+
+
+def device_for(asked: str, world: World) -> tuple[torch.device, list[str]]:
+    """The device of --device, auto, cpu or cuda, and what was done instead of what one would expect; raises
+    UserError."""
+    if asked not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device is {asked}; it must be auto, cpu or cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda but this machine has no usable GPU; use cpu or auto")
+    return pick_device(asked, world)
+
+
+@contextlib.contextmanager
+def must_fit(device: torch.device) -> Iterator[None]:
+    """Raises UserError where the GPU has not the memory for what is done within."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} has not enough free memory for this model; use --device cpu, or share it among more ranks "
+            "(`torchrun … -m stepline.trainer eval`)"
+        ) from error
 
 
 def load_run(

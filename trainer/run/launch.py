@@ -24,10 +24,11 @@ from stepline.trainer.errors import (
     ToBeContinued,
     TrainingStopped,
     UserError,
+    refused_by_system,
     speaks,
 )
 from stepline.trainer.run.alike import check_ranks_alike
-from stepline.trainer.run.device_memory import device_memory
+from stepline.trainer.run.devices import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
 from stepline.trainer.run.lock import only_one
 from stepline.trainer.run.malloc import keep_freed_memory
@@ -82,12 +83,13 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
                 return code
             number, stacks = _start_logs(job)
             _keep_tokenizer(job)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            mistake = refused_by_system(error) if isinstance(error, OSError) else error
             if says or _alone(stop):
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {mistake}", file=sys.stderr)
                 held.close()
                 waits = not says and not dist.is_initialized()  # rank 0, for this one
-                note_refusal(config, overrides, error, stop.launcher if waits else None)
+                note_refusal(config, overrides, mistake, stop.launcher if waits else None)
             return USER_ERROR
         try:
             code = _run(job, stop, number, stacks)

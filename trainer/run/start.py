@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stepline.comm import slurm
 from stepline.comm.mesh import World, check_rendezvous, start_process_group
 from stepline.comm.rendezvous import UnlikeDevices
 from stepline.trainer.config import Config
@@ -27,7 +26,7 @@ from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_bud
 from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
 from stepline.trainer.plan.resolve import Machine, law_of_resumed, resolve, settler
-from stepline.trainer.run.device_memory import device_memory, hardware_present, hides_gpus
+from stepline.trainer.run.devices import device_memory, pick_device
 from stepline.trainer.run.folder import check_folder, checkpoint_to_resume
 from stepline.trainer.run.infer import other_tokenizer
 from stepline.trainer.run.manifest import read_state, step_of
@@ -36,10 +35,6 @@ from stepline.trainer.run.products import cannot_compile_fp8, check_products_of_
 from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.run.zero import check_installed
-
-UNUSED_GPU = (
-    "this machine has a GPU that torch cannot use: this run uses the CPU (`stepline doctor` says why)"
-)
 
 
 @dataclass
@@ -82,28 +77,6 @@ class Job:
     def fingerprints(self) -> list[str]:
         """What identifies the data, in the order of the sources."""
         return [meta.fingerprint for meta in self.metas]
-
-
-def pick_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
-    """The device of this rank, and what was done instead of what one would expect."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked != "cpu" and 0 < gpus < world.local_size and slurm.gave_gpus_to_tasks(gpus, world.local_size):
-        return torch.device("cuda", 0), []
-    if asked == "cuda" and gpus == 0:
-        raise UserError("run.device is cuda but this machine has no usable GPU; use run.device=cpu or auto")
-    if asked == "cuda" and gpus < world.local_size:
-        raise UserError(
-            f"run.device is cuda but this machine has {gpus} GPUs for {world.local_size} ranks; start {gpus} ranks"
-        )
-    if asked == "cpu" or gpus == 0:
-        unused = (
-            asked == "auto" and hardware_present() and not hides_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        )
-        return torch.device("cpu"), [UNUSED_GPU] if unused else []
-    if gpus < world.local_size:
-        note = f"{gpus} GPUs cannot serve {world.local_size} ranks: this run uses the CPU"
-        return torch.device("cpu"), [note]
-    return torch.device("cuda", world.local_rank), []
 
 
 def launched_world(*, rendezvous: bool = True) -> World:

@@ -10,7 +10,7 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.plan.memory import PARTS
 from stepline.trainer.run import start
 from stepline.trainer.run.alike import check_ranks_alike
-from stepline.trainer.run.device_memory import device_memory
+from stepline.trainer.run.devices import device_memory
 from stepline.trainer.run.launch import dry_run
 
 

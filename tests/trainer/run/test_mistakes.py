@@ -4,13 +4,15 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 
 from stepline.comm.mesh import World
 from stepline.trainer.config_io import load_config
 from stepline.trainer.errors import UserError
 from stepline.trainer.hf.adapters import check_adapters
-from stepline.trainer.run.eval_command import evaluate_run
+from stepline.trainer.run import eval_command, generate
+from stepline.trainer.run.eval_command import evaluate_run, run_eval
 from stepline.trainer.run.folder import check_folder
 from stepline.trainer.run.generate import generate_text
 from stepline.trainer.run.launch import dry_run, run_training
@@ -126,6 +128,39 @@ def test_options_of_generate(tmp_path, options):
     (name,) = options
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is .*; it must be"):
         next(generate_text(tmp_path, "a", **options))
+
+
+def test_data_that_the_system_refuses(tiny_config, tmp_path, capsys):
+    """Before ranks have met; as a folder without rights is."""
+    data, folder = f"/tmp/{'a' * 300}", tmp_path / "run"
+    assert run_training(str(tiny_config), [f"run.folder={folder}", f"data.path={data}"], "never") == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"error: {data}/meta.json: File name too long; mend that and start the same command again\n"
+    )
+
+
+def test_devices_of_eval_and_generate(tiny_config, tiny_data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert run_training(str(tiny_config), [f"run.folder={folder}"], "never") == 0
+    for asked, sentence in (("tpu", "it must be auto, cpu or cuda"), ("cuda", "has no usable GPU")):
+        with pytest.raises(UserError, match=rf"--device is {asked}.*{sentence}"):
+            run_eval(folder, [], ["val"], "text", True, asked)
+        with pytest.raises(UserError, match=rf"--device is {asked}.*{sentence}"):
+            next(generate_text(folder, "a", asked))
+
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for module, call in (
+        (eval_command, lambda: run_eval(folder, [], ["val"], "text", True)),
+        (generate, lambda: next(generate_text(folder, "a", "cpu"))),
+    ):
+        monkeypatch.setattr(module, "load_run", too_large)
+        with pytest.raises(
+            UserError, match=r"^cpu has not enough free memory for this model; use --device cpu, or"
+        ):
+            call()
 
 
 def test_a_damaged_checkpoint(tiny_config, tiny_data, tmp_path, capsys):

@@ -132,7 +132,9 @@ def test_what_one_rank_cannot_read_ends_all_in_one_sentence(pool, tiny_config, t
     whole = part.read_bytes()
     part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert pool.run(2, one_rank, str(tiny_config), begin, init=False) == [2, 2]
-    assert message(second).startswith(f"the checkpoint {newest} is damaged; its run has no earlier one ({part.name}")
+    assert message(second).startswith(
+        f"the checkpoint {newest} is damaged; its run has no earlier one ({part.name}"
+    )
     part.write_bytes(whole)
     assert pool.run(2, one_rank, str(tiny_config), begin, init=False) == [0, 0]
     options = ["budget.steps=2", f"run.folder={second}", "checkpoint.every=1"]

@@ -10,12 +10,13 @@ import torch
 from stepline.comm.mesh import World
 from stepline.comm.rendezvous import UnlikeDevices
 from stepline.trainer.errors import UserError
-from stepline.trainer.run import launch, start
+from stepline.trainer.run import devices, launch, start
+from stepline.trainer.run.devices import pick_device
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.lock import only_one
 from stepline.trainer.run.outcome import read_outcome
 from stepline.trainer.run.signals import StopSignal
-from stepline.trainer.run.start import pick_device, start_job
+from stepline.trainer.run.start import start_job
 
 MIXTURE = ["model.ffn=moe", "model.hidden_size=48", "model.ffn_size=48"]
 
@@ -163,14 +164,14 @@ def test_device_choice_says_what_it_does_instead(monkeypatch):
 @pytest.mark.parametrize("asked", ["auto", "cpu"])
 @pytest.mark.parametrize("visible", [None, "0", ""])
 def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, asked, visible):
-    monkeypatch.setattr(start, "hardware_present", lambda: True)
+    monkeypatch.setattr(devices, "hardware_present", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     device, notes = pick_device(asked, World(0, 1, 0, 1))
     assert device.type == "cpu"
-    assert notes == ([start.UNUSED_GPU] if asked == "auto" and visible != "" else [])
+    assert notes == ([devices.UNUSED_GPU] if asked == "auto" and visible != "" else [])
 
 
 def test_one_node_without_its_gpus(monkeypatch):
