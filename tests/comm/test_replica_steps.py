@@ -1,6 +1,7 @@
 """The trainer's own step where a synchroniser keeps the replicas together: layouts, and NaN in one of them."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from stepline.models.init import init_model
 from stepline.models.transformer import Transformer
 from stepline.trainer.config import Config
 from stepline.trainer.data.loader import Batch
+from stepline.trainer.run import step as step_module
 from stepline.trainer.run.state import Trainee
 from stepline.trainer.run.step import train_step
 
@@ -207,3 +209,20 @@ def test_diloco_skips_the_inner_step_alone(pool, due):
                 (f"replica{rank // 2}.local.{name}", anchor),
             ):
                 torch.testing.assert_close(after[key], value, rtol=0, atol=1e-14)
+
+
+def differently_summed() -> str | None:
+    """Steps that are clipped by a norm whose last bits the second replica sums differently, as NCCL may."""
+    state, honest = trainee({"sync": "all_reduce"}, 2, clip=0.01), step_module.sum_of_squares
+
+    def otherwise(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return honest(parts, dtype) * (1 + 1e-15 * (dist.get_rank() // 2))
+
+    with mock.patch.object(step_module, "sum_of_squares", otherwise):
+        for i in range(STEPS):
+            train_step(state, batch(i), 1e-2)
+    return state.synchronizer.first_difference()
+
+
+def test_replicas_clip_by_the_same_norm(pool):
+    assert pool.run(4, differently_summed) == [None] * 4

@@ -74,11 +74,10 @@ def accumulate(
 
 
 @torch.no_grad()
-def clip(
-    gradients: list[torch.Tensor], mesh: DeviceMesh | None, max_norm: float, loss: torch.Tensor
+def measure(
+    gradients: list[torch.Tensor], mesh: DeviceMesh | None, loss: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales a replica's gradients so that their L2 norm is at most max_norm; returns the norm before, and the sum of
-    its ranks' losses, which shares the collective.
+    """The L2 norm of a replica's gradients and the sum of its ranks' losses, in one collective.
 
     Gradients are plain, or DTensors sharded over `mesh["shard"]`.
     """
@@ -86,9 +85,14 @@ def clip(
     wide = torch.promote_types(loss.dtype, parts[0].dtype)
     both = torch.stack([loss.to(wide), sum_of_squares(parts, wide).to(loss.device)])
     loss, squares = sum_over_shards(both, mesh).unbind()
-    norm = squares.sqrt()
+    return squares.sqrt(), loss
+
+
+@torch.no_grad()
+def clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scales gradients of this L2 norm in place so that it is at most max_norm."""
+    parts = [local(g) for g in gradients]
     torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
-    return norm, loss
 
 
 def train_step(state, batch: Batch, lr: float) -> StepMeasures:
@@ -97,8 +101,11 @@ def train_step(state, batch: Batch, lr: float) -> StepMeasures:
     model, parts = synchronizer.through(state.model), synchronizer.parts
     z_loss, hooks = config.model.z_loss, (synchronizer.announce, synchronizer.midway)
     own = accumulate(model, batch, state.device, z_loss, parts, *hooks)
-    norm, own = clip(synchronizer.gradients(), state.mesh, config.optimizer.grad_clip, own)
-    loss, norm = synchronizer.agree(own, norm)
+    gradients = synchronizer.gradients()
+    mine, own = measure(gradients, state.mesh, own)
+    loss, norm = synchronizer.agree(own, mine)
+    # of gradients that are alike, the norm is too: as summed in other groups of ranks its last bits need not be
+    clip(gradients, mine if synchronizer.averages_replicas else norm, config.optimizer.grad_clip)
     skip = state.guard.check(loss, norm)
     result = synchronizer.step(lr, skip)
     if result.jumped:  # a skip would not bring the old loss back: every step after it would be a spike too
