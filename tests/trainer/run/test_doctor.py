@@ -168,6 +168,16 @@ def test_packages_that_are_old_or_missing(capsys, tmp_path, monkeypatch):
     assert "'stepline[data]'" in named(report, "pyarrow")["says"]
 
 
+def test_what_is_lost_without_matplotlib(monkeypatch):
+    """Training draws nothing."""
+    monkeypatch.setattr(doctor_software, "installed", lambda name: None)
+    check = doctor_software.check_optional("matplotlib")
+    assert (check.status, check.says) == (
+        "missing",
+        "`report --png` and the quickstart draw no curve: `pip install -U 'stepline[watch]'`",
+    )
+
+
 def test_compile_is_needed_on_gpus_only(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert doctor_software.check_compile(on_gpu=False, thorough=True).status == "missing"
