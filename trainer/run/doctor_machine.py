@@ -11,7 +11,7 @@ from pathlib import Path
 from stepline.trainer.plan.screen import short
 from stepline.trainer.run.doctor_report import Check
 from stepline.trainer.run.doctor_software import run_tool
-from stepline.trainer.run.limits import cpu_cores, memory_limit
+from stepline.trainer.run.limits import cpu_cores, memory_left, memory_limit
 
 GB = 1e9
 CHECKPOINT_BYTES = 12
@@ -86,8 +86,8 @@ def write_speed(folder: Path, size: int = TRIAL_BYTES) -> float:
 def check_memory(local_ranks: int) -> Check:
     """RAM, what is free of it, and what the container or job allows."""
     page = os.sysconf("SC_PAGE_SIZE")
-    ram, limit = page * os.sysconf("SC_PHYS_PAGES"), memory_limit()
-    free = min(_available() or ram, limit or ram)
+    ram, limit, left = page * os.sysconf("SC_PHYS_PAGES"), memory_limit(), memory_left()
+    free = min(_available() or ram, ram if left is None else left)
     value = {"ram_bytes": ram, "available_bytes": free, "limit_bytes": limit, "ranks": local_ranks}
     says = f"{free / GB:.1f} of {ram / GB:.1f} GB free"
     if limit is not None and limit < ram:

@@ -235,6 +235,40 @@ def test_limits_of_a_job_inside_nested_groups(tmp_path, monkeypatch, version):
     assert limits.cpu_cores() == 2.5
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_of_a_job_is_without_what_is_in_use(tmp_path, monkeypatch, version):
+    """What others of the job have taken counts, but for page cache that makes way."""
+    root, group = tmp_path / "cgroup", "job_7/step_0"
+    monkeypatch.setattr(limits, "ROOT", root)
+    monkeypatch.setattr(limits, "OWN", tmp_path / "own")
+    monkeypatch.setattr(doctor_machine, "_available", lambda: 64 << 30)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 << 20}[name])
+    if version == 2:
+        (tmp_path / "own").write_text(f"0::/{group}\n")
+        base, names = root, ("memory.max", "memory.current", "inactive_file")
+    else:
+        (tmp_path / "own").write_text(f"4:memory:/{group}\n")
+        base, names = (
+            root / "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        )
+    assert (limits.memory_left(), doctor_machine.check_memory(1).value["available_bytes"]) == (None, 64 << 30)
+    for inner, limit, used, cache in ((group, 40, 3, 0), ("job_7", 32, 30, 5)):
+        (base / inner).mkdir(parents=True, exist_ok=True)
+        (base / inner / names[0]).write_text(f"{limit << 30}\n")
+        assert limits.memory_limit() == limit << 30
+        (base / inner / names[1]).write_text(f"{used << 30}\n")
+        stat = f"anon 12\ninactive_file {0 if version == 1 else cache << 30}\n{names[2]} {cache << 30}\n"
+        (base / inner / "memory.stat").write_text(stat)
+        check = doctor_machine.check_memory(2)
+        assert check.value["available_bytes"] == limits.memory_left() == limit - used + cache << 30
+    assert "7.5 of 68.7 GB free, a limit of 34.4 GB" in check.says  # 7 GiB
+    assert check.status == "ok"
+    (base / "job_7" / "memory.stat").write_text("inactive_file 0\n")
+    check = doctor_machine.check_memory(4)
+    assert (check.value["available_bytes"], check.status) == (2 << 30, "warning")
+
+
 def test_a_check_that_fails_itself_is_a_warning():
     def fails():
         raise ZeroDivisionError("division by zero")
