@@ -23,11 +23,11 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min(small + [number // d for d in small], key=lambda d: (abs(d - wanted), d))
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def kinds_in(annotation: Any) -> set[Any]:
     """The types that a field's annotation names, at any depth."""
     if get_origin(annotation) is Literal:
         return set(map(type, get_args(annotation)))
-    return {annotation}.union(*map(_kinds, get_args(annotation)))
+    return {annotation}.union(*map(kinds_in, get_args(annotation)))
 
 
 class Section(BaseModel):
@@ -41,7 +41,7 @@ class Section(BaseModel):
     @classmethod
     def _no_number(cls, value: object, info: ValidationInfo) -> object:
         """YAML reads `yes` and `on` as true, which pydantic would take for 1."""
-        kinds = _kinds(cls.model_fields[info.field_name].annotation) if isinstance(value, bool) else set()
+        kinds = kinds_in(cls.model_fields[info.field_name].annotation) if isinstance(value, bool) else set()
         if {int, float} & kinds and bool not in kinds:
             raise PydanticCustomError("no_number", "true and false are no numbers")
         return value

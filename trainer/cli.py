@@ -213,7 +213,7 @@ def evaluate(
     """
     from stepline.trainer.run.eval_command import run_eval
 
-    run_eval(run, data, split or ["val"], text_key, as_json, device)
+    run_eval(run, data, split or [], text_key, as_json, device)
 
 
 @app.command()

@@ -4,7 +4,6 @@ Imports no torch: `stepline plan`, `--help` and every check of a user's mistake 
 """
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,14 +12,14 @@ from stepline.models.config import ModelConfig, Section
 from stepline.trainer.config_optimizer import OptimizerConfig, ScheduleConfig
 from stepline.trainer.config_sparse import SparseConfig
 from stepline.trainer.config_sync import DeMoConfig, DiLoCoConfig, RandomKConfig
-from stepline.trainer.config_types import YEAR_S, Auto, Count, off
+from stepline.trainer.config_types import YEAR_S, Auto, Count, HomePath, off
 from stepline.trainer.config_zero import DeepSpeedConfig, ZeroConfig
 
 
 class Source(Section):
     """One prepared data folder and its share of the training windows."""
 
-    path: Path
+    path: HomePath
     """Folder written by `stepline prepare`."""
     weight: float = Field(1.0, gt=0, le=1e15)
     """Share of the windows, relative to the other sources' weights."""
@@ -29,7 +28,7 @@ class Source(Section):
 class DataConfig(Section):
     """What is read, and how it is cut."""
 
-    path: Path | None = None
+    path: HomePath | None = None
     """Folder written by `stepline prepare`; for several, use `sources`."""
     sources: Annotated[list[Source], BeforeValidator(lambda value: [] if value is None else value)] = Field(
         default_factory=list
@@ -65,7 +64,7 @@ class BudgetConfig(Section):
     """Optimizer steps, instead of `tokens`."""
     batch_tokens: Auto | Annotated[Count, Field(ge=1, le=10**15)] = "auto"
     """Global batch in tokens; auto: by the scaling law, rounded to ranks x micro-batch x sequence."""
-    law: Path | None = None
+    law: HomePath | None = None
     """law.json of `stepline laws fit`, or the name of a shipped one; default: Step Law (arXiv 2503.04715)."""
 
     @model_validator(mode="after")
@@ -158,7 +157,7 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     """Where and how the run goes."""
 
-    folder: Path | None = None
+    folder: HomePath | None = None
     """The run's folder; default runs/NAME with the config file's name."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the data order and of the initial weights."""
@@ -171,7 +170,7 @@ class RunConfig(Section):
     as beside experts, not its linear layers' products); full (a block's input is kept)."""
     deterministic: bool = False
     """Deterministic kernels on CUDA (slower): a resume is then bitwise the same run."""
-    init_from: Path | None = None
+    init_from: HomePath | None = None
     """Start from the weights of another run or checkpoint."""
     profile: bool = False
     """Write a torch profiler trace of steps 5 to 8 and, on CUDA, a memory snapshot to the run's folder."""

@@ -22,7 +22,7 @@ A config is YAML with these sections. `base: NAME` at its top takes over the val
 config that has no base itself, and `section.key=value` on the command line sets single ones. `auto` is decided by a
 scaling law or by the machine: `stepline train CONFIG --dry-run` shows every value and where it came from. R marks what
 may change when a run is resumed (wsd: with `schedule.name: wsd`, before its decay); for any other difference `train`
-names both values and stops. """
+names both values and stops. Paths may begin with `~`, the home folder. """
 
 
 def page() -> str:

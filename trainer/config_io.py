@@ -7,8 +7,10 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from stepline.models.config import kinds_in
 from stepline.trainer.config import BUDGET, MAY_CHANGE_ON_RESUME, Config
 from stepline.trainer.config_multiples import multiples_of
+from stepline.trainer.config_types import with_home
 from stepline.trainer.config_yaml import flatten, parse_overrides, read_yaml
 from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.files import write_whole
@@ -45,6 +47,10 @@ def _shipped(path: Path, otherwise: str) -> Path:
 
 def find_base(base: str, path: Path) -> Path:
     """The base that the config at `path` names: a file beside it, or a shipped config."""
+    try:
+        base = str(with_home(base))
+    except ValueError as error:
+        raise UserError(f"{path}: base: {error}") from None
     for candidate in (path.parent / base, path.parent / f"{base}.yaml"):
         # A file may have the name of the shipped config that it builds on.
         if candidate.is_file() and not candidate.samefile(path):
@@ -95,6 +101,7 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
         origins |= dict.fromkeys(flatten(base_content), f"base {base_path.name}")
     _merge(tree, content)
     origins |= dict.fromkeys(flatten(content), f"file {path.name}")
+    _check_home(overrides)
     given = parse_overrides(list(overrides))
     _check_either(given, origins, tree)
     for key, value in given.items():
@@ -104,6 +111,18 @@ def load_config(name: str, overrides: list[str] = ()) -> tuple[Config, Origins]:
     if config.run.folder is None:
         config.run.folder = Path("runs") / path.stem
     return config, {key: origins.get(key, "default") for key in flatten(dump(config))}
+
+
+def _check_home(overrides: Iterable[str]) -> None:
+    """Raises UserError for a path that is `~` alone, which YAML reads as null."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        *sections, last = key.split(".")
+        field = section.model_fields.get(last) if (section := section_of(sections)) else None
+        if value.strip() == "~" and field is not None and Path in kinds_in(field.annotation):
+            raise UserError(
+                f"'{text}' is null in YAML; write {key}=~/ for the home folder, or {key}=null for none"
+            )
 
 
 def _check_either(given: dict[str, Any], origins: Origins, tree: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Kinds of values that several sections of the configuration have."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -25,5 +26,24 @@ def off(value: object) -> object:
     return "off" if value is False else value
 
 
+def with_home(value: object) -> object:
+    """A path that begins with `~` or `~user`, as in a shell, which leaves it as it is behind `key=`.
+
+    Raises ValueError where that home is not known.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    path = Path(value)
+    if not str(path).startswith("~"):
+        return value
+    if not str(value).startswith("~"):  # `./~x` is no home, and stands in config.yaml without the dot
+        return path.absolute()
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder is known for {path.parts[0]}; write the whole path") from None
+
+
 Count = Annotated[int, BeforeValidator(_count)]
 Auto = Literal["auto"]
+HomePath = Annotated[Path, BeforeValidator(with_home)]

@@ -23,9 +23,8 @@ from stepline.trainer.errors import UserError, first_line
 from stepline.trainer.files import new_folder, write_whole
 from stepline.trainer.hf.custom import MODEL_TYPE, from_custom_name
 from stepline.trainer.hf.shards import Stored, read_folder
-from stepline.trainer.run.checkpoint import PERMANENT
 from stepline.trainer.run.folder import keep_tokenizer
-from stepline.trainer.run.manifest import COMPLETE, MANIFEST, STATE, checkpoint_path, file_entry
+from stepline.trainer.run.manifest import COMPLETE, MANIFEST, PERMANENT, STATE, checkpoint_path, file_entry
 from stepline.trainer.run.state import model_tensors
 
 PIECE_BYTES = 64 * 2**20

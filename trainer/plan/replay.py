@@ -14,7 +14,15 @@ from stepline.trainer.config import Config
 from stepline.trainer.plan.activations import Sizes
 from stepline.trainer.plan.collectives import Collectives, Tally
 from stepline.trainer.plan.sync_memory import SyncMemory
-from stepline.trainer.plan.tensors import Group, Shape, block_group, cast_group, ffn_shapes, root_group
+from stepline.trainer.plan.tensors import (
+    Group,
+    Shape,
+    block_group,
+    cast_group,
+    ffn_shapes,
+    root_group,
+    trained_groups,
+)
 
 CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**21}
 """Of kernels/cross_entropy.py, which imports torch."""
@@ -104,7 +112,7 @@ class Replay(Collectives):
         self.tally.add("parameters", whole.shard(shard) * self.master)
         if self.config.precision.fp8 and self.fsdp:  # the shards as they are gathered
             self.tally.add("parameters", cast_group(self.model).shard(shard) * self.layers)
-        trained = (root.trained, Group(block.trained.shapes * self.layers))
+        trained = trained_groups(self.model, self.sizes.frozen)
         self.sync = SyncMemory(self.config, *trained, shard, self.replicas, self.master)
         self.tally.add("optimizer", self.sync.state() + self.sync.flying())
         self.tally.add("fixed", self.fixed())

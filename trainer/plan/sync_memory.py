@@ -1,10 +1,13 @@
-"""Bytes of the synchronisers: their state, and what their update takes for a moment. Imports no torch."""
+"""Bytes of the synchronisers: their state, in memory and in a checkpoint, and what their update takes for a moment.
+
+Imports no torch.
+"""
 
 import math
 
 from stepline.trainer.config import Config
 from stepline.trainer.plan.demo_memory import Batch, batches, exchanged, messages, packet
-from stepline.trainer.plan.tensors import Group, local_shape
+from stepline.trainer.plan.tensors import Group, local_shape, trained_groups
 from stepline.trainer.plan.update import BUCKET_ELEMENTS, adamw_state, muon_state, muon_temporaries
 
 NONE = Group(())
@@ -34,26 +37,32 @@ class SyncMemory:
 
     def state(self) -> int:
         """Bytes that stay."""
+        return sum(self.shares())
+
+    def shares(self) -> tuple[int, int]:
+        """Of `state`, the bytes that are alike on all replicas and those that each replica has its own of; the values
+        that the replicas agree on are not among the former, and where each has values of its own, those are the
+        latter's."""
         sync, demo = self.parallel.sync, self.parallel.demo
         if sync == "all_reduce":
-            return self.inner()
+            return self.inner(), 0
         if sync == "diloco":
-            return self.inner() + 2 * self.whole  # anchor and outer momentum
+            return self.whole, self.inner() + self.whole  # outer momentum; beside an anchor, which all share
         dense = adamw_state(self.vectors, NONE, self.shard, self.item)
         matrices, ends = (group.shard(self.shard) * self.item for group in (self.matrices, self.ends))
         # the optimizer's state, without a first moment and the vectors, and its updates
         waits = self.inner(1) - adamw_state(self.vectors, NONE, self.shard, self.item, 1) + matrices + ends
         if sync == "random_k":
-            return waits + dense
+            return dense, waits
+        landed = demo.delay * self.whole  # the update that has
         if demo.faithful:
-            return self.whole + (self.whole if demo.delay else 0)
+            return landed, self.whole
         owed = 0
         if self.owners():
             owed = sum(batch.elements for batch in self.batches()) * self.item // self.replicas
         if demo.accumulate == "gradients":
             waits = matrices + adamw_state(self.ends, NONE, self.shard, self.item, 1) + ends
-        copies = demo.delay + demo.looks_ahead  # of the update that has landed, of the shared model
-        return dense + waits + owed + copies * self.whole
+        return dense + landed, waits + owed + demo.looks_ahead * self.whole
 
     def temporaries(self) -> int:
         """Most bytes that the update holds beside the state."""
@@ -117,3 +126,12 @@ class SyncMemory:
         ends = [(local_shape(shape, self.shard), True) for shape in self.root.shapes]
         blocks = [(local_shape(shape, self.shard), False) for shape in self.blocks.shapes]
         return batches(ends + blocks, self.parallel.demo, self.item)
+
+
+def checkpoint_bytes(config: Config, world: int) -> int:
+    """Of a checkpoint of `world` ranks, of a resolved config: what is trained, and all state of all replicas."""
+    trained = trained_groups(config.model, config.optimizer.only == "adapters")
+    replicas, item = world // config.parallel.shard, 8 if config.precision.compute == "fp64" else 4
+    memory = SyncMemory(config, *trained, 1, replicas, item)
+    alike, own = memory.shares()
+    return memory.whole + alike + replicas * own

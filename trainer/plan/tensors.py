@@ -92,6 +92,12 @@ def block_group(model: ModelConfig, adapters_alone: bool = False) -> Group:
     )
 
 
+def trained_groups(model: ModelConfig, adapters_alone: bool = False) -> tuple[Group, Group]:
+    """What is trained of the root's, and of all blocks'."""
+    root, block = root_group(model, adapters_alone), block_group(model, adapters_alone)
+    return root.trained, Group(block.trained.shapes * model.num_layers)
+
+
 def normed_width(model: ModelConfig) -> int:
     """Width of what a block's norms read: the hidden one, or a stream's."""
     return model.hidden_size // (2 if model.blocks == "revffn" else 1)

@@ -13,8 +13,17 @@ from stepline.comm.consensus import Consensus, Wish
 from stepline.comm.gather import gathered
 from stepline.trainer.data.verify import Verifier, copy_of, sharers, start_verifying
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, Unreadable, UserError
-from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
-from stepline.trainer.run.manifest import DAMAGED, SUPERSEDED, complete_checkpoints, retire, short, step_of
+from stepline.trainer.run.checkpoint import Checkpointer
+from stepline.trainer.run.manifest import (
+    DAMAGED,
+    EPHEMERAL,
+    PERMANENT,
+    SUPERSEDED,
+    complete_checkpoints,
+    retire,
+    short,
+    step_of,
+)
 from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job

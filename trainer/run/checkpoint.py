@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stepline.comm.gather import gathered
 from stepline.comm.mesh import patient_group
-from stepline.trainer.errors import UserError, first_line
+from stepline.trainer.errors import first_line
 from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
     COMPLETE,
@@ -27,7 +27,7 @@ from stepline.trainer.run.manifest import (
     checkpoint_path,
     complete_checkpoints,
     file_entry,
-    read_manifest,
+    is_ephemeral,
     remove,
     step_of,
     superseded_checkpoints,
@@ -35,7 +35,6 @@ from stepline.trainer.run.manifest import (
 
 log = logging.getLogger("stepline")
 
-PERMANENT, EPHEMERAL = "permanent", "ephemeral"
 SPARE_BYTES = 16 * 2**20  # beside the tensors: metadata, and what other programs write meanwhile
 LEAST_LIMIT_S, SLOWEST = 3600.0, 10e6
 """Seconds that any checkpoint may take, and bytes/s of all ranks: a disk below them stands still."""
@@ -217,7 +216,7 @@ class Checkpointer:
 
     def _remove_ephemeral(self, checkpoints: list[Path], keep: int) -> int:
         """Removes all but the newest `keep` of the ephemeral ones; returns how many. What cannot be removed stays."""
-        ephemeral = [p for p in checkpoints if _kind(p) == EPHEMERAL]
+        ephemeral = [p for p in checkpoints if is_ephemeral(p)]
         return sum(_removed(checkpoint, remove) for checkpoint in ephemeral[: max(len(ephemeral) - keep, 0)])
 
 
@@ -237,13 +236,6 @@ def _removed(checkpoint: Path, how: Callable[[Path], None]) -> bool:
         log.warning("the old checkpoint %s cannot be removed (%s)", checkpoint, error.strerror)
         return False
     return True
-
-
-def _kind(checkpoint: Path) -> str:
-    try:
-        return read_manifest(checkpoint)["kind"]
-    except UserError:
-        return PERMANENT  # what cannot be read is not ours to remove
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from stepline.trainer.run import doctor_software as software
 from stepline.trainer.run.devices import hardware_present, pick_device
 from stepline.trainer.run.doctor_ranks import Site, check_alike, check_shared, facts, hangs, talk
 from stepline.trainer.run.doctor_report import NARROW, Check, combine, is_broken, look, show, to_json
+from stepline.trainer.run.folder import nearest_folder
 from stepline.trainer.run.start import launched_world
 
 
@@ -67,7 +68,7 @@ def examine(site: Site) -> tuple[list[Check], list[dict[str, Any]]]:
         joined.append(check_alike(told.readings))
         if all("sees_folder" in reading for reading in ranks):
             seen = {reading["rank"]: reading["sees_folder"] for reading in ranks}
-            joined.append(check_shared(seen, machine.nearest_folder(site.folder)))
+            joined.append(check_shared(seen, nearest_folder(site.folder)))
     return joined, ranks
 
 

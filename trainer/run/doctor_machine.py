@@ -8,27 +8,24 @@ import tempfile
 import time
 from pathlib import Path
 
+from stepline.trainer.config import CheckpointConfig
 from stepline.trainer.plan.screen import short
 from stepline.trainer.run.doctor_report import Check
 from stepline.trainer.run.doctor_software import run_tool
-from stepline.trainer.run.limits import cpu_cores, memory_limit
+from stepline.trainer.run.folder import nearest_folder
+from stepline.trainer.run.limits import cpu_cores, memory_left, memory_limit
 
 GB = 1e9
 CHECKPOINT_BYTES = 12
 """Of a parameter: its fp32 value and AdamW's two moments."""
-KEPT = 3
-"""Checkpoints on the disk at once: two that are kept and the one being written."""
+PERMANENT_ONES, EPHEMERAL_ONES = 10, CheckpointConfig().keep
+"""What a run has on the disk at its end by default, beside the checkpoint that is being written."""
 LEAST_DISK, LEAST_MODEL, LEAST_FILES, LEAST_INODES = 100e6, 125e6, 1024, 10_000
 SLOW_WRITE = 50e6
 """Bytes per second below which checkpoints are worth a warning."""
 TRIAL_BYTES = 16 << 20
 CLOCK_S = 1.0
 """Skew between two ranks' clocks that is worth a warning."""
-
-
-def nearest_folder(folder: Path) -> Path:
-    """The folder, or its nearest parent that is there: what `mkdir -p` would build on."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
 
 
 def check_disk(folder: Path) -> Check:
@@ -57,9 +54,10 @@ def check_disk(folder: Path) -> Check:
             f"{there} cannot be written ({error.strerror}): a run keeps its files elsewhere, set run.folder"
         )
         return Check("disk", "broken", value, says)
-    model = usage.free / (CHECKPOINT_BYTES * KEPT)
+    model = usage.free / (CHECKPOINT_BYTES * (PERMANENT_ONES + EPHEMERAL_ONES + 1))
     says = f"{usage.free / GB:.1f} GB free at {there}, written at {speed / 1e6:.0f} MB/s; "
-    says += f"{KEPT} checkpoints of up to {short(model, 2)} parameters fit"
+    says += f"a run of up to {short(model, 2)} parameters fits with {PERMANENT_ONES} permanent checkpoints, "
+    says += f"{EPHEMERAL_ONES} ephemeral ones and the one being written"
     if model < LEAST_MODEL:
         return Check("disk", "warning", value, f"{says}: free some space")
     if inodes is not None and inodes < LEAST_INODES:
@@ -86,8 +84,8 @@ def write_speed(folder: Path, size: int = TRIAL_BYTES) -> float:
 def check_memory(local_ranks: int) -> Check:
     """RAM, what is free of it, and what the container or job allows."""
     page = os.sysconf("SC_PAGE_SIZE")
-    ram, limit = page * os.sysconf("SC_PHYS_PAGES"), memory_limit()
-    free = min(_available() or ram, limit or ram)
+    ram, limit, left = page * os.sysconf("SC_PHYS_PAGES"), memory_limit(), memory_left()
+    free = min(_available() or ram, ram if left is None else left)
     value = {"ram_bytes": ram, "available_bytes": free, "limit_bytes": limit, "ranks": local_ranks}
     says = f"{free / GB:.1f} of {ram / GB:.1f} GB free"
     if limit is not None and limit < ram:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from stepline.comm.mesh import World
 from stepline.comm.probe import Meeting, Rates, all_reduce_rates
 from stepline.trainer.plan.sync_choice import rule
-from stepline.trainer.run.doctor_machine import GB, nearest_folder
+from stepline.trainer.run.doctor_machine import GB
 from stepline.trainer.run.doctor_report import Check, look, name_ranks, reason
+from stepline.trainer.run.folder import nearest_folder
 
 GPU_BYTES, CPU_BYTES = 64_000_000, 16_000_000
 """Size of the large all-reduce."""

@@ -17,7 +17,7 @@ from stepline.trainer.watch.loggers import has_key, wandb_mode
 
 WITHOUT = {
     "wandb": "runs are not shown in wandb",
-    "matplotlib": "runs get no curve.png",
+    "matplotlib": "`report --png` and the quickstart draw no curve",
     "pyarrow": "`stepline prepare` reads no .parquet",
     "zstandard": "`stepline prepare` reads no .jsonl.zst",
     "tokenizers": "`stepline prepare` takes no tokenizer.json",

@@ -88,12 +88,13 @@ def evaluate_run(path: Path, data: Path, split: str = "val") -> dict[str, float]
 def find_sources(config: Config, data: Sequence[Path], splits: Sequence[str]) -> list[Source]:
     """What is to be evaluated: by default what the run was trained on. Raises UserError for what cannot be.
 
-    data: prepared folders, of which each of `splits` is taken, and files or folders of text, taken whole.
+    data: prepared folders, of which each of `splits` is taken (val where there are none), and files or folders of
+    text, taken whole.
     """
     paths = list(dict.fromkeys(data or [source.path for source in config.data.folders()]))
     if not paths:
         raise UserError("the run names no data; give --data a prepared folder, or text")
-    sources = []
+    sources, asked = [], splits or ["val"]
     for name, path in zip(source_names(paths), paths, strict=True):
         if data and not (path / "meta.json").is_file():
             _check_text(path)
@@ -101,9 +102,14 @@ def find_sources(config: Config, data: Sequence[Path], splits: Sequence[str]) ->
             sources.append(Source(name, path, "train", text=True))
             continue
         _check_tokenizer(config, path)
-        for split in dict.fromkeys(splits):
+        for split in dict.fromkeys(asked):
             check_held_out([path], [load_meta(path)], split)
-            sources.append(Source(name if len(splits) == 1 else f"{name}:{split}", path, split))
+            sources.append(Source(name if len(asked) == 1 else f"{name}:{split}", path, split))
+    if splits and all(source.text for source in sources):
+        raise UserError(
+            f"--split {splits[0]} is of prepared folders, and text is taken whole; leave it out, or give --data a "
+            "prepared folder"
+        )
     return sources
 
 

@@ -44,6 +44,11 @@ def check_folder(folder: Path) -> None:
         raise _unusable(folder, error.strerror) from error
 
 
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or its nearest parent that is there: what `mkdir -p` would build on."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+
+
 def make_folder(folder: Path) -> None:
     """Makes the run's folder and tries whether files can be written there; raises UserError."""
     try:

@@ -32,10 +32,32 @@ def _texts(controller: str, v2: str, v1: str) -> list[tuple[str, str]]:
 
 def memory_limit() -> int | None:
     """Bytes that this process's groups allow; None without a limit."""
+    return min((limit for _, limit in _memory_limits()), default=None)
+
+
+def memory_left() -> int | None:
+    """Bytes of the limits that are not in use yet; None without a limit."""
+    return min((max(limit - _memory_used(file), 0) for file, limit in _memory_limits()), default=None)
+
+
+def _memory_limits() -> list[tuple[Path, int]]:
+    """The file of each limit that this process's groups have, and its bytes."""
     texts = _texts("memory", "memory.max", "memory.limit_in_bytes")
     # Version 1 writes "no limit" as a huge number.
-    limits = [int(text) for _, text in texts if text.isdigit() and int(text) < 1 << 60]
-    return min(limits, default=None)
+    return [(Path(file), int(text)) for file, text in texts if text.isdigit() and int(text) < 1 << 60]
+
+
+def _memory_used(limit: Path) -> int:
+    """Bytes in use in the group that this file limits, without the page cache that makes way; 0 where it does not
+    say."""
+    name = "memory.current" if limit.name == "memory.max" else "memory.usage_in_bytes"
+    try:
+        used = int(limit.with_name(name).read_text())
+        counts = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    # Version 1 counts the groups inside only under the second name.
+    return used - int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def cpu_cores() -> float:

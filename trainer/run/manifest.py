@@ -12,6 +12,7 @@ from stepline.trainer.errors import Unreadable, UserError
 COMPLETE, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 DAMAGED, SUPERSEDED = "DAMAGED", "SUPERSEDED"
 """What COMPLETE is renamed to when a checkpoint no longer counts."""
+PERMANENT, EPHEMERAL = "permanent", "ephemeral"
 BLOCK = 16 * 2**20
 
 
@@ -87,6 +88,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         return {"kind": manifest["kind"], "step": int(manifest["step"]), "files": dict(manifest["files"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise not_read(checkpoint, MANIFEST, error) from error
+
+
+def is_ephemeral(checkpoint: Path) -> bool:
+    """Whether it makes way for newer ones; what cannot be read is not ours to remove."""
+    try:
+        return read_manifest(checkpoint)["kind"] == EPHEMERAL
+    except UserError:
+        return False
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

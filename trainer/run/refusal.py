@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from stepline.trainer.config_io import find_base, find_config, load_config
+from stepline.trainer.config_types import with_home
 from stepline.trainer.config_yaml import parse_overrides, read_yaml
 from stepline.trainer.errors import USER_ERROR, UserError
 from stepline.trainer.run.lock import unless_held
@@ -20,7 +21,7 @@ def note_refusal(config: str, overrides: list[str], why: UserError, launcher: st
     rank that was refused before ranks have met: where its rank 0 holds the folder it waits for this one in vain. Raises
     nothing.
     """
-    with contextlib.suppress(UserError, OSError):
+    with contextlib.suppress(UserError, OSError, ValueError):
         folder = _folder(config, overrides)
         if not any((folder / "logs").glob("attempt-*")):
             return
@@ -31,15 +32,16 @@ def note_refusal(config: str, overrides: list[str], why: UserError, launcher: st
 
 
 def _folder(config: str, overrides: list[str]) -> Path:
-    """The run's folder, also where the mistake is in another part of the command or of its file. Raises UserError."""
+    """The run's folder, also where the mistake is in another part of the command or of its file. Raises UserError, and
+    ValueError for a home that is not known."""
     try:
         return load_config(config, overrides)[0].run.folder
     except UserError:
         own = [override for override in overrides if override.startswith("run.folder=")]
         if own:
-            return Path(str(parse_overrides(own)["run.folder"]))
+            return Path(with_home(str(parse_overrides(own)["run.folder"])))
         path = find_config(config)
-        return Path(_written(path) or Path("runs") / path.stem)
+        return Path(with_home(_written(path) or Path("runs") / path.stem))
 
 
 def _written(path: Path, may_build: bool = True) -> str | None:

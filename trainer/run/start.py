@@ -32,6 +32,7 @@ from stepline.trainer.run.infer import other_tokenizer
 from stepline.trainer.run.manifest import read_state, step_of
 from stepline.trainer.run.outcome import begun_before
 from stepline.trainer.run.products import cannot_compile_fp8, check_products_of_batch, products_done_instead
+from stepline.trainer.run.room import short_of_room
 from stepline.trainer.run.state import check_weights
 from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.run.zero import check_installed
@@ -186,6 +187,7 @@ def start_job(
     notes += products_done_instead(config, device)
     notes += repeated_corpus(config.total_steps() * config.budget.batch_tokens, corpus)
     notes += nobody_to_agree_with(config, world.size)
+    notes += short_of_room(config, world.size, 0 if resume_from is None else step_of(resume_from))
 
     chosen = resume not in ("auto", "never")
     job = Job(

@@ -139,7 +139,8 @@ class LocalRunner:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.sweep.ranks)]
         return [
             sys.executable, *(launcher if self.sweep.ranks > 1 else ()), "-m", "stepline.trainer",
-            "train", str(self.sweep.config), *run.overrides(), f"run.folder={self.sweep.folder(run)}",
+            "train", str(self.sweep.config), *run.overrides(),
+            f"run.folder={self.sweep.folder(run).absolute()}",  # a folder that is called `~` is no home
         ]  # fmt: skip
 
     def _environment(self, slot: int) -> dict[str, str]:

@@ -15,8 +15,10 @@ import torch.distributed as dist
 
 from stepline.trainer.errors import UserError
 from stepline.trainer.run import checkpoint
-from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
+from stepline.trainer.run.checkpoint import Checkpointer
 from stepline.trainer.run.manifest import (
+    EPHEMERAL,
+    PERMANENT,
     SUPERSEDED,
     complete_checkpoints,
     damages,

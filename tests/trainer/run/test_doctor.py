@@ -120,10 +120,11 @@ def test_disks_that_are_small_or_slow(tmp_path, monkeypatch):
     slow = doctor_machine.check_disk(tmp_path)
     assert (slow.status, "a checkpoint of 1B takes 200 minutes" in slow.says) == ("warning", True)
     monkeypatch.setattr(
-        doctor_machine.shutil, "disk_usage", lambda p: SimpleNamespace(total=10**12, free=36 * 10**8)
+        doctor_machine.shutil, "disk_usage", lambda p: SimpleNamespace(total=10**12, free=156 * 10**8)
     )
-    small = doctor_machine.check_disk(tmp_path)  # 3 x 12 bytes of 100M parameters
-    assert (small.status, "up to 100M parameters fit" in small.says) == ("warning", True)
+    small = doctor_machine.check_disk(tmp_path)  # 13 x 12 bytes of 100M parameters
+    fits = "a run of up to 100M parameters fits with 10 permanent checkpoints, 2 ephemeral ones and the one being"
+    assert (small.status, fits in small.says) == ("warning", True)
 
 
 def test_wandb_missing_without_key_and_by_the_environment(capsys, tmp_path, monkeypatch):
@@ -166,6 +167,16 @@ def test_packages_that_are_old_or_missing(capsys, tmp_path, monkeypatch):
     assert "numpy is missing" in named(report, "packages")["says"]
     assert named(report, "pyarrow")["status"] == "warning"
     assert "'stepline[data]'" in named(report, "pyarrow")["says"]
+
+
+def test_what_is_lost_without_matplotlib(monkeypatch):
+    """Training draws nothing."""
+    monkeypatch.setattr(doctor_software, "installed", lambda name: None)
+    check = doctor_software.check_optional("matplotlib")
+    assert (check.status, check.says) == (
+        "missing",
+        "`report --png` and the quickstart draw no curve: `pip install -U 'stepline[watch]'`",
+    )
 
 
 def test_compile_is_needed_on_gpus_only(monkeypatch):
@@ -223,6 +234,40 @@ def test_limits_of_a_job_inside_nested_groups(tmp_path, monkeypatch, version):
         (root / name).write_text(text + "\n")
     assert limits.memory_limit() == 5 << 30
     assert limits.cpu_cores() == 2.5
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_of_a_job_is_without_what_is_in_use(tmp_path, monkeypatch, version):
+    """What others of the job have taken counts, but for page cache that makes way."""
+    root, group = tmp_path / "cgroup", "job_7/step_0"
+    monkeypatch.setattr(limits, "ROOT", root)
+    monkeypatch.setattr(limits, "OWN", tmp_path / "own")
+    monkeypatch.setattr(doctor_machine, "_available", lambda: 64 << 30)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 << 20}[name])
+    if version == 2:
+        (tmp_path / "own").write_text(f"0::/{group}\n")
+        base, names = root, ("memory.max", "memory.current", "inactive_file")
+    else:
+        (tmp_path / "own").write_text(f"4:memory:/{group}\n")
+        base, names = (
+            root / "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        )
+    assert (limits.memory_left(), doctor_machine.check_memory(1).value["available_bytes"]) == (None, 64 << 30)
+    for inner, limit, used, cache in ((group, 40, 3, 0), ("job_7", 32, 30, 5)):
+        (base / inner).mkdir(parents=True, exist_ok=True)
+        (base / inner / names[0]).write_text(f"{limit << 30}\n")
+        assert limits.memory_limit() == limit << 30
+        (base / inner / names[1]).write_text(f"{used << 30}\n")
+        stat = f"anon 12\ninactive_file {0 if version == 1 else cache << 30}\n{names[2]} {cache << 30}\n"
+        (base / inner / "memory.stat").write_text(stat)
+        check = doctor_machine.check_memory(2)
+        assert check.value["available_bytes"] == limits.memory_left() == limit - used + cache << 30
+    assert "7.5 of 68.7 GB free, a limit of 34.4 GB" in check.says  # 7 GiB
+    assert check.status == "ok"
+    (base / "job_7" / "memory.stat").write_text("inactive_file 0\n")
+    check = doctor_machine.check_memory(4)
+    assert (check.value["available_bytes"], check.status) == (2 << 30, "warning")
 
 
 def test_a_check_that_fails_itself_is_a_warning():

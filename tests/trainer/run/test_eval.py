@@ -56,7 +56,7 @@ def run(tiny_config, tiny_data, second, tmp_path):
     return make
 
 
-def evaluated(run: Path, *data: Path, splits: tuple[str, ...] = ("val",), text_key: str = "text") -> dict:
+def evaluated(run: Path, *data: Path, splits: tuple[str, ...] = (), text_key: str = "text") -> dict:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         run_eval(run, data, splits, text_key, True)
@@ -268,6 +268,12 @@ def test_mistakes(run, tiny_data, tmp_path, pool, monkeypatch):
         evaluated(folder, texts / "rows.jsonl")
     (texts / "rows.jsonl").write_text('{"words": "a letter"}\n')
     assert evaluated(folder, texts / "rows.jsonl", text_key="words")["bytes"] == 8
+    with pytest.raises(UserError, match="--split foo is of prepared folders, and text is taken whole; leave"):
+        evaluated(folder, texts / "rows.jsonl", splits=("foo",))
+    with pytest.raises(UserError, match="nothing does not exist"):
+        evaluated(folder, tmp_path / "nothing", splits=("val",))
+    mixed = evaluated(folder, tiny_data, texts / "rows.jsonl", splits=("val",), text_key="words")["sources"]
+    assert set(mixed) == {*source_names([tiny_data]), "rows.jsonl"}
 
     (texts / "blank.txt").write_text("alice sees the tree at 7. " * 300)
     prepare([texts / "blank.txt"], tmp_path / "other", vocab_size=280, val_share=0.1, progress=False)

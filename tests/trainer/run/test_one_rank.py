@@ -17,11 +17,12 @@ import torch.distributed as dist
 from stepline.trainer.data.loader import TrainLoader
 from stepline.trainer.errors import Unreadable, UserError
 from stepline.trainer.run import checkpoint, eval_command, manifest
-from stepline.trainer.run.checkpoint import EPHEMERAL, Checkpointer
+from stepline.trainer.run.checkpoint import Checkpointer
 from stepline.trainer.run.folder import checkpoint_to_resume
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import (
     DAMAGED,
+    EPHEMERAL,
     SUPERSEDED,
     checkpoint_path,
     complete_checkpoints,

@@ -8,6 +8,7 @@ from unittest import mock
 from stepline.trainer.run import checkpoint
 from stepline.trainer.run.checkpoint import Checkpointer
 from stepline.trainer.run.launch import run_training
+from stepline.trainer.run.manifest import EPHEMERAL
 from stepline.trainer.run.watchdog import Watchdog
 
 HANGS = """
@@ -97,7 +98,7 @@ def test_the_time_for_a_checkpoint_grows_with_its_size(tmp_path):
     saver = object.__new__(Checkpointer)
     saver._pending = None
     assert saver.limit_s == 3600
-    saver._pending = checkpoint._Pending(tmp_path, {}, checkpoint.EPHEMERAL, needed=10**11)
+    saver._pending = checkpoint._Pending(tmp_path, {}, EPHEMERAL, needed=10**11)
     assert saver.limit_s == 3600 + 10_000
 
 
