@@ -145,7 +145,7 @@ def _summary(run: Run, values: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict
         "memory_gb": of("memory_gb", max),
         "seconds": run.axis["seconds"][-1],
         "skipped": of("skipped"),
-        "attempts": sum(event.kind == "attempt" for event in run.events) or None,
+        "attempts": sum(event.count for event in run.events if event.kind == "attempt") or None,
         "ranks": run.environment.get("world_size"),
         "device": run.environment.get("device"),
     }

@@ -89,7 +89,8 @@ def event_lists(runs: Sequence[Run]) -> str:
     for run in runs:
         rows = [[f"{e.step:,}", e.kind, e.text, e.time] for e in run.events]
         content = table(["step", "event", "", "time"], rows, left=4) if rows else "<p>Nothing is known.</p>"
-        title = f"{run.name}: {len(run.events)} events" if len(runs) > 1 else f"All {len(run.events)} events"
+        count = f"{sum(event.count for event in run.events):,} events"
+        title = f"{run.name}: {count}" if len(runs) > 1 else count
         lists.append(_folded(title, content, is_open=len(runs) == 1 and len(rows) <= 30))
     return "".join(lists)
 
