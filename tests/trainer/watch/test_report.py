@@ -368,6 +368,33 @@ def test_a_run_that_was_killed_in_the_middle_of_a_row(make):
     assert "of 90" in text
 
 
+def test_the_head_says_which_losses_are_no_longer_finite(make):
+    """In a comparison too, where the last finite loss of a run that diverged would look best."""
+
+    def gone(row: dict, *keys: str) -> dict:
+        return row | dict.fromkeys(keys) | {f"{key}_is_finite": False for key in keys}
+
+    rows = [row | {"val_bits_per_byte": 1.5} if "val_loss" in row else row for row in rows_of(1020)]
+    bad = [gone(row, "loss") if "loss" in row and row["step"] > 1008 else row for row in rows]
+    bad[-1] = gone(bad[-1], "val_loss", "val_loss/code")
+    healed = [gone(row, "loss") if "loss" in row and row["step"] < 9 else row for row in rows]
+    folder, other = make("mine", bad), make("healed", healed)
+
+    def facts(name: str, value: str, small: str) -> str:
+        return f"<dt>{name}</dt><dd>{value}<small>{small}</small></dd>"
+
+    text = page_of(folder)[0]
+    assert facts("loss", "not finite since step 1,009", "") in text
+    assert facts("validation loss", "not finite since step 1,020", "") in text
+    assert facts("bits per byte", "1.5000", "") in text
+    assert "<td>code</td><td>loss</td><td class=n>not finite since step 1,020</td>" in text
+    text = page_of(other)[0]
+    assert facts("loss", f"{rows[-2]['loss']:.4f}", "last training step") in text
+    assert "since step" not in text
+    cells = "<td class=n>not finite since step 1,009</td><td class=n>not finite since step 1,020</td>"
+    assert cells in page_of(folder, other, output=folder / "both.html")[0]
+
+
 def test_where_the_report_goes(make, monkeypatch, tmp_path, capsys):
     one, two = make("one", rows_of(5)), make("two", rows_of(5))
     monkeypatch.chdir(tmp_path)
