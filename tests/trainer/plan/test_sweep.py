@@ -314,6 +314,11 @@ def test_notes():
         ({"widths": (10**7,)}, {}, r"--widths is 1e\+07; it must be between 1 and 1e\+06"),
         ({}, {"budget": {}}, "give --tokens or --tokens-per-param"),
         ({}, {"budget": {"steps": 10}}, "budget.steps needs budget.batch_tokens"),
+        (
+            {"sizes": (1,), "lr": (1e-3, 2e-3, 1.00004e-3)},
+            {},
+            r"--lr 0\.001 and 0\.00100004 are alike in the name of a run, n\d+-d\S+-lr0\.001-b\S+-s0; take values",
+        ),
     ],
 )
 def test_refused(grid, sections, sentence):
