@@ -334,6 +334,8 @@ def test_the_table_is_whole_at_80_columns(every_run):
     lines = console.file.getvalue().splitlines()
     table = lines[lines.index("Sweep x") + 1 : next(i for i, line in enumerate(lines) if "Compared" in line)]
     assert "…" not in console.file.getvalue()
+    days = sum(START_SECONDS + (run.flops + run.eval_flops) / 1e12 for run in runs) / 86400
+    assert f"about {days:,.0f} days with 1 at a time" in console.file.getvalue()
     assert all(len(line) <= 80 for line in table)
     assert any(f"{short(runs[0].params)} " in line and short(runs[0].tokens) in line for line in table)
     rows = [line for line in table if " x " in line]
