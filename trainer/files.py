@@ -10,19 +10,25 @@ from pathlib import Path
 from stepline.trainer.errors import UserError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is whole or absent, also after a power cut; what it raises leaves nothing behind."""
+def write_whole(path: Path, text: str, *, durable: bool = True) -> None:
+    """Writes a file so that it is whole or absent; what it raises leaves nothing behind.
+
+    durable: also after a power cut, for which the disk is waited for; not for what is written again every few seconds.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
+    if not durable:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from stepline.trainer.config_io import read_run_config
+from stepline.trainer.config_io import load_config, read_run_config
+from stepline.trainer.errors import USER_ERROR, UserError
 from stepline.trainer.watch.curve import draw_curve
 from stepline.trainer.watch.metrics import read_metrics
 
-DATA, RUN = Path("data/stdlib"), Path("runs/quickstart")
 EXCLUDED = (
     "*/test/*",
     "*/tests/*",
@@ -52,29 +52,41 @@ def stepline(*arguments: str, launch: list[str] | None = None, capture: bool = F
 
 
 def main() -> None:
-    """Prepares, trains (arguments are overrides of the config), evaluates, samples and shows a short table."""
+    """`quickstart`, its arguments being overrides of the config; says a mistake in one sentence."""
+    try:
+        quickstart(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def quickstart(overrides: list[str]) -> None:
+    """Prepares, trains, evaluates, samples and shows a short table, where the overrides say. Raises UserError."""
+    config, _ = load_config("quickstart", overrides)
+    run, data = config.run.folder, config.data.path
+    if data is None:
+        raise UserError("the quickstart reads one folder; give data.path instead of data.sources")
     console = Console()
-    if not (DATA / "meta.json").is_file():
+    if not (data / "meta.json").is_file():
         console.rule("1. prepare: the Python standard library's sources")
-        stepline("prepare", *corpus_arguments(), "--output", str(DATA))
+        stepline("prepare", *corpus_arguments(), "--output", str(data))
     console.rule("2. train")
-    overrides = [f"run.folder={RUN}", f"data.path={DATA}", *sys.argv[1:]]
     stepline("train", "quickstart", *overrides, launch=launcher())
     console.rule("3. evaluate on held-out text, and sample")
-    values = json.loads(stepline("eval", str(RUN), "--data", str(DATA), "--json", capture=True))
+    values = json.loads(stepline("eval", str(run), "--data", str(data), "--json", capture=True))
     prompt = "def read_lines(path):\n"
-    print(stepline("generate", str(RUN), "--prompt", prompt, "--max-tokens", "96", capture=True))
-    summary(console, values)
+    print(stepline("generate", str(run), "--prompt", prompt, "--max-tokens", "96", capture=True))
+    summary(console, run, values)
 
 
-def summary(console: Console, values: dict[str, float]) -> None:
+def summary(console: Console, run: Path, values: dict[str, float]) -> None:
     """The table at the end, and the picture of the loss curve."""
-    rows = read_metrics(RUN / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
-    curve = RUN / "curve.png"
-    draw_curve(RUN / "metrics.jsonl", curve)
-    config = read_run_config(RUN)
-    law = json.loads((RUN / "plan.json").read_text(encoding="utf-8"))["law"]["name"]
+    rows = read_metrics(run / "metrics.jsonl")
+    steps = [row for row in rows if row.get("loss") is not None]  # null where a skipped step was NaN
+    curve = run / "curve.png"
+    draw_curve(run / "metrics.jsonl", curve)
+    config = read_run_config(run)
+    law = json.loads((run / "plan.json").read_text(encoding="utf-8"))["law"]["name"]
     # A batch of 2,048 tokens is a noisy sample: the end is the mean of the last logged steps.
     last = sum(row["loss"] for row in steps[-10:]) / len(steps[-10:])
     middle = sorted(row["tokens_per_second"] for row in steps)[len(steps) // 2]
@@ -90,7 +102,7 @@ def summary(console: Console, values: dict[str, float]) -> None:
         ),
         ("batch", f"{config.budget.batch_tokens:,} tokens, {config.total_steps()} steps"),
         ("law", f"{law}: learning rate and batch from N and D"),
-        ("run's folder", str(RUN)),
+        ("run's folder", str(run)),
         ("curve", str(curve)),
     ):
         table.add_row(name, value)

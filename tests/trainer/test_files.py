@@ -1,12 +1,15 @@
 """Files that are whole or absent."""
 
 import errno
+import json
 import os
 
 import pytest
 
 from stepline.trainer.errors import UserError
 from stepline.trainer.files import new_folder, write_whole
+from stepline.trainer.watch.heartbeat import Heartbeat
+from stepline.trainer.watch.sent import Sent
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -23,6 +26,28 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch, ste
             write_whole(path, "after")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
     assert path.read_text() == "before"
+
+
+def test_what_need_not_outlive_a_power_cut_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """A heartbeat, and what wandb was sent: on a slow disk the training would wait with them."""
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waits for the disk"))
+    heartbeat = Heartbeat(
+        tmp_path / "heartbeat.json", steps=9, start_step=0, limit_s=60.0, attempt=1, world_size=1
+    )
+    heartbeat.beat(1, "training")
+    Sent(tmp_path / "sent.json", 4.0).note({"step": 3})
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 1
+    assert Sent(tmp_path / "sent.json", 4.0).step == 3
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_was_sent_leaves_nothing_behind_where_it_cannot_be_noted(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "replace", full)
+    Sent(tmp_path / "sent.json", 4.0).note({"step": 3})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_folder_takes_the_place_of_what_was_killed_and_of_nothing_else(tmp_path):

@@ -21,7 +21,7 @@ from stepline.trainer.plan.opinions import (
 from stepline.trainer.plan.planner import WEIGHT_DECAY_RANGE, Plan, penalty_percent
 from stepline.trainer.plan.schedule_text import schedule_text
 from stepline.trainer.plan.screen import short
-from stepline.trainer.plan.units import duration
+from stepline.trainer.plan.units import seconds_text
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,8 @@ def show(
         text = f"{cost.flops:.3g} FLOPs: {cost.gpu_hours:,.1f} GPU-hours on {machine.device} "
         text += f"at MFU {machine.mfu:.0%} ({how})"
         console.print(
-            text + ("" if cost.hours is None else f", {duration(cost.hours)} on {machine.gpus} GPUs")
+            text
+            + ("" if cost.hours is None else f", {seconds_text(3600 * cost.hours)} on {machine.gpus} GPUs")
         )
         console.print(f"these FLOPs are {cost.counted}", soft_wrap=True, highlight=False)
     if cost is not None and cost.max_useful_gpus is not None:
@@ -255,7 +256,7 @@ def show_tradeoffs(plan: Plan, trade: list[Tradeoff], console: Console) -> None:
         "steps": [number(row.steps) for row in trade],
         "tokens": [short(row.tokens, 4) for row in trade],
         "GPU-hours": ["" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}" for row in trade],
-        "time, GPUs x batch": ["" if row.hours is None else duration(row.hours) for row in trade],
+        "time, GPUs x batch": ["" if row.hours is None else seconds_text(3600 * row.hours) for row in trade],
     }
     # without a device nothing of time
     columns = {name: cells for name, cells in columns.items() if any(cells)}

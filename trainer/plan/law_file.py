@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from stepline.models.config import Section
 from stepline.trainer.config_io import shipped_configs
 from stepline.trainer.errors import UserError, nearest
+from stepline.trainer.files import write_whole
 from stepline.trainer.plan.laws import STEP_LAW, LossLaw, PowerLaw, Source, Spread, StepLaw
 
 PUBLISHED = "step-law"
@@ -198,11 +199,4 @@ def read_law(path: Path) -> StepLaw:
 
 def write_law(law: LawFile, path: Path) -> None:
     """Writes law.json whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(law.model_dump(mode="json"), indent=2, allow_nan=False)
-    try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(law.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")

@@ -105,9 +105,21 @@ def lay_out(
                 for batch in batches
                 for i in range(grid.seeds)
             ]
+    _check_names(runs)
     # Stable: runs of one cell cost the same and stay together, in the order of learning rate and batch.
     runs.sort(key=lambda run: run.flops + run.eval_flops)
     return Layout(tuple(runs), (*notes, *_notes(config, runs, corpus_tokens)))
+
+
+def _check_names(runs: list[SweepRun]) -> None:
+    """Two runs of one name would share a folder and a result."""
+    named: dict[str, SweepRun] = {}
+    for run in runs:
+        if (other := named.setdefault(run.name, run)) is not run:
+            raise UserError(
+                f"--lr {other.lr!r} and {run.lr!r} are alike in the name of a run, {run.name}; "
+                "take values farther apart"
+            )
 
 
 def _shapes(model: ModelConfig, grid: Grid, notes: list[str]) -> list[ModelConfig]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from stepline.trainer.plan.screen import short
 from stepline.trainer.plan.sweep import SweepRun
 from stepline.trainer.plan.sweep_cost import SweepCost
+from stepline.trainer.plan.units import seconds_text
 
 
 def show(
@@ -59,7 +60,7 @@ def show(
     )
     console.print(
         f"{cost.runs} {'run' if cost.runs == 1 else 'runs'} to do: {cost.tokens:,} training tokens, "
-        f"{cost.flops:.3g} FLOPs, about {_duration(cost.seconds)} {together} ({cost.assumption}).",
+        f"{cost.flops:.3g} FLOPs, about {seconds_text(cost.seconds)} {together} ({cost.assumption}).",
         highlight=False,
         soft_wrap=True,
     )
@@ -70,9 +71,3 @@ def _range(values: list[float]) -> str:
     if low == high:
         return f"{low:,}" if isinstance(low, int) else short(low, 4)
     return f"{short(low)}–{short(high)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

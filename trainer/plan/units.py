@@ -6,7 +6,7 @@ def seconds_text(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{_digits(seconds / size)} {unit}"
-    return f"{_digits(seconds)} s" if seconds >= 1 else f"{_digits(seconds * 1e3)} ms"
+    return f"{_digits(seconds)} s" if seconds >= 1 or seconds == 0 else f"{_digits(seconds * 1e3)} ms"
 
 
 def bytes_text(size: float) -> str:
@@ -24,10 +24,3 @@ def rate_text(mbit: float) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def duration(hours: float) -> str:
-    """`3.2 days`, `5.1 hours` or `12 minutes`."""
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

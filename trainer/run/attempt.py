@@ -70,7 +70,7 @@ class Attempt:
         self.saver = Checkpointer(job.folder, config.checkpoint.keep, job.device, self._save_failed)
         self.consensus = Consensus(group)
         self.due = Interval(config.checkpoint.ephemeral_minutes)
-        self.speed = Speedometer(config, job.device, job.world.size, state.step)
+        self.speed = Speedometer(config, job.device, job.world.size, state.step, state.train_seconds)
         self.dog = Watchdog(
             config.parallel.timeout_s,
             stacks,
@@ -147,6 +147,7 @@ class Attempt:
             return
         with self._may_wait_for_writing(), self.speed.paused():
             kind = PERMANENT if permanent else EPHEMERAL
+            state.train_seconds = self.speed.trained_s()
             self.saver.save(state.step, state.tensors(), state.counters(), kind)
         self.saved_step = state.step
         self.due.restart()
@@ -171,7 +172,7 @@ class Attempt:
 
     def written(self) -> bool:
         """Waits for the checkpoint that is being written, on all ranks; whether the newest one is on disk."""
-        with self._may_wait_for_writing():
+        with self._may_wait_for_writing(), self.speed.paused():
             return self.saver.finish()
 
     @contextlib.contextmanager

@@ -200,6 +200,8 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         raise
     finally:
         outcome["seconds"] = round(time.time() - started, 1)
+        if job.train_seconds is not None:
+            outcome["train_seconds"] = round(job.train_seconds, 1)
         outcome["launched_by"] = {stop.launcher: restarts()}
         if job.world.rank == 0 or code == FAILED:  # the rank that fails first knows why
             write_outcome(job.folder, number, code, **outcome)

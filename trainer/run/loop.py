@@ -43,7 +43,7 @@ RESIDUAL = 1e-2
 
 def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, float]:
     """Attempt `number` of a job, to its last step, in an already started process group; returns the last
-    validation's values and `train_seconds`, without validation and saving.
+    validation's values. However it ends, `job.train_seconds` is what the run's steps took.
 
     stacks: file for the stacks of a rank that hangs. Raises ToBeContinued after a signal to any rank, TrainingStopped
     when the guard skipped too many steps in a row or the last checkpoint cannot be saved, UserError for damaged data.
@@ -140,6 +140,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
         watch.alert("Training stopped", str(error), "error")
         raise
     finally:
+        job.train_seconds = attempt.speed.trained_s()
         state.loader.close()
         verifier.close()
         watch.close(exit_code, validation, **attempt.saved())
@@ -153,7 +154,7 @@ def train(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> dict[str, 
             "optimizer.lr", validation["val_loss"], begun,
         )  # fmt: skip
     log.info("done at step %d, checkpoint of step %d", state.step, attempt.saved_step)
-    return validation | {"train_seconds": round(attempt.speed.total, 1)}
+    return validation
 
 
 def is_logged(step: int, config: Config) -> bool:

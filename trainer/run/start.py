@@ -68,6 +68,8 @@ class Job:
     """Whether this launch, as far as this rank's launcher knows, has begun to train in this folder before."""
     launchers: list[str] = field(default_factory=list)
     """`StopSignal.launcher` of all ranks, once they have met."""
+    train_seconds: float | None = None
+    """Of the run's steps so far, over all attempts (`TrainState.train_seconds`), once this one has ended."""
 
     @property
     def folder(self) -> Path:

@@ -96,6 +96,8 @@ class TrainState(Trainee):
     """Finished optimizer steps."""
     tokens: int = 0
     """Training tokens with loss that were consumed."""
+    train_seconds: float = 0.0
+    """What these steps took, over all attempts, without starts, validations and saves."""
     run_id: str = ""
     """Of wandb; known to rank 0."""
 
@@ -145,6 +147,7 @@ class TrainState(Trainee):
             "step": self.step,
             "replicas": self.synchronizer.replicas,
             "tokens": self.tokens,
+            "train_seconds": self.train_seconds,
             "loader": self.loader.state_dict(),
             "fingerprints": self.fingerprints,
             "run_id": self.run_id,
@@ -173,6 +176,7 @@ class TrainState(Trainee):
         ):
             log.warning("%s and %d more begin anew: the ranks' layout has changed", anew[0], len(anew) - 1)
         self.step, self.tokens = counters["step"], counters["tokens"]
+        self.train_seconds = counters.get("train_seconds", 0.0)  # older checkpoints do not say
         self.loader.load_state_dict(counters["loader"])
         if not random.keys() <= known:
             torch.manual_seed(hash((self.config.run.seed, dist.get_rank(), self.step)))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from stepline.trainer.files import locked
 from stepline.trainer.plan.sweep import SweepRun
 from stepline.trainer.plan.sweep_cost import Rate, run_seconds
+from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.sweep_runs import Result, RunFailed, SweepFolder
 
 POLL_SECONDS = 0.1
@@ -52,6 +53,8 @@ class _Child:
     held: ExitStack
     """Lock and log."""
     started: float
+    continues: bool
+    """From a checkpoint of an earlier attempt."""
 
 
 class LocalRunner:
@@ -73,7 +76,8 @@ class LocalRunner:
         self.report = Report()
         self.running: list[_Child] = []
         self.estimated = self.taken = 0.0
-        """Seconds of the finished runs, as estimated and as they were: their ratio corrects what is left."""
+        """Seconds of the runs that made all their steps in this call, as estimated and as they were: their ratio
+        corrects what is left."""
 
     def do(self, runs: Sequence[SweepRun]) -> Report:
         """Returns when all have ended, or after a signal (SIGINT, SIGTERM, SIGHUP) with no process left behind."""
@@ -120,6 +124,7 @@ class LocalRunner:
         if (folder / "checkpoints" / f"step-{run.steps:06d}" / "COMPLETE").is_file():
             # Killed between its last checkpoint and its outcome: a resume would have nothing left to do.
             shutil.rmtree(folder / "checkpoints")
+        continues = bool(complete_checkpoints(folder))
         folder.mkdir(parents=True, exist_ok=True)
         log = held.enter_context((folder / "output.log").open("w", encoding="utf-8"))
         slot = min(set(range(self.jobs)) - {c.slot for c in self.running})
@@ -132,7 +137,7 @@ class LocalRunner:
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which ends its children itself
             pass_fds=(lock,),
         )
-        self.running.append(_Child(run, process, slot, held, time.monotonic()))
+        self.running.append(_Child(run, process, slot, held, time.monotonic(), continues))
 
     def command(self, run: SweepRun) -> list[str]:
         """The command line of one run."""
@@ -163,7 +168,9 @@ class LocalRunner:
             return
         finally:
             child.held.close()
-        self.taken += seconds
+        if self.rate is not None and not (child.continues or result.diverged):
+            self.taken += seconds
+            self.estimated += run_seconds(run, self.rate.flops_per_second)
         self._count(run, result, f"  {seconds:.0f} s", left)
 
     def _count(self, run: SweepRun, result: Result, seconds: str = "", left: Sequence[SweepRun] = ()) -> None:
@@ -173,9 +180,8 @@ class LocalRunner:
         told = f"diverged: {result.reason}" if result.diverged else f"loss {result.loss:.4f}"
         remaining = ""
         if self.rate is not None and seconds:
-            per_second = self.rate.flops_per_second
-            self.estimated += run_seconds(run, per_second)
-            ahead = sum(run_seconds(other, per_second) for other in left) * self.taken / self.estimated
+            ratio = self.taken / self.estimated if self.estimated else 1.0
+            ahead = ratio * sum(run_seconds(other, self.rate.flops_per_second) for other in left)
             remaining = f"  about {ahead / self.jobs / 60:.0f} min left"
         self.say(f"[{count}/{len(self.sweep.runs)}] {run.name}  {told}{seconds}{remaining}")
 

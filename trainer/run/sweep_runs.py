@@ -33,6 +33,7 @@ class Result:
     """Nats per token; None when it diverged."""
     diverged: bool
     seconds: float
+    """Of training, over all attempts, without starts, validations and saves."""
     reason: str = ""
     """Why it counts as diverged."""
 
@@ -122,7 +123,7 @@ def read_result(folder: Path) -> Result:
     Anything else that is not `done` raises RunFailed.
     """
     outcome = read_outcome(folder)
-    seconds = outcome.get("seconds", 0.0)  # not there where the watchdog ended the run
+    seconds = outcome.get("train_seconds", 0.0)  # not there where the watchdog ended the run
     if outcome.get("diverged"):
         return Result(None, True, seconds, outcome["message"])
     if outcome.get("status") != "done" or "val_loss" not in outcome:

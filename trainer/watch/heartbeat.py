@@ -14,6 +14,7 @@ from typing import Any
 
 from stepline.trainer.config import Config
 from stepline.trainer.errors import DONE, STATUS
+from stepline.trainer.files import write_whole
 from stepline.trainer.watch.metrics import finite_row
 
 log = logging.getLogger("stepline")
@@ -163,11 +164,4 @@ def _replace(path: Path, stale_after_s: float | None, fields: dict[str, Any]) ->
         "stale_after_s": stale_after_s,
     }
     record |= {key: value for key, value in fields.items() if key not in record}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(finite_row(record), default=str) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(finite_row(record), default=str) + "\n", durable=False)

@@ -136,6 +136,13 @@ def finite_row(row: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def keep_last(last: dict[str, Any], row: dict[str, Any]) -> None:
+    """Makes `last` hold the last value of each key, `row` being the next one: what is finite again loses its mark."""
+    for key in row:
+        last.pop(f"{key}_is_finite", None)
+    last |= row
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a half-written last line is left out.
 
@@ -265,7 +272,7 @@ def _look(path: Path, step: int) -> _Kept:
     kept, later = _Kept(step), False
     for end, row in _rows(path):
         if _within(row, step):
-            kept.last |= row
+            keep_last(kept.last, row)
             kept.end, kept.mixed = end, kept.mixed or later
         else:
             later = True

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stepline.trainer.files import write_whole
+
 Place = tuple[int, bool]
 NONE: Place = (-1, True)
 """Before all rows."""
@@ -104,10 +106,8 @@ class Sent:
         if not self._held:
             self._drop_old()
             self._recent.append((time.monotonic(), self._last))
-        partial = self.path.with_name(self.path.name + ".partial")
+        step, validation = self._last
+        content = {"step": step, "validation": validation, "mode": self.mode}
+        content |= {"rows": self._rows, "latest": list(self._latest)}
         with contextlib.suppress(OSError):
-            step, validation = self._last
-            content = {"step": step, "validation": validation, "mode": self.mode}
-            content |= {"rows": self._rows, "latest": list(self._latest)}
-            partial.write_text(json.dumps(content) + "\n")
-            partial.replace(self.path)
+            write_whole(self.path, json.dumps(content) + "\n", durable=False)

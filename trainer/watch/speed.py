@@ -23,13 +23,16 @@ def memory_gb(device: torch.device) -> float:
 class Speedometer:
     """Tokens per second of training between two logged steps; validation and saving are not counted."""
 
-    def __init__(self, config: Config, device: torch.device, world_size: int, start_step: int) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, world_size: int, start_step: int, trained_s: float = 0.0
+    ) -> None:
+        """trained_s: what the steps before took."""
         self.batch_tokens = config.budget.batch_tokens
         self.flops = flops_per_token(config.model, config.data.seq_len).total
         self.device, self.world_size = device, world_size
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.step, self.started, self.idle = start_step, time.perf_counter(), 0.0
-        self.total = 0.0
+        self._trained_s = trained_s
 
     @contextlib.contextmanager
     def paused(self):
@@ -40,12 +43,16 @@ class Speedometer:
         yield
         self.idle += time.perf_counter() - start
 
+    def trained_s(self) -> float:
+        """Seconds of training until now, those of `trained_s` included."""
+        return self._trained_s + max(time.perf_counter() - self.started - self.idle, 0.0)
+
     def lap(self, step: int) -> dict[str, float]:
         """Speed since the lap before; the first lap includes warm-up (compilation, first allocations)."""
         now = time.perf_counter()
         seconds = max(now - self.started - self.idle, 1e-9)
         steps = step - self.step
-        self.total += seconds
+        self._trained_s += seconds
         self.step, self.started, self.idle = step, now, 0.0
         rate = steps * self.batch_tokens / seconds
         row = {"tokens_per_second": round(rate, 1), "memory_gb": round(memory_gb(self.device), 3)}

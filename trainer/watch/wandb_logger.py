@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import signal
@@ -209,7 +210,7 @@ class WandbLogger:
 
     def _send(self, run: Any, row: dict[str, Any]) -> None:
         if self._sent.lacks(row):
-            run.log({k: v for k, v in row.items() if not isinstance(v, list)})  # a table is no curve
+            run.log(as_values(row))
             self._sent.note(row)
 
     def _choose(self, mode: str) -> str:
@@ -232,8 +233,20 @@ class _Restart(Exception):
     """wandb is to be ended and started again."""
 
 
+def as_values(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` without its tables, which are no curves, and with NaN, which wandb knows, where `finite_row` has left a
+    mark."""
+    return {
+        key: math.nan if row.get(f"{key}_is_finite") is False else value
+        for key, value in row.items()
+        if not isinstance(value, list) and not key.endswith("_is_finite")
+    }
+
+
 def _finish(run: Any, exit_code: int, summary: dict[str, Any]) -> None:
-    run.summary.update(summary)
+    # a NaN would remove the one that wandb has from the last row
+    finite = {k: v for k, v in as_values(summary).items() if not isinstance(v, float) or math.isfinite(v)}
+    run.summary.update(finite)
     if exit_code == TO_BE_CONTINUED:
         run.mark_preempting()  # shown as preempted instead of failed
     run.finish(exit_code=exit_code)

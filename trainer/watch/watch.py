@@ -10,7 +10,7 @@ from stepline.trainer.errors import FAILED, STATUS
 from stepline.trainer.watch.alerts import Alerts
 from stepline.trainer.watch.heartbeat import starting
 from stepline.trainer.watch.loggers import Loggers, ProgressLogger
-from stepline.trainer.watch.metrics import MetricsFile
+from stepline.trainer.watch.metrics import MetricsFile, keep_last
 from stepline.trainer.watch.wandb_logger import WandbLogger
 
 
@@ -58,7 +58,7 @@ class Watch:
         self.file.write(row)
         self.loggers.log(row)
         self._tell_wandb(waited_from)
-        self.last |= row
+        keep_last(self.last, row)
         self.heartbeat.fields |= {k: row[k] for k in ("loss", "tokens_per_second") if k in row}
         self.alerts.row(row)
 

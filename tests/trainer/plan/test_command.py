@@ -100,6 +100,12 @@ def test_a_mixture_shows_its_active_weights_and_no_empty_columns():
     assert "GPU-hours" in plan(*TWO, "--device", "H200").stdout
 
 
+def test_the_time_on_so_many_gpus():
+    out = plan(*TWO, "--device", "H200", "--world-size", "64").stdout
+    seconds = 6 * 1.1e9 * 1e11 / (989e12 * 0.4) / 64
+    assert f"(assumed), {seconds / 3600:.3g} h on 64 GPUs" in " ".join(out.split())
+
+
 def test_cost_of_a_config_counts_attention_and_head():
     out = plan("dense-1b", "budget.tokens=1e11", "--peak-flops", "1e15", "--mfu", "0.5", "--json").stdout
     config = load_config(str(find_config("dense-1b")))[0]

@@ -314,6 +314,11 @@ def test_notes():
         ({"widths": (10**7,)}, {}, r"--widths is 1e\+07; it must be between 1 and 1e\+06"),
         ({}, {"budget": {}}, "give --tokens or --tokens-per-param"),
         ({}, {"budget": {"steps": 10}}, "budget.steps needs budget.batch_tokens"),
+        (
+            {"sizes": (1,), "lr": (1e-3, 2e-3, 1.00004e-3)},
+            {},
+            r"--lr 0\.001 and 0\.00100004 are alike in the name of a run, n\d+-d\S+-lr0\.001-b\S+-s0; take values",
+        ),
     ],
 )
 def test_refused(grid, sections, sentence):
@@ -329,6 +334,8 @@ def test_the_table_is_whole_at_80_columns(every_run):
     lines = console.file.getvalue().splitlines()
     table = lines[lines.index("Sweep x") + 1 : next(i for i, line in enumerate(lines) if "Compared" in line)]
     assert "…" not in console.file.getvalue()
+    days = sum(START_SECONDS + (run.flops + run.eval_flops) / 1e12 for run in runs) / 86400
+    assert f"about {days:,.0f} days with 1 at a time" in console.file.getvalue()
     assert all(len(line) <= 80 for line in table)
     assert any(f"{short(runs[0].params)} " in line and short(runs[0].tokens) in line for line in table)
     rows = [line for line in table if " x " in line]

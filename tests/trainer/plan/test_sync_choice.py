@@ -273,8 +273,9 @@ def test_parameters_that_the_planner_does_not_know_are_refused(monkeypatch):
 
 
 def test_numbers_as_text():
-    seconds = (0.0141, 2.6, 119, 450, 11520, 1e6)
+    seconds = (0, 0.0141, 2.6, 119, 450, 11520, 1e6)
     assert [seconds_text(s) for s in seconds] == [
+        "0 s",
         "14.1 ms",
         "2.6 s",
         "119 s",

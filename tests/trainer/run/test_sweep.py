@@ -17,7 +17,7 @@ from stepline.trainer.run.sweep_runs import RunFailed, open_sweep, read_result
 
 def outcome(folder: Path, first_loss: float = 6.0, **values) -> Path:
     folder.mkdir(exist_ok=True)
-    base = {"status": "done", "exit_code": 0, "attempt": 1, "seconds": 3.5}
+    base = {"status": "done", "exit_code": 0, "attempt": 1, "seconds": 99.0, "train_seconds": 3.5}
     (folder / "outcome.json").write_text(json.dumps(base | values))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": first_loss}) + "\n")
     return folder

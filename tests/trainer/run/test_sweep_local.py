@@ -8,6 +8,7 @@ import textwrap
 import pytest
 
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.sweep_cost import Rate, run_seconds
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.sweep import run_sweep, threads_of_a_rank
 from stepline.trainer.run.sweep_local import LocalRunner, Report
@@ -38,7 +39,7 @@ def runner(request_of, tmp_path, capsys):
 DONE = """
 import json
 open(folder + "/metrics.jsonl", "w").write('{"step": 1, "loss": 6.0}')
-open(folder + "/outcome.json", "w").write(json.dumps({"status": "done", "val_loss": 5.0, "seconds": 1.0}))
+open(folder + "/outcome.json", "w").write(json.dumps({"status": "done", "val_loss": 5.0, "train_seconds": 1.0}))
 """
 
 
@@ -97,6 +98,25 @@ def test_a_run_that_the_guard_stops_is_data(request_of, tmp_path, capsys, pool):
     assert [(row["loss"], row["diverged"]) for row in rows] == [("", "1")] * 2
     assert float(rows[0]["seconds"]) > 0
     assert "diverged: 3 steps in a row had a NaN or a spike" in capsys.readouterr().out
+
+
+def test_the_time_left_is_not_corrected_by_a_part_of_a_run(runner):
+    """A run that goes on from a checkpoint, and one that diverged, have not made all their steps in this call."""
+    runner.jobs, runner.rate = 1, Rate(1e9, "")
+    first, second, third, fourth = runner.sweep.runs
+    checkpoint = runner.sweep.folder(first) / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
+    diverges = DONE.replace('"val_loss": 5.0', '"val_loss": 7.0')
+    runner.program = f"if folder.endswith({second.name!r}):\n{textwrap.indent(diverges, '    ')}else:\n"
+    runner.program += textwrap.indent(DONE, "    ")
+    runner.do([first, second])
+    assert (runner.report.done, runner.report.diverged) == (2, 1)
+    assert runner.estimated == runner.taken == 0
+    assert all(text.endswith(" min left") for text in runner.said)
+    runner.do([third, fourth])
+    assert runner.estimated == pytest.approx(sum(run_seconds(run, 1e9) for run in (third, fourth)))
+    assert runner.taken > 0
 
 
 def test_a_sweep_that_only_fails_ends_early(runner):

@@ -97,6 +97,14 @@ def test_a_resume_keeps_the_last_value_of_each_key(tmp_path):
     assert steps(path) == [1, 2]
 
 
+def test_a_value_that_is_finite_again_loses_its_mark(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step, loss in enumerate([5.0, math.nan, 4.0, math.nan], 1):
+        file.write({"step": step, "loss": loss})
+    lost = {"step": 4, "loss": None, "loss_is_finite": False}
+    assert [file.truncate_after(step) for step in (4, 3)] == [lost, {"step": 3, "loss": 4.0}]
+
+
 @pytest.mark.parametrize("end", ["", "\n", '\n{"step": 9, "lo', '\n{"step": 9}'])
 def test_a_later_row_before_one_that_stays(tmp_path, end):
     path = tmp_path / "metrics.jsonl"

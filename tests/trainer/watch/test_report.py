@@ -290,6 +290,52 @@ def test_events_come_from_logs_rows_and_checkpoints(make):
     assert found[4][3] == "2026-01-02 00:00:00"
 
 
+def log_of(folder, lines: list[str], attempt: int = 1) -> None:
+    path = folder / "logs" / f"attempt-{attempt}" / "rank-0.log"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"2026-01-01 00:00:00,000 {line}\n" for line in lines))
+
+
+def checkpoint_at(folder, step: int, kind: str) -> None:
+    kept = folder / "checkpoints" / f"step-{step:06d}"
+    kept.mkdir(parents=True)
+    (kept / "COMPLETE").touch()
+    (kept / "manifest.json").write_text(json.dumps({"kind": kind, "step": step, "files": {}}))
+
+
+def test_checkpoints_that_exist_are_shown_among_many_that_are_gone(make):
+    """A run of 300 ephemeral checkpoints, of which the last is kept, and three permanent ones."""
+    folder = make("mine", rows_of(3))
+    saved = [(step, "permanent" if step % 100 == 0 else "ephemeral") for step in range(1, 304)]
+    log_of(folder, [f"INFO saving {kind} step {step}; training waited 0.1 s" for step, kind in saved])
+    kept = [(step, kind) for step, kind in saved if kind == "permanent" or step == 303]
+    for step, kind in kept:
+        checkpoint_at(folder, step, kind)
+    found = [e for e in read_run(folder, "mine").events if e.kind == "checkpoint"]
+    assert [(e.step, e.text.split(" ")[0], e.count) for e in found[1:]] == [(*one, 1) for one in kept]
+    assert (found[0].text, found[0].count) == ("299 checkpoints that are no longer kept are not shown", 299)
+
+
+def test_of_many_warnings_the_first_and_the_last_are_shown(make):
+    folder = make("mine", rows_of(3))
+    log_of(folder, [f"WARNING slow at step {step}" for step in range(1, 1251)] + ["ERROR error: broken"])
+    events = read_run(folder, "mine").events
+    found = [(e.step, e.text) for e in events if e.kind == "warning"]
+    named = [(step, f"slow at step {step}") for step in range(1, 1251)]
+    assert found == [*named[:100], (101, "1,050 more of this kind are not shown"), *named[-100:]]
+    assert (events[-1].kind, events[-1].step) == ("error", 1250)
+    assert "<summary>1,252 events</summary>" in page_of(folder)[0]
+
+
+def test_attempts_are_counted_before_some_are_left_out(make):
+    folder = make("mine", rows_of(3))
+    for attempt in range(1, 251):
+        log_of(folder, [f"INFO continuing x at step {attempt}"], attempt)
+    run = read_run(folder, "mine")
+    assert run.summary["attempts"] == 250
+    assert sum(e.kind == "attempt" for e in run.events) == 201
+
+
 def test_a_checkpoint_that_goes_while_it_is_looked_at(make, monkeypatch):
     folder = make("mine", rows_of(3))
     for step in (2, 3):
@@ -320,6 +366,33 @@ def test_a_run_that_was_killed_in_the_middle_of_a_row(make):
     assert data["runs"][0]["series"]["loss"]["step"] == list(range(1, 8))
     assert "training, or killed" in text
     assert "of 90" in text
+
+
+def test_the_head_says_which_losses_are_no_longer_finite(make):
+    """In a comparison too, where the last finite loss of a run that diverged would look best."""
+
+    def gone(row: dict, *keys: str) -> dict:
+        return row | dict.fromkeys(keys) | {f"{key}_is_finite": False for key in keys}
+
+    rows = [row | {"val_bits_per_byte": 1.5} if "val_loss" in row else row for row in rows_of(1020)]
+    bad = [gone(row, "loss") if "loss" in row and row["step"] > 1008 else row for row in rows]
+    bad[-1] = gone(bad[-1], "val_loss", "val_loss/code")
+    healed = [gone(row, "loss") if "loss" in row and row["step"] < 9 else row for row in rows]
+    folder, other = make("mine", bad), make("healed", healed)
+
+    def facts(name: str, value: str, small: str) -> str:
+        return f"<dt>{name}</dt><dd>{value}<small>{small}</small></dd>"
+
+    text = page_of(folder)[0]
+    assert facts("loss", "not finite since step 1,009", "") in text
+    assert facts("validation loss", "not finite since step 1,020", "") in text
+    assert facts("bits per byte", "1.5000", "") in text
+    assert "<td>code</td><td>loss</td><td class=n>not finite since step 1,020</td>" in text
+    text = page_of(other)[0]
+    assert facts("loss", f"{rows[-2]['loss']:.4f}", "last training step") in text
+    assert "since step" not in text
+    cells = "<td class=n>not finite since step 1,009</td><td class=n>not finite since step 1,020</td>"
+    assert cells in page_of(folder, other, output=folder / "both.html")[0]
 
 
 def test_where_the_report_goes(make, monkeypatch, tmp_path, capsys):

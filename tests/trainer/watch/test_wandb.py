@@ -1,6 +1,7 @@
 """wandb that never asks and never crashes: with the real wandb, against a server on this machine. Whatever happens to
 it, the caller goes on."""
 
+import math
 import os
 import signal
 import subprocess
@@ -47,10 +48,12 @@ def test_all_of_a_run_reaches_the_server(server, tmp_path, said):
     config = {"optimizer": {"lr": 0.1}, "plan": {"steps": 7, "law": "step-law"}}
     logger = make(tmp_path, config=config)
     assert logger.mode == "online"
-    logger.log(row(1))
-    logger.log(row(2, val_loss=3.5, expected_final_loss=3.25))
+    # as rows of an earlier attempt are: a table, which is no curve, and a value that was NaN
+    load, lost = {"expert_load": [[0.5, 1.5]]}, {"grad_norm": None, "grad_norm_is_finite": False}
+    logger.log(row(1, **load))
+    logger.log(row(2, val_loss=3.5, expected_final_loss=3.25, **lost))
     logger.alert("Spike", "a NaN", "warn")
-    logger.finish(0, {"status": "done", "loss": 0.5})
+    logger.finish(0, {"status": "done", "loss": 0.5} | load | lost)
     run = stored(server, tmp_path)
     assert [(r["step"], r["loss"]) for r in run.history] == [(1, 1), (2, 0.5)]
     assert run.history[1]["expected_final_loss"] == 3.25
@@ -58,6 +61,9 @@ def test_all_of_a_run_reaches_the_server(server, tmp_path, said):
     assert run.metrics() == [("step", None), ("*", "step")]
     assert run.alerts == [["Spike", "a NaN", "WARN"]]
     assert (run.summary["status"], run.summary["val_loss"], run.exit_code) == ("done", 3.5, 0)
+    for values in (run.history[1], run.summary):
+        assert math.isnan(values["grad_norm"])
+        assert not {"expert_load", "grad_norm_is_finite"} & values.keys()
     assert any("memory" in key for key in run.system[0])
     assert said == []
 

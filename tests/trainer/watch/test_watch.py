@@ -205,9 +205,16 @@ def test_config_plan_and_last_values_go_to_wandb(tmp_path, monkeypatch):
     assert first.calls[3] == (75, last | {"train_seconds": 1.5, "status": "continue", "exit_code": 75})
     assert [row["step"] for row in first.logged(0)] == [1, 1]
 
+    Watch(tmp_path, config(), 0, enabled=True).log({"step": 1, "loss": math.nan})
+    watch = Watch(tmp_path, config(), 1, enabled=True)
+    watch.log({"step": 2, "loss": 4.5})
+    watch.close(0)
+    _, _, again = made
+    assert again.calls[-1] == (0, {"step": 2, "loss": 4.5, "status": "done", "exit_code": 0})
+
     (tmp_path / "plan.json").write_text('{"steps": 100, "lr": 0.5}')
     Watch(tmp_path, config(), 1, enabled=True)
-    assert made[1].config["plan"] == {"steps": 100, "lr": 0.5}
+    assert made[-1].config["plan"] == {"steps": 100, "lr": 0.5}
 
 
 def test_rows_that_wait_are_tried_before_a_checkpoint(tmp_path, said, monkeypatch):

@@ -1,7 +1,8 @@
 """What happened to a run besides training: from its logs, its rows and its checkpoints."""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.run.manifest import COMPLETE, complete_checkpoints, read_manifest, step_of
 
 MOST = 200
-"""Events of one kind; a run with more of them shows the first ones and how many there are."""
+"""Events of one kind; a run with more of them shows the first and the last ones and how many are between them."""
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
 CONTINUING = re.compile(r"continuing .* at step (\d+)")
 SAVING = re.compile(r"saving (\w+) step (\d+); training waited (\S+) s")
@@ -31,6 +32,10 @@ class Event:
     text: str
     time: str = ""
     """Of the run's host, where it is known."""
+    gone: bool = False
+    """Whether it is a checkpoint that is no longer kept."""
+    count: int = 1
+    """More than one where it stands for events that are not shown."""
 
 
 @dataclass
@@ -77,7 +82,7 @@ class Trouble:
 
 
 def read_events(folder: Path, trouble: Trouble) -> list[Event]:
-    """All that is known, by step; of each kind at most MOST."""
+    """All that is known, by step; of each kind as many as are shown (`fewer`)."""
     found = [*_from_logs(folder), *trouble.events()]
     logged = {event.step for event in found if event.kind == "checkpoint"}
     for checkpoint in complete_checkpoints(folder):
@@ -88,16 +93,26 @@ def read_events(folder: Path, trouble: Trouble) -> list[Event]:
             except OSError:  # a run that goes on has removed it for a newer one
                 continue
             found.append(Event("checkpoint", step_of(checkpoint), kind, f"{when:%Y-%m-%d %H:%M:%S}"))
-    found.sort(key=lambda event: event.step)  # those of one step stay in their order
-    kept: list[Event] = []
-    counts: dict[str, int] = {}
-    for event in found:
-        counts[event.kind] = counts.get(event.kind, 0) + 1
-        if counts[event.kind] <= MOST:
-            kept.append(event)
-    left = [(kind, count - MOST) for kind, count in counts.items() if count > MOST]
-    last = kept[-1].step if kept else 0
-    return kept + [Event(kind, last, f"{count} more of this kind are not shown") for kind, count in left]
+    return fewer(sorted(found, key=lambda event: event.step))  # those of one step stay in their order
+
+
+def fewer(events: Sequence[Event]) -> list[Event]:
+    """At most MOST of each kind and how many are left out: deleted checkpoints first, then those in the middle."""
+    many = [kind for kind, count in Counter(event.kind for event in events).items() if count > MOST]
+    gone = [i for i, event in enumerate(events) if event.gone and event.kind in many]
+    left_out = [(gone, "{:,} checkpoints that are no longer kept are not shown")]
+    for kind in many:
+        places = [i for i, event in enumerate(events) if event.kind == kind and not event.gone]
+        if len(places) > MOST:
+            left_out.append((places[MOST // 2 : -(MOST // 2)], "{:,} more of this kind are not shown"))
+    shown: list[Event | None] = list(events)
+    for places, text in left_out:
+        for i in places:
+            shown[i] = None
+        if places:
+            first, count = events[places[0]], len(places)
+            shown[places[0]] = Event(first.kind, first.step, text.format(count), count=count)
+    return [event for event in shown if event is not None]
 
 
 def _kind(checkpoint: Path) -> str:
@@ -137,9 +152,8 @@ def _of_attempt(number: str, lines: list[tuple[str, str, str]], here: set[int]) 
         elif saved := SAVING.match(text):
             step = int(saved[2])
             kept = "" if step in here else ", no longer kept"
-            yield Event(
-                "checkpoint", step, f"{saved[1]} checkpoint{kept}; training waited {saved[3]} s", time
-            )
+            said = f"{saved[1]} checkpoint{kept}; training waited {saved[3]} s"
+            yield Event("checkpoint", step, said, time, gone=step not in here)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str, str]]:

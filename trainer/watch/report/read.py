@@ -1,6 +1,7 @@
 """What a run's folder tells of the run. Imports no torch."""
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ class Run:
     name: str
     series: dict[str, Series] = field(default_factory=dict)
     """By the keys of metrics.jsonl."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """Keys whose last value is not finite, and the step since which none is."""
     axis: dict[str, list[float]] = field(default_factory=dict)
     """`step`, `tokens` and `seconds` of training at the same moments; between them all three grow evenly."""
     heat: dict[str, Any] | None = None
@@ -94,6 +97,8 @@ def _read_metrics(run: Run) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], T
         if not isinstance(step, int):
             continue
         for key, value in row.items():
+            if value is None and row.get(f"{key}_is_finite") is False:  # as `finite_row` writes it
+                value = math.nan
             if type(value) in NUMBERS and key not in AXES:
                 column = columns[key]
                 column.steps.append(step)
@@ -112,6 +117,7 @@ def _read_metrics(run: Run) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], T
     values = {key: found for key, found in values.items() if len(found[0])}
     if not values:
         raise UserError(f"{run.folder / 'metrics.jsonl'} holds no values yet; wait for the run's first step")
+    run.lost = {key: step for key, column in columns.items() if (step := column.lost_at()) is not None}
     run.series = {key: thin(*found) for key, found in values.items()}
     knots = np.unique(np.linspace(0, len(axis) - 1, BUCKETS + 1).astype(int)).tolist()
     run.axis = {
@@ -136,16 +142,13 @@ def _summary(run: Run, values: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict
         "steps": run.plan.get("steps") or beat.get("steps"),
         "tokens": run.axis["tokens"][-1],
         "params": run.plan.get("params"),
-        "loss": of("loss"),
-        "val_loss": of("val_loss"),
-        "val_bits_per_byte": of("val_bits_per_byte"),
         "expected": None if run.expected is None else run.expected["loss"],
         "tokens_per_second": of("tokens_per_second", np.median),
         "mfu": of("mfu", np.median),
         "memory_gb": of("memory_gb", max),
         "seconds": run.axis["seconds"][-1],
         "skipped": of("skipped"),
-        "attempts": sum(event.kind == "attempt" for event in run.events) or None,
+        "attempts": sum(event.count for event in run.events if event.kind == "attempt") or None,
         "ranks": run.environment.get("world_size"),
         "device": run.environment.get("device"),
     }

@@ -114,3 +114,9 @@ class Column:
         steps, values = np.array(self.steps), np.array(self.values)
         keep = np.isfinite(values)
         return steps[keep], values[keep]
+
+    def lost_at(self) -> int | None:
+        """The step since which no value is finite; None where the last one is."""
+        finite = np.flatnonzero(np.isfinite(np.array(self.values)))
+        begin = finite[-1] + 1 if len(finite) else 0
+        return self.steps[begin] if begin < len(self.steps) else None

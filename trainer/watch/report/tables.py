@@ -58,9 +58,9 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
         ("step", f"{s['step']:,}", "" if s["steps"] is None else f"of {s['steps']:,}"),
         ("tokens", short(s["tokens"]), ""),
         ("N", ABSENT if s["params"] is None else short(s["params"]), "linear weights"),
-        ("loss", say("loss", "{:.4f}"), "last training step"),
-        ("validation loss", say("val_loss", "{:.4f}"), ""),
-        ("bits per byte", say("val_bits_per_byte", "{:.4f}"), ""),
+        ("loss", *_last(run, "loss", "last training step")),
+        ("validation loss", *_last(run, "val_loss")),
+        ("bits per byte", *_last(run, "val_bits_per_byte")),
         ("expected loss", say("expected", "{:.4f}"), source),
         ("tokens/s", say("tokens_per_second", "{:,.0f}"), "median"),
         ("MFU", say("mfu", "{:.1%}"), "median"),
@@ -72,12 +72,19 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     ]
 
 
+def _last(run: Run, key: str, more: str = "") -> tuple[str, str]:
+    """The last value of a key, which need not be finite, and its small print."""
+    if key in run.lost:
+        return f"not finite since step {run.lost[key]:,}", ""
+    return (f"{run.series[key].value[-1]:.4f}" if key in run.series else ABSENT), more
+
+
 def sources(runs: Sequence[Run]) -> str:
     """The last value of every source, run by run."""
     keys = [key for key in dict.fromkeys(k for run in runs for k in run.validations) if "/" in key]
     rows = [
         [key.partition("/")[2], key.partition("/")[0].removeprefix("val_").replace("_", " ")]
-        + [f"{run.series[key].value[-1]:.4f}" if key in run.series else ABSENT for run in runs]
+        + [_last(run, key)[0] for run in runs]
         for key in sorted(keys, key=lambda key: key.partition("/")[::-1])
     ]
     return table(["source", "last", *(run.name for run in runs)], rows, left=2) if rows else ""
@@ -89,7 +96,8 @@ def event_lists(runs: Sequence[Run]) -> str:
     for run in runs:
         rows = [[f"{e.step:,}", e.kind, e.text, e.time] for e in run.events]
         content = table(["step", "event", "", "time"], rows, left=4) if rows else "<p>Nothing is known.</p>"
-        title = f"{run.name}: {len(run.events)} events" if len(runs) > 1 else f"All {len(run.events)} events"
+        count = f"{sum(event.count for event in run.events):,} events"
+        title = f"{run.name}: {count}" if len(runs) > 1 else count
         lists.append(_folded(title, content, is_open=len(runs) == 1 and len(rows) <= 30))
     return "".join(lists)
 
