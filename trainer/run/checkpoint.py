@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stepline.comm.gather import gathered
 from stepline.comm.mesh import patient_group
-from stepline.trainer.errors import UserError, first_line
+from stepline.trainer.errors import UserError, reason_of
 from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
     COMPLETE,
@@ -250,4 +250,4 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong, of any rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return reason_of(error)
