@@ -14,7 +14,15 @@ from stepline.comm.gather import gathered
 from stepline.trainer.data.verify import Verifier, copy_of, sharers, start_verifying
 from stepline.trainer.errors import FAILED, ToBeContinued, TrainingStopped, Unreadable, UserError
 from stepline.trainer.run.checkpoint import EPHEMERAL, PERMANENT, Checkpointer
-from stepline.trainer.run.manifest import DAMAGED, SUPERSEDED, complete_checkpoints, retire, short, step_of
+from stepline.trainer.run.manifest import (
+    DAMAGED,
+    SUPERSEDED,
+    complete_checkpoints,
+    retire,
+    short,
+    step_of,
+    visible_checkpoints,
+)
 from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
@@ -154,7 +162,7 @@ class Attempt:
         self.save(permanent=self.state.step == self.job.config.total_steps())
         if self.written():
             return
-        last = complete_checkpoints(self.job.folder)
+        last = visible_checkpoints(self.job.folder)
         raise TrainingStopped(
             f"the checkpoint of step {self.state.step} could not be saved; mend the disk under {self.job.folder} and "
             f"start the same command again, which goes on from {last[-1].name if last else 'the beginning'}"

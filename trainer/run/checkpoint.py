@@ -24,13 +24,13 @@ from stepline.trainer.run.manifest import (
     COMPLETE,
     MANIFEST,
     STATE,
+    SUPERSEDED,
     checkpoint_path,
-    complete_checkpoints,
     file_entry,
     read_manifest,
     remove,
     step_of,
-    superseded_checkpoints,
+    visible_checkpoints,
 )
 
 log = logging.getLogger("stepline")
@@ -196,11 +196,11 @@ class Checkpointer:
         if path.exists():
             shutil.rmtree(path)  # left by an attempt that died while writing, or superseded
         path.mkdir(parents=True)
-        useless = superseded_checkpoints(self.run)
+        useless = visible_checkpoints(self.run, SUPERSEDED)
         while (free := shutil.disk_usage(path).free) < pending.needed:
             if useless:
                 _removed(useless.pop(0), shutil.rmtree)
-            elif not self._remove_ephemeral(complete_checkpoints(self.run)[:-1], keep=0):
+            elif not self._remove_ephemeral(visible_checkpoints(self.run)[:-1], keep=0):
                 path.rmdir()
                 raise OSError(f"needs {pending.needed / 1e9:.3g} GB on a disk with {free / 1e9:.3g} GB free")
 
@@ -213,7 +213,10 @@ class Checkpointer:
         manifest = {"kind": pending.kind, "step": step_of(path), "torch": torch.__version__, "files": files}
         write_whole(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         write_whole(path / COMPLETE, "")
-        self._remove_ephemeral(complete_checkpoints(self.run), keep=self.keep)
+        try:
+            self._remove_ephemeral(visible_checkpoints(self.run), keep=self.keep)
+        except OSError as error:  # of others: this one counts
+            log.warning("old checkpoints of %s cannot be removed (%s)", self.run, reason_of(error))
 
     def _remove_ephemeral(self, checkpoints: list[Path], keep: int) -> int:
         """Removes all but the newest `keep` of the ephemeral ones; returns how many. What cannot be removed stays."""

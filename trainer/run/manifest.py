@@ -1,13 +1,16 @@
 """Which checkpoints a run has, and whether their files are what was written."""
 
 import json
+import logging
 import re
 import shutil
 import zlib
 from pathlib import Path
 from typing import Any
 
-from stepline.trainer.errors import Unreadable, UserError
+from stepline.trainer.errors import Unreadable, UserError, reason_of
+
+log = logging.getLogger("stepline")
 
 COMPLETE, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 DAMAGED, SUPERSEDED = "DAMAGED", "SUPERSEDED"
@@ -34,6 +37,19 @@ def _folders(run: Path) -> list[Path]:
 def complete_checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first; one without COMPLETE is never among them."""
     return [p for p in _folders(run) if (p / COMPLETE).exists()]
+
+
+def visible_checkpoints(run: Path, mark: str = COMPLETE) -> list[Path]:
+    """The run's checkpoints with a mark, oldest first, as far as they can be looked at now. For tidying up: one that a
+    bad disk hides is left alone, with a warning."""
+    found = []
+    for path in _folders(run):
+        try:
+            if (path / mark).exists():
+                found.append(path)
+        except OSError as error:
+            log.warning("the old checkpoint %s cannot be looked at (%s)", path, reason_of(error))
+    return found
 
 
 def incomplete_checkpoints(run: Path) -> list[Path]:
@@ -163,11 +179,6 @@ def none_left(checkpoint: Path, problem: str) -> UserError:
 def damaged_checkpoints(run: Path) -> list[Path]:
     """Those that were found damaged, oldest first."""
     return [p for p in _folders(run) if (p / DAMAGED).exists()]
-
-
-def superseded_checkpoints(run: Path) -> list[Path]:
-    """Those of a course that the run has gone back from, oldest first."""
-    return [p for p in _folders(run) if (p / SUPERSEDED).exists()]
 
 
 def remove(checkpoint: Path) -> None:
