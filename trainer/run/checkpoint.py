@@ -23,6 +23,7 @@ from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
     COMPLETE,
     MANIFEST,
+    SMALL,
     STATE,
     SUPERSEDED,
     checkpoint_path,
@@ -208,7 +209,7 @@ class Checkpointer:
         """Writes what beside the tensors makes a checkpoint, COMPLETE last; then removes what is no longer kept."""
         path = pending.path
         write_whole(path / STATE, json.dumps(pending.content, indent=1) + "\n")
-        for name in (STATE, ".metadata"):
+        for name in SMALL:
             files[name] = file_entry(path / name)
         manifest = {"kind": pending.kind, "step": step_of(path), "torch": torch.__version__, "files": files}
         write_whole(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -243,6 +243,28 @@ def test_a_checkpoint_that_one_rank_cannot_read_stays_and_counts(pool, tmp_path)
     assert (broken.parent / DAMAGED).exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"step"', '"stop"'), ('"fingerprints": [\n  "', '"fingerprints": [\n  "!'), ("{", "[")],
+)
+def test_a_changed_state_of_the_same_size_is_damage(tiny_config, tmp_path, before, after):
+    """What every rank reads before they meet."""
+    folder = tmp_path / "run"
+    options = ["budget.steps=6", "checkpoint.every=2", f"run.folder={folder}"]
+    assert one_rank(str(tiny_config), options) == 0
+    shutil.rmtree(checkpoint_path(folder, 6))
+    newest = checkpoint_path(folder, 4)
+    state = (newest / "state.json").read_text()
+    changed = state.replace(before, after, 1)[: len(state)]
+    assert changed != state
+    (newest / "state.json").write_text(changed)
+    assert one_rank(str(tiny_config), [*options, "checkpoint.every=6"], "auto") == 0
+    log = (folder / "logs/attempt-2/rank-0.log").read_text()
+    assert f"{newest} is damaged (state.json has another checksum than when it was written)" in log
+    assert f"continuing {checkpoint_path(folder, 2)} at step 2" in log
+    assert (newest / DAMAGED).exists()
+
+
 @pytest.mark.parametrize("resume", ["auto", "never", "step-000002"])
 def test_a_folder_of_checkpoints_that_cannot_be_read_is_no_new_start(tmp_path, monkeypatch, resume):
     kept, listdir = tmp_path / "checkpoints", os.listdir
