@@ -10,6 +10,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
+from stepline.comm import slurm
 from stepline.comm.gather import gathered
 from stepline.comm.mesh import World
 from stepline.trainer.errors import (
@@ -44,12 +45,15 @@ log = logging.getLogger("stepline")
 
 
 def run_training(config: str, overrides: list[str], resume: str, stop: StopSignal | None = None) -> int:
-    """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node.
+    """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node, or by
+    the one that is alone with it.
 
     stop: takes the signals that ask the run to save and leave.
     """
     stop = stop or StopSignal()
     says = speaks()  # asked before there is a process group
+    # before the environment becomes that of a rank of torchrun's
+    neighbours = slurm.first_of_node() if slurm.is_rank() and not says else None
     with contextlib.ExitStack() as held:
         try:
             world = launched_world(rendezvous=False)
@@ -79,8 +83,8 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             number, stacks = start_logs(job)
             _keep_tokenizer(job)
         except UserError as error:
-            if says or _alone(stop):
-                print(f"error: {error}", file=sys.stderr)
+            if says or _alone(stop, neighbours):
+                print(f"error: {'' if says else _rank()}{error}", file=sys.stderr)
                 held.close()
                 waits = not says and not dist.is_initialized()  # rank 0, for this one
                 note_refusal(config, overrides, error, stop.launcher if waits else None)
@@ -105,15 +109,26 @@ def _keep_tokenizer(job: Job) -> None:
     together(keep)
 
 
-def _alone(stop: StopSignal) -> bool:
-    """Whether a mistake is this rank's own, as on a GPU smaller than the others: where one rank ends, torchrun at once
-    stops the rest, so none that found the same is still here a little later."""
+def _alone(stop: StopSignal, neighbours: list[int] | None) -> bool:
+    """Whether a mistake is this rank's own, as on a GPU smaller than the others: none that found the same is still here
+    a little later. Where one rank ends, torchrun at once stops the rest. Srun lets them be, and the node's first rank,
+    which says what all find, is gone.
+
+    neighbours: processes of that first rank when this one began, under srun.
+    """
+    if neighbours is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
     deadline = time.monotonic() + ALONE_S
-    while "TORCHELASTIC_RUN_ID" in os.environ and stop.received is None:
+    # of one that was never seen nothing is known: better said twice than not at all
+    while stop.received is None and (not neighbours or any(map(slurm.is_first_of_node, neighbours))):
         if time.monotonic() > deadline:
             return True
         time.sleep(0.05)
     return False
+
+
+def _rank() -> str:
+    return f"rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}: "
 
 
 def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
