@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stepline.comm.codec import ChunkCodec
 from stepline.comm.exchange import all_gather
@@ -83,41 +82,48 @@ class DiLoCo(Synchronizer):
     def _average(self, names: list[str], move: Callable[[str, Tensor], None]) -> int:
         """Moves the anchors of some parameters by d, and the parameters to them; returns the bytes that were sent, and
         as many received."""
-        d = torch.cat([(local(self.anchor[n]) - local(self.parameters[n].data)).view(-1) for n in names])
-        mean, num_bytes = self._mean(d)
-        sizes = [local(self.anchor[n]).numel() for n in names]
-        for name, part in zip(names, mean.split(sizes), strict=True):
-            anchor = local(self.anchor[name])
-            move(name, part.view_as(anchor))
+        anchors = [local(self.anchor[n]) for n in names]
+        sizes = [anchor.numel() for anchor in anchors]
+        # one copy of them, into which the mean comes: all of a large model may be averaged at once
+        d = anchors[0].new_zeros(self._length(sum(sizes)))
+        parts = [p.view_as(a) for p, a in zip(d[: sum(sizes)].split(sizes), anchors, strict=True)]
+        for name, anchor, part in zip(names, anchors, parts, strict=True):
+            torch.sub(anchor, local(self.parameters[name].data), out=part)
+        num_bytes = self._take_mean(d)
+        for name, anchor, part in zip(names, anchors, parts, strict=True):
+            move(name, part)
             local(self.parameters[name].data).copy_(anchor)
         return num_bytes
 
     def _outer_step(self, name: str, d: Tensor) -> None:
         m, mu = local(self.momentum[name]), self.settings.outer_momentum
         m.mul_(mu).add_(d)
-        local(self.anchor[name]).sub_(d.add(m, alpha=mu), alpha=self.settings.outer_lr)
+        local(self.anchor[name]).sub_(d.add_(m, alpha=mu), alpha=self.settings.outer_lr)
 
     def _plain_mean(self, name: str, d: Tensor) -> None:
         local(self.anchor[name]).sub_(d)
 
-    def _mean(self, d: Tensor) -> tuple[Tensor, int]:
-        """(mean over the replicas of a pseudo-gradient `[n]`, bytes sent)."""
-        if self.settings.codec != "int8":
-            sent = d.bfloat16() if self.settings.codec == "bf16" else d.clone()
+    def _length(self, values: int) -> int:
+        """With the zeros that fill up the last chunk."""
+        return -(-values // INT8_CHUNK) * INT8_CHUNK if self.settings.codec == "int8" else values
+
+    def _take_mean(self, d: Tensor) -> int:
+        """Puts the mean over the replicas in the place of a pseudo-gradient `[n]`; returns the bytes sent."""
+        if self.settings.codec == "int8":
+            codec = ChunkCodec(len(d) // INT8_CHUNK, INT8_CHUNK, INT8_CHUNK, "int8", d.dtype, indexed=False)
+            packet = codec.encode(None, d.view(-1, INT8_CHUNK))[0]
+            d.zero_()
+            for other in all_gather(packet, self.group).land():
+                d += codec.decode(other)[1].view(-1)
+            num_bytes = len(packet) * (self.replicas - 1)
+        else:
+            sent = d.bfloat16() if self.settings.codec == "bf16" else d
             if self.replicas > 1:
                 dist.all_reduce(sent, group=self.group)
-            return sent.to(d.dtype) / self.replicas, ring_bytes(
-                sent.numel() * sent.element_size(), self.replicas
-            )
-        rows = -(-d.numel() // INT8_CHUNK)
-        codec = ChunkCodec(rows, INT8_CHUNK, INT8_CHUNK, "int8", d.dtype, indexed=False)
-        padded = functional.pad(d, (0, rows * INT8_CHUNK - d.numel())).view(rows, INT8_CHUNK)
-        packet = codec.encode(None, padded)[0]
-        del padded
-        total = d.new_zeros(rows * INT8_CHUNK)
-        for other in all_gather(packet, self.group).land():
-            total += codec.decode(other)[1].view(-1)
-        return total[: d.numel()] / self.replicas, len(packet) * (self.replicas - 1)
+            d.copy_(sent)
+            num_bytes = ring_bytes(sent.numel() * sent.element_size(), self.replicas)
+        d.div_(self.replicas)
+        return num_bytes
 
     def adopt(self) -> None:
         """Starts from the parameters as they are."""

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from pathlib import Path
 
 TASKS = "SLURM_STEP_NUM_TASKS"
 """Only a job step has it; a batch script has SLURM_PROCID too, but is no rank."""
@@ -12,6 +13,21 @@ def is_rank() -> bool:
     """Whether this process is one of several tasks of a step, and no other launcher has made it a rank."""
     own = all(os.environ.get(name, "").isdigit() for name in (TASKS, "SLURM_PROCID", "SLURM_LOCALID"))
     return own and "RANK" not in os.environ and "WORLD_SIZE" not in os.environ and int(os.environ[TASKS]) > 1
+
+
+def first_of_node() -> list[int]:
+    """The processes of the first task of this one's node, as far as they can be seen."""
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_first_of_node(int(path.name))]
+
+
+def is_first_of_node(process: int) -> bool:
+    """Whether a process is there and of the first task of this one's node, by what it was started with."""
+    step = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID", TASKS)
+    same = {f"{name}={os.environ[name]}".encode() for name in step if name in os.environ}
+    try:
+        return same | {b"SLURM_LOCALID=0"} <= set(Path(f"/proc/{process}/environ").read_bytes().split(b"\0"))
+    except OSError:  # gone, or of another user
+        return False
 
 
 def gave_gpus_to_tasks(visible: int, tasks: int) -> bool:

@@ -87,3 +87,8 @@ class ToBeContinued(Exception):
 def first_line(error: BaseException) -> str:
     """Of an error's text, which may be long or empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system says of a file's error, or the first line of another."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

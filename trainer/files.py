@@ -78,10 +78,17 @@ def locked(path: Path, wait: bool) -> Iterator[int | None]:
     """Holds a lock file and yields its descriptor; None when another process holds it and `wait` is false.
 
     A child that inherits the descriptor holds the lock on, beyond the death of the parent. Raises UserError on a
-    file system without locks.
+    file system without locks, and where the file cannot be opened.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # for a group that shares the folder, where the umask lets it write
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"the lock file {path} cannot be opened ({error.strerror}); make it one that you may write, or remove it "
+            "while nobody holds it"
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

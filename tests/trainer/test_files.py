@@ -3,11 +3,12 @@
 import errno
 import json
 import os
+import stat
 
 import pytest
 
 from stepline.trainer.errors import UserError
-from stepline.trainer.files import new_folder, write_whole
+from stepline.trainer.files import locked, new_folder, write_whole
 from stepline.trainer.watch.heartbeat import Heartbeat
 from stepline.trainer.watch.sent import Sent
 
@@ -67,3 +68,35 @@ def test_a_new_folder_takes_the_place_of_what_was_killed_and_of_nothing_else(tmp
         (folder / "whole").write_text("whole")
     assert [p.name for p in output.iterdir()] == ["whole"]
     assert not partial.exists()
+
+
+def test_who_may_write_a_folder_may_lock_in_it(tmp_path):
+    """As the group of a shared one."""
+    before = os.umask(0o002)
+    try:
+        with locked(tmp_path / "lock", wait=False) as mine:
+            assert mine is not None
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o664
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_file_that_cannot_be_opened(tmp_path, monkeypatch, there):
+    """One of a colleague's, which the group may not write, or in a folder that is read-only."""
+    path, opened = tmp_path / "lock", os.open
+    if there:
+        path.touch(0o644)
+
+    def refused(name, flags, *more, **options):
+        if name == path and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(name, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refused)  # root may do all
+    with pytest.raises(UserError) as caught, locked(path, wait=False):
+        pass
+    assert str(caught.value) == (
+        f"the lock file {path} cannot be opened (Permission denied); make it one that you may write, or remove it "
+        "while nobody holds it"
+    )

@@ -6,9 +6,9 @@ on the device when told so, without waiting for it.
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from stepline.comm.fsdp import local
 from stepline.trainer.errors import UserError, nearest
 from stepline.trainer.optim.muon import Muon
 
@@ -36,7 +36,7 @@ class AdamW:
         kept = {} if beta1 is None else zeros
         self.exp_avg = {name: torch.zeros_like(zero) for name, zero in kept.items()}
         # One counter each, in fp32: what the fused kernels take.
-        self.steps = {name: torch.zeros((), device=_local(p).device) for name, p in params.items()}
+        self.steps = {name: torch.zeros((), device=local(p).device) for name, p in params.items()}
 
     def state(self) -> dict[str, Tensor]:
         """The live moments and counters of each parameter, sharded as the parameter is."""
@@ -56,14 +56,14 @@ class AdamW:
             names = [name for name in present if (name in self.decayed) == decay]
             if not names:
                 continue
-            gradients = [_local(self.params[n].grad) for n in names]
+            gradients = [local(self.params[n].grad) for n in names]
             # the mean of one gradient, written into it, is that gradient
-            means = gradients if self.beta1 is None else [_local(self.exp_avg[n]) for n in names]
+            means = gradients if self.beta1 is None else [local(self.exp_avg[n]) for n in names]
             adamw(
-                [_local(self.params[n]) for n in names],
+                [local(self.params[n]) for n in names],
                 gradients,
                 means,
-                [_local(self.exp_avg_sq[n]) for n in names],
+                [local(self.exp_avg_sq[n]) for n in names],
                 [],
                 [self.steps[n] for n in names],
                 fused=True,
@@ -167,7 +167,3 @@ def decay_groups(named_parameters: dict[str, nn.Parameter]) -> tuple[dict[str, n
 def _in_block(name: str, param: nn.Parameter) -> bool:
     parts = name.split(".")
     return param.ndim in (2, 3) and "layers" in parts and "router" not in parts
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

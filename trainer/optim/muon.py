@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from stepline.comm.fsdp import local
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 BUCKET_ELEMENTS = 1 << 27  # elements a rank exchanges at once: bounds the memory beside the parameters
 
@@ -80,17 +82,17 @@ class Muon:
     def step(self, lr: float, weight_decay: float, skip: Tensor | None = None) -> None:
         """One update with decoupled weight decay; where `skip` (0-dim) is 1 nothing at all changes."""
         for name, update in self.orthogonal.updates(lambda name: self._direction(name, skip)):
-            param = _local(self.params[name])
+            param = local(self.params[name])
             new = param * (1 - lr * weight_decay)
             new.add_(update, alpha=-lr)
             param.copy_(new if skip is None else torch.where(skip > 0, param, new))
 
     def _direction(self, name: str, skip: Tensor | None) -> Tensor:
         """This rank's rows of the momentum after this gradient (Nesterov's look-ahead if asked for)."""
-        param, buffer = self.params[name], _local(self.buffers[name])
+        param, buffer = self.params[name], local(self.buffers[name])
         if param.grad is None:
             raise RuntimeError(f"parameter {name} has no gradient; Muon updates every matrix in every step")
-        grad = _local(param.grad)
+        grad = local(param.grad)
         if skip is not None:
             grad = torch.where(skip > 0, buffer, grad)  # lerp towards itself leaves the momentum as it is
         buffer.lerp_(grad, 1 - self.momentum)
@@ -182,10 +184,6 @@ def _whole(matrices: list[Tensor], steps: int) -> list[Tensor]:
         stacked = newton_schulz(torch.stack([matrices[i] for i in indices]), steps)
         results.update(zip(indices, stacked, strict=True))
     return [results[i] for i in range(len(matrices))]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard_group(name: str, param: nn.Parameter) -> dist.ProcessGroup | None:

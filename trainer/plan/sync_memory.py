@@ -73,11 +73,8 @@ class SyncMemory:
             muon = muon_temporaries(self.blocks, self.shard, item, self.item)
         if sync == "all_reduce":
             return muon
-        if (
-            sync == "diloco"
-        ):  # distances, what travels, and their mean; int8: bytes, and what they are made of
-            copies = 5 if self.parallel.diloco.codec == "int8" else 3
-            return max(muon, copies * self.whole // self.parallel.diloco.fragments)
+        if sync == "diloco":
+            return max(muon, self._diloco() // self.parallel.diloco.fragments)
         if sync == "random_k":
             return max(muon, self._random_k())
         found, fused = self.batches(), self._fused()
@@ -103,6 +100,14 @@ class SyncMemory:
         """Whether each replica reduces a share of the chunks."""
         demo = self.parallel.demo
         return not demo.faithful and self.replicas > demo.owner_reduce_above
+
+    def _diloco(self) -> int:
+        """Distances, into which their mean comes; bf16: and as they travel; int8: and all replicas' packets with a copy
+        of one, of which bytes are made numbers, and these are scaled."""
+        values, codec = self.whole // self.item, self.parallel.diloco.codec
+        if codec == "int8":
+            return 3 * self.whole + (self.replicas + 2) * values
+        return self.whole + (2 * values if codec == "bf16" else 0)
 
     def _random_k(self) -> int:
         """For each value: where it is, itself in a list and as it travels, what it was rounded to, and the mean before

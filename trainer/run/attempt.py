@@ -23,13 +23,14 @@ from stepline.trainer.run.manifest import (
     retire,
     short,
     step_of,
+    visible_checkpoints,
 )
 from stepline.trainer.run.outcome import restarts, write_outcome
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job
 from stepline.trainer.run.state import TrainState
 from stepline.trainer.run.stored import sound_checkpoint
-from stepline.trainer.run.together import together
+from stepline.trainer.run.together import together, together_on_disk
 from stepline.trainer.run.validation import validate, validated, validation_due
 from stepline.trainer.run.watchdog import Watchdog
 from stepline.trainer.watch.speed import Speedometer
@@ -164,7 +165,7 @@ class Attempt:
         self.save(permanent=self.state.step == self.job.config.total_steps())
         if self.written():
             return
-        last = complete_checkpoints(self.job.folder)
+        last = visible_checkpoints(self.job.folder)
         raise TrainingStopped(
             f"the checkpoint of step {self.state.step} could not be saved; mend the disk under {self.job.folder} and "
             f"start the same command again, which goes on from {last[-1].name if last else 'the beginning'}"
@@ -217,11 +218,15 @@ class Attempt:
 
 
 def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
-    """Loads the checkpoint to continue from, or the one before it where that is damaged, on all ranks."""
+    """Loads the checkpoint to continue from, or the one before it where that is damaged, on all ranks. Raises UserError
+    on all of them."""
     job.resume_from, notes = sound_checkpoint(job.resume_from, job.folder, group, only_this=job.resume_chosen)
     job.notes += notes
     counters = state.load(job.resume_from, group)
-    if job.world.rank == 0:
+
+    def take_over() -> None:
+        if job.world.rank != 0:
+            return
         # damaged, or of a course that the user has gone back from; the newest first, which a restart would take
         for later in reversed(complete_checkpoints(job.folder)):
             if step_of(later) > state.step:
@@ -230,6 +235,8 @@ def go_on(job: Job, state: TrainState, group: dist.ProcessGroup) -> None:
         run_id = job.folder / "run_id"
         if counters["run_id"] and not run_id.exists():
             run_id.write_text(counters["run_id"] + "\n", encoding="utf-8")
+
+    together_on_disk(take_over, job.folder, group)
     log.info("continuing %s at step %d", job.resume_from, state.step)
 
 

@@ -18,19 +18,20 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from stepline.comm.gather import gathered
 from stepline.comm.mesh import patient_group
-from stepline.trainer.errors import first_line
+from stepline.trainer.errors import reason_of
 from stepline.trainer.files import write_whole
 from stepline.trainer.run.manifest import (
     COMPLETE,
     MANIFEST,
+    SMALL,
     STATE,
+    SUPERSEDED,
     checkpoint_path,
-    complete_checkpoints,
     file_entry,
     is_ephemeral,
     remove,
     step_of,
-    superseded_checkpoints,
+    visible_checkpoints,
 )
 
 log = logging.getLogger("stepline")
@@ -195,11 +196,11 @@ class Checkpointer:
         if path.exists():
             shutil.rmtree(path)  # left by an attempt that died while writing, or superseded
         path.mkdir(parents=True)
-        useless = superseded_checkpoints(self.run)
+        useless = visible_checkpoints(self.run, SUPERSEDED)
         while (free := shutil.disk_usage(path).free) < pending.needed:
             if useless:
                 _removed(useless.pop(0), shutil.rmtree)
-            elif not self._remove_ephemeral(complete_checkpoints(self.run)[:-1], keep=0):
+            elif not self._remove_ephemeral(visible_checkpoints(self.run)[:-1], keep=0):
                 path.rmdir()
                 raise OSError(f"needs {pending.needed / 1e9:.3g} GB on a disk with {free / 1e9:.3g} GB free")
 
@@ -207,12 +208,15 @@ class Checkpointer:
         """Writes what beside the tensors makes a checkpoint, COMPLETE last; then removes what is no longer kept."""
         path = pending.path
         write_whole(path / STATE, json.dumps(pending.content, indent=1) + "\n")
-        for name in (STATE, ".metadata"):
+        for name in SMALL:
             files[name] = file_entry(path / name)
         manifest = {"kind": pending.kind, "step": step_of(path), "torch": torch.__version__, "files": files}
         write_whole(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         write_whole(path / COMPLETE, "")
-        self._remove_ephemeral(complete_checkpoints(self.run), keep=self.keep)
+        try:
+            self._remove_ephemeral(visible_checkpoints(self.run), keep=self.keep)
+        except OSError as error:  # of others: this one counts
+            log.warning("old checkpoints of %s cannot be removed (%s)", self.run, reason_of(error))
 
     def _remove_ephemeral(self, checkpoints: list[Path], keep: int) -> int:
         """Removes all but the newest `keep` of the ephemeral ones; returns how many. What cannot be removed stays."""
@@ -242,4 +246,4 @@ def _reason(error: BaseException) -> str:
     """The first line of what went wrong, of any rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return reason_of(error)

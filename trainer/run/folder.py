@@ -83,7 +83,7 @@ def _unusable(folder: Path, reason: str) -> UserError:
 
 
 def checkpoint_to_resume(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """Where to go on, and what was passed over. Sizes are checked here, checksums by all ranks together."""
+    """Where to go on, and what was passed over. Sizes and small files are checked here, the rest by all together."""
     kept = folder / "checkpoints"
     try:
         if kept.exists():

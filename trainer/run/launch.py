@@ -1,19 +1,16 @@
 """From a command line to a finished run: logs, process group, outcome, exit code."""
 
 import contextlib
-import faulthandler
 import logging
 import os
-import signal
-import socket
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import TextIO
 
 import torch.distributed as dist
 
+from stepline.comm import slurm
 from stepline.comm.gather import gathered
 from stepline.comm.mesh import World
 from stepline.trainer.errors import (
@@ -31,9 +28,10 @@ from stepline.trainer.run.alike import check_ranks_alike
 from stepline.trainer.run.devices import device_memory
 from stepline.trainer.run.folder import checkpoint_to_resume, keep_tokenizer, make_folder
 from stepline.trainer.run.lock import only_one
+from stepline.trainer.run.logs import start_logs, wait_for
 from stepline.trainer.run.malloc import keep_freed_memory
-from stepline.trainer.run.manifest import COMPLETE, incomplete_checkpoints, remove, step_of
-from stepline.trainer.run.outcome import diverged_before, forget_outcome, restarts, told_before, write_outcome
+from stepline.trainer.run.manifest import COMPLETE, step_of
+from stepline.trainer.run.outcome import diverged_before, restarts, told_before, write_outcome
 from stepline.trainer.run.refusal import note_refusal
 from stepline.trainer.run.signals import StopSignal
 from stepline.trainer.run.start import Job, join, launched_world, start_job
@@ -43,18 +41,20 @@ from stepline.trainer.watch import heartbeat
 
 ALONE_S = 15.0  # more than ranks of one node part while they start, on a busy machine too
 REFUSED = "refused"
-SLOW_FOLDER_S = 15.0  # until a network file system shows a new folder on another node
 
 log = logging.getLogger("stepline")
 
 
 def run_training(config: str, overrides: list[str], resume: str, stop: StopSignal | None = None) -> int:
-    """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node.
+    """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node, or by
+    the one that is alone with it.
 
     stop: takes the signals that ask the run to save and leave.
     """
     stop = stop or StopSignal()
     says = speaks()  # asked before there is a process group
+    # before the environment becomes that of a rank of torchrun's
+    neighbours = slurm.first_of_node() if slurm.is_rank() and not says else None
     with contextlib.ExitStack() as held:
         try:
             world = launched_world(rendezvous=False)
@@ -81,12 +81,12 @@ def run_training(config: str, overrides: list[str], resume: str, stop: StopSigna
             if (code := _nothing_to_do(job, stop.launcher)) is not None:
                 dist.destroy_process_group()
                 return code
-            number, stacks = _start_logs(job)
+            number, stacks = start_logs(job)
             _keep_tokenizer(job)
         except (UserError, OSError) as error:
             mistake = refused_by_system(error) if isinstance(error, OSError) else error
-            if says or _alone(stop):
-                print(f"error: {mistake}", file=sys.stderr)
+            if says or _alone(stop, neighbours):
+                print(f"error: {'' if says else _rank()}{mistake}", file=sys.stderr)
                 held.close()
                 waits = not says and not dist.is_initialized()  # rank 0, for this one
                 note_refusal(config, overrides, mistake, stop.launcher if waits else None)
@@ -111,15 +111,26 @@ def _keep_tokenizer(job: Job) -> None:
     together(keep)
 
 
-def _alone(stop: StopSignal) -> bool:
-    """Whether a mistake is this rank's own, as on a GPU smaller than the others: where one rank ends, torchrun at once
-    stops the rest, so none that found the same is still here a little later."""
+def _alone(stop: StopSignal, neighbours: list[int] | None) -> bool:
+    """Whether a mistake is this rank's own, as on a GPU smaller than the others: none that found the same is still here
+    a little later. Where one rank ends, torchrun at once stops the rest. Srun lets them be, and the node's first rank,
+    which says what all find, is gone.
+
+    neighbours: processes of that first rank when this one began, under srun.
+    """
+    if neighbours is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
     deadline = time.monotonic() + ALONE_S
-    while "TORCHELASTIC_RUN_ID" in os.environ and stop.received is None:
+    # of one that was never seen nothing is known: better said twice than not at all
+    while stop.received is None and (not neighbours or any(map(slurm.is_first_of_node, neighbours))):
         if time.monotonic() > deadline:
             return True
         time.sleep(0.05)
     return False
+
+
+def _rank() -> str:
+    return f"rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}: "
 
 
 def _nothing_to_do(job: Job, launcher: str | None = None) -> int | None:
@@ -168,7 +179,7 @@ def _has_moved_on(job: Job, resume: str) -> bool:
     (new, *_), chosen = zip(*gathered((new, mine)))
     moved = any(one != new for one in chosen)
     if moved and new not in (None, REFUSED):
-        _wait_for(job.folder / "checkpoints" / new / COMPLETE)
+        wait_for(job.folder / "checkpoints" / new / COMPLETE)
     return moved
 
 
@@ -208,68 +219,6 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         if job.world.rank == 0:
             heartbeat.end(job.folder, code)
     return code
-
-
-def _start_logs(job: Job) -> tuple[int, TextIO]:
-    """Opens logs/attempt-K/rank-R.log on every rank; rank 0 also speaks on standard error. Returns K and the file.
-
-    A crash of the interpreter, or SIGUSR2 at any time, writes the stacks of all threads to that file. Raises
-    UserError on all ranks where one of them does not see the folder that rank 0 made.
-    """
-    attempt = [0]
-    if job.world.rank == 0:
-        forget_outcome(job.folder)
-        for left in incomplete_checkpoints(job.folder):
-            remove(left)
-        named = (p.name.removeprefix("attempt-") for p in (job.folder / "logs").glob("attempt-*"))
-        attempt = [max((int(number) for number in named if number.isdigit()), default=0) + 1]
-        (job.folder / "logs" / f"attempt-{attempt[0]}").mkdir(parents=True)
-    dist.broadcast_object_list(attempt, src=0)
-    folder = job.folder / "logs" / f"attempt-{attempt[0]}"
-    _check_folder_shared(job, folder)
-    in_file = logging.FileHandler(folder / f"rank-{job.world.rank}.log", encoding="utf-8")
-    handlers: list[logging.Handler] = [in_file]
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    if job.world.rank == 0:
-        handlers.append(Terminal())
-        handlers[1].setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = handlers
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    logging.raiseExceptions = False  # a full disk must not fill the terminal
-    faulthandler.enable(in_file.stream)
-    faulthandler.register(signal.SIGUSR2, in_file.stream)
-    return attempt[0], in_file.stream
-
-
-class Terminal(logging.StreamHandler):
-    """Standard error as it is when a line is written: the progress bar takes its place while it is shown."""
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: TextIO) -> None:
-        pass
-
-
-def _wait_for(path: Path) -> None:
-    """Until this node sees it, which may be a while after another has made it."""
-    deadline = time.monotonic() + SLOW_FOLDER_S
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
-def _check_folder_shared(job: Job, folder: Path) -> None:
-    _wait_for(folder)
-    blind = gathered(None if folder.is_dir() else socket.gethostname())
-    hosts = sorted({host for host in blind if host is not None})
-    if hosts:
-        raise UserError(
-            f"{', '.join(hosts)} does not see {job.folder} as rank 0 does; put run.folder on a file system that all "
-            "nodes share"
-        )
 
 
 def dry_run(config: str, overrides: list[str], resume: str) -> int:

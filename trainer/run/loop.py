@@ -29,7 +29,7 @@ from stepline.trainer.run.start import Job, write_environment
 from stepline.trainer.run.state import TrainState, load_weights
 from stepline.trainer.run.step import StepMeasures, all_max, train_step
 from stepline.trainer.run.stored import check_by_all
-from stepline.trainer.run.together import together
+from stepline.trainer.run.together import together, together_on_disk
 from stepline.trainer.run.validation import validation_due
 from stepline.trainer.run.watchdog import SPARE_S
 from stepline.trainer.watch.course import leave_course
@@ -248,13 +248,9 @@ def _describe(job: Job, state: TrainState, number: int, group: dist.ProcessGroup
         log.warning("%s", note)
 
     def describe() -> dict[str, Any]:
-        try:
-            return _write_description(job, state, number) if job.world.rank == 0 else {}
-        except OSError as error:
-            what = f"{job.folder} cannot be written ({error.strerror})"
-            raise UserError(f"{what}; mend that and start the same command again") from error
+        return _write_description(job, state, number) if job.world.rank == 0 else {}
 
-    return together(describe, group)
+    return together_on_disk(describe, job.folder, group)
 
 
 def _write_description(job: Job, state: TrainState, number: int) -> dict[str, Any]:

@@ -1,18 +1,23 @@
 """Which checkpoints a run has, and whether their files are what was written."""
 
 import json
+import logging
 import re
 import shutil
 import zlib
 from pathlib import Path
 from typing import Any
 
-from stepline.trainer.errors import Unreadable, UserError
+from stepline.trainer.errors import Unreadable, UserError, reason_of
+
+log = logging.getLogger("stepline")
 
 COMPLETE, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 DAMAGED, SUPERSEDED = "DAMAGED", "SUPERSEDED"
 """What COMPLETE is renamed to when a checkpoint no longer counts."""
 PERMANENT, EPHEMERAL = "permanent", "ephemeral"
+SMALL = (STATE, ".metadata")
+"""Files that every start reads, before the ranks share the reading of the others."""
 BLOCK = 16 * 2**20
 
 
@@ -37,6 +42,19 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return [p for p in _folders(run) if (p / COMPLETE).exists()]
 
 
+def visible_checkpoints(run: Path, mark: str = COMPLETE) -> list[Path]:
+    """The run's checkpoints with a mark, oldest first, as far as they can be looked at now. For tidying up: one that a
+    bad disk hides is left alone, with a warning."""
+    found = []
+    for path in _folders(run):
+        try:
+            if (path / mark).exists():
+                found.append(path)
+        except OSError as error:
+            log.warning("the old checkpoint %s cannot be looked at (%s)", path, reason_of(error))
+    return found
+
+
 def incomplete_checkpoints(run: Path) -> list[Path]:
     """What attempts that died while saving have left, oldest first."""
     marks = (COMPLETE, DAMAGED, SUPERSEDED)
@@ -51,7 +69,7 @@ def run_of(checkpoint: Path) -> Path:
 def find_checkpoint(path: Path, *, checksums: bool = True) -> Path:
     """The checkpoint at `path`, or the newest complete one of the run at `path`, its files checked.
 
-    checksums: read the files, instead of looking at their sizes alone. Raises UserError where there is none or it
+    checksums: read all files, instead of looking at the sizes of large ones. Raises UserError where there is none or it
     is damaged.
     """
     run = None
@@ -85,7 +103,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's manifest.json: `kind` (permanent or ephemeral), `step`, `files`; raises UserError."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        return {"kind": manifest["kind"], "step": int(manifest["step"]), "files": dict(manifest["files"])}
+        files = {
+            name: {key: int(entry[key]) for key in ("size", "crc32")}
+            for name, entry in dict(manifest["files"]).items()
+        }
+        return {"kind": manifest["kind"], "step": int(manifest["step"]), "files": files}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise not_read(checkpoint, MANIFEST, error) from error
 
@@ -109,8 +131,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def damages(checkpoint: Path, rank: int = 0, ranks: int = 1, *, checksums: bool = True) -> list[str]:
     """What is wrong with a checkpoint's files, one phrase each; empty where all is well.
 
-    Every rank looks at the sizes of all files and at the checksums of its share of them. A missing file is damage;
-    raises Unreadable for one that is there and cannot be read.
+    Every rank looks at the sizes of all files and at the checksums of its share of them; without `checksums`, at those
+    of small files. A missing file is damage; raises Unreadable for one that is there and cannot be read.
     """
     try:
         files = read_manifest(checkpoint)["files"]
@@ -123,9 +145,10 @@ def damages(checkpoint: Path, rank: int = 0, ranks: int = 1, *, checksums: bool 
         path = checkpoint / name
         try:
             size = path.stat().st_size
+            reads = i % ranks == rank if checksums else name in SMALL
             if size != entry["size"]:
                 found.append(f"{name} has {size} bytes instead of {entry['size']}")
-            elif checksums and i % ranks == rank and file_entry(path) != entry:
+            elif reads and file_entry(path) != entry:
                 found.append(f"{name} has another checksum than when it was written")
         except FileNotFoundError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
@@ -135,7 +158,8 @@ def damages(checkpoint: Path, rank: int = 0, ranks: int = 1, *, checksums: bool 
 
 
 def short(checkpoint: Path) -> bool:
-    """Whether a file is missing or has another size than when it was written; raises nothing."""
+    """Whether a file is missing or has another size than when it was written, or a small one another content; raises
+    nothing."""
     try:
         return bool(damages(checkpoint, checksums=False))
     except Unreadable:
@@ -172,11 +196,6 @@ def none_left(checkpoint: Path, problem: str) -> UserError:
 def damaged_checkpoints(run: Path) -> list[Path]:
     """Those that were found damaged, oldest first."""
     return [p for p in _folders(run) if (p / DAMAGED).exists()]
-
-
-def superseded_checkpoints(run: Path) -> list[Path]:
-    """Those of a course that the run has gone back from, oldest first."""
-    return [p for p in _folders(run) if (p / SUPERSEDED).exists()]
 
 
 def remove(checkpoint: Path) -> None:

@@ -8,11 +8,12 @@ from stepline.trainer.plan.sync_memory import checkpoint_bytes
 from stepline.trainer.plan.units import bytes_text
 from stepline.trainer.run.folder import nearest_folder
 from stepline.trainer.run.manifest import (
+    SUPERSEDED,
     complete_checkpoints,
     incomplete_checkpoints,
     is_ephemeral,
     step_of,
-    superseded_checkpoints,
+    visible_checkpoints,
 )
 
 
@@ -36,7 +37,7 @@ def short_of_room(config: Config, world: int, step: int) -> list[str]:
         there = nearest_folder(run / "checkpoints")
         free = shutil.disk_usage(there).free
         goes = [p for p in complete_checkpoints(run) if step_of(p) > step or is_ephemeral(p)]
-        goes += superseded_checkpoints(run) + incomplete_checkpoints(run)
+        goes += visible_checkpoints(run, SUPERSEDED) + incomplete_checkpoints(run)
     except OSError:  # which whoever writes there says
         return []
     size = checkpoint_bytes(config, world)

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from stepline.trainer.run.manifest import (
     retire,
     step_of,
 )
-from stepline.trainer.run.together import together
+from stepline.trainer.run.together import together, together_on_disk
 
 log = logging.getLogger("stepline")
 
@@ -114,8 +115,10 @@ def sound_checkpoint(
     A collective: the ranks share the reading.
     """
     notes: list[str] = []
+    first = dist.get_rank(group) == 0
+    found = together_on_disk(lambda: complete_checkpoints(run) if first else [], run, group)
     # Rank 0's list: a node may see what another has written a while later.
-    names = [[p.name for p in complete_checkpoints(run) if step_of(p) <= step_of(newest)]]
+    names = [[p.name for p in found if step_of(p) <= step_of(newest)]]
     dist.broadcast_object_list(names, src=0, group=group)
     for name in reversed(names[0]):
         checkpoint = run / "checkpoints" / name
@@ -126,6 +129,5 @@ def sound_checkpoint(
         notes.append(passed_over(checkpoint, problems[0]))
         log.warning("%s", notes[-1])
         dist.barrier(group=group)
-        if dist.get_rank(group) == 0:
-            retire(checkpoint, DAMAGED)
+        together_on_disk(partial(retire, checkpoint, DAMAGED) if first else lambda: None, run, group)
     raise none_left(checkpoint, problems[0])

@@ -1,7 +1,13 @@
-"""The memory of the synchronisers: their state, and the batches that DeMo encodes at once."""
+"""The memory of the synchronisers: their state, what an average of DiLoCo's takes, and the batches that DeMo encodes
+at once."""
+
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stepline.comm.mesh import build_mesh
 from stepline.models.config import ModelConfig
@@ -18,15 +24,15 @@ ODD = ModelConfig(
 EXPERTS = ODD.model_copy(update={"ffn": "moe", "hidden_size": 48, "ffn_size": 56})
 
 
-def made(model: ModelConfig, sync: str, sections: dict) -> tuple[SyncMemory, object]:
-    """What is planned of a synchroniser between two replicas of one rank, and the synchroniser."""
+def made(model: ModelConfig, sync: str, sections: dict, replicas: int = 2) -> tuple[SyncMemory, object]:
+    """What is planned of a synchroniser between replicas of one rank, and the synchroniser."""
     settled = Config(model=model, parallel={"sync": sync} | sections, optimizer={"weight_decay": 0.1})
     settled.run.device, settled.run.compile, settled.precision.compute = "cpu", False, "fp32"
     settled.budget.steps = 9
     named = dict(Transformer(model).named_parameters())
     blocks = type(root_group(model))(block_group(model).shapes * model.num_layers)
-    planned = SyncMemory(settled, root_group(model), blocks, 1, 2, 4)
-    return planned, build_synchronizer(settled, named, build_mesh(torch.device("cpu"), 2, 1))
+    planned = SyncMemory(settled, root_group(model), blocks, 1, replicas, 4)
+    return planned, build_synchronizer(settled, named, build_mesh(torch.device("cpu"), replicas, 1))
 
 
 SYNCS = {
@@ -59,6 +65,50 @@ def synchronizer_bytes(sync: str, sections: dict) -> tuple[int, int]:
     shared = synchronizer.shared_parameters().values()
     held += sum(t.untyped_storage().nbytes() for t in shared if t.data_ptr() not in parameters)
     return planned.state(), held
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside, and the most of them that were there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            key = storage.data_ptr()
+            if key not in given and key not in self.held:
+                self.held[key] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, key)
+        self.most = max(self.most, sum(self.held.values()))
+        return out
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+def test_an_average_of_diloco_takes_what_is_planned(pool, codec, world):
+    planned, most, whole = pool.run(world, averaging_bytes, codec)[0]
+    copies = {"fp32": 1, "bf16": 1.5, "int8": 3.5 + world / 4}[codec]
+    assert (planned, most) == pytest.approx((copies * whole, copies * whole), rel=0.01)
+
+
+def averaging_bytes(codec: str) -> tuple[int, int, int]:
+    """Of an outer step: as planned, and as they are; and those of the parameters."""
+    model = ODD.model_copy(update={"hidden_size": 144, "ffn_size": 512})
+    planned, synchronizer = made(
+        model, "diloco", {"diloco": {"every": 1, "codec": codec}}, torch.distributed.get_world_size()
+    )
+    synchronizer.inner = SimpleNamespace(step=lambda *_: None)
+    with Peak() as peak:
+        assert synchronizer.step(0.1).jumped
+    return planned.temporaries(), peak.most, planned.whole
 
 
 @pytest.mark.parametrize("model", [ODD, EXPERTS], ids=["dense", "experts"])

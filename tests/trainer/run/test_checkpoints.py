@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,8 +18,10 @@ from stepline.trainer.errors import UserError
 from stepline.trainer.run import checkpoint
 from stepline.trainer.run.checkpoint import Checkpointer
 from stepline.trainer.run.manifest import (
+    COMPLETE,
     EPHEMERAL,
     PERMANENT,
+    SMALL,
     SUPERSEDED,
     complete_checkpoints,
     damages,
@@ -71,6 +74,47 @@ def saved_where_nothing_goes(folder: str) -> list[str]:
         return saved(folder, "eee", 1)
 
 
+@pytest.mark.parametrize("broken", ["step-000001", "checkpoints"])
+def test_an_old_one_that_cannot_be_looked_at_costs_no_save(pool, tmp_path, broken):
+    """Nor does their folder, once the new one is complete."""
+    kept = ["step-000001", "step-000003", "step-000004"]
+    if broken == "checkpoints":  # nothing can be tidied up
+        kept.insert(1, "step-000002")
+    for done, said in pool.run(2, saved_beside_a_bad_disk, str(tmp_path), broken):
+        assert (done, said) == ([True] * 3, [])
+    assert [p.name for p in complete_checkpoints(tmp_path)] == kept
+
+
+def saved_beside_a_bad_disk(folder: str, broken: str) -> tuple[list[bool], list[str]]:
+    """Three checkpoints after a first one, which or whose folder has become stale; and the failures said."""
+    run, said, done = Path(folder), [], []
+    saver = Checkpointer(run, 2, torch.device("cpu"), said.append)
+    exists, glob = Path.exists, Path.glob
+    new = ""
+
+    def stale(path: Path) -> bool:
+        if path.parent.name == broken:
+            raise OSError(116, "Stale file handle", str(path))
+        return exists(path)
+
+    def listed(path: Path, pattern: str) -> Iterator[Path]:
+        if path.name == broken and exists(path / new / COMPLETE):
+            raise OSError(116, "Stale file handle", str(path))
+        return glob(path, pattern)
+
+    def save(step: int) -> bool:
+        nonlocal new
+        new = f"step-{step:06d}"
+        saver.save(step, {"w": torch.zeros(10)}, {"step": step}, EPHEMERAL)
+        return saver.finish()
+
+    assert save(1)
+    looks = stale if broken.startswith("step-") else exists
+    with mock.patch.object(Path, "exists", looks), mock.patch.object(Path, "glob", listed):
+        done += [save(step) for step in (2, 3, 4)]
+    return done, said
+
+
 def test_any_changed_byte_of_any_file_is_found(pool, tmp_path):
     pool.run(2, saved, str(tmp_path), "pp", 2)
     newest = tmp_path / "checkpoints" / "step-000002"
@@ -81,15 +125,18 @@ def test_any_changed_byte_of_any_file_is_found(pool, tmp_path):
         wrong = bytearray(right)
         wrong[draw.randrange(len(wrong))] ^= 1 << draw.randrange(8)
         (newest / name).write_bytes(wrong)
-        assert damages(newest) == [f"{name} has another checksum than when it was written"]
+        changed = [f"{name} has another checksum than when it was written"]
+        assert damages(newest) == changed
         shares = [damages(newest, rank, 3) for rank in range(3)]
         assert sum(map(len, shares)) == 1, "each file is read by one rank"
-        assert damages(newest, checksums=False) == []
+        assert damages(newest, checksums=False) == (changed if name in SMALL else [])
         with pytest.raises(UserError, match=r"step-000002 is damaged; use an earlier one \(step-000001\)"):
             find_checkpoint(tmp_path)
         (newest / name).write_bytes(right)
-    (newest / "manifest.json").write_text("{")
-    assert damages(newest) == ["manifest.json cannot be read"]
+    manifest = newest / "manifest.json"
+    for wrong in (manifest.read_text().replace("crc32", "crc33", 1), '{"files": 1}', "{"):
+        manifest.write_text(wrong)
+        assert damages(newest) == ["manifest.json cannot be read"]
 
 
 def test_what_counts(pool, tmp_path):

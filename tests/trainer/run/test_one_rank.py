@@ -1,6 +1,7 @@
 """What one rank alone finds is said by all, and ends or spares them alike."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -108,14 +109,16 @@ def test_rows_that_cannot_be_read_at_the_end_of_a_run(pool, tiny_config, tmp_pat
     assert not (folder / "logs/attempt-2").exists()
 
 
-def stale(config: str, options: list[str], module: str, name: str, rank: int, resume: str) -> int:
+GONE = Unreadable("/mnt/file", OSError(116, "Stale file handle"))
+
+
+def stale(
+    config: str, options: list[str], module: str, name: str, rank: int, resume: str, error: Exception = GONE
+) -> int:
     """A run in which a function of a module finds, on one rank, a file on a mount that is gone."""
     os.environ["LOCAL_RANK"] = os.environ.get("RANK", "0")
-    from stepline.trainer.run import loop, state
-
-    gone = Unreadable("/mnt/file", OSError(116, "Stale file handle"))
-    where = {"loop": loop, "state": state}[module]
-    broken = mock.patch.object(where, name, side_effect=gone)
+    where = importlib.import_module(module if module == "logging" else f"stepline.trainer.run.{module}")
+    broken = mock.patch.object(where, name, side_effect=error)
     with broken if int(os.environ["LOCAL_RANK"]) == rank else contextlib.nullcontext():
         return one_rank(config, options, resume)
 
@@ -145,6 +148,32 @@ def test_what_one_rank_cannot_read_ends_all_in_one_sentence(pool, tiny_config, t
     assert pool.run(1, stale, str(tiny_config), options, "state", "read_state", 0, "auto", init=False) == [2]
     assert message(second) == says
     assert [step_of(p) for p in complete_checkpoints(second)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "rank"),
+    [
+        ("logs", "forget_outcome", 0),
+        ("logging", "FileHandler", 1),
+        ("stored", "complete_checkpoints", 0),
+        ("attempt", "retire", 0),
+        ("loop", "write_config", 0),
+    ],
+)
+def test_a_file_of_the_run_that_one_rank_cannot_use_ends_all_in_one_sentence(
+    pool, tiny_config, tmp_path, module, name, rank
+):
+    """At the start of an attempt."""
+    folder = tmp_path / "run"
+    options = ["budget.steps=2", "checkpoint.every=1", f"run.folder={folder}"]
+    assert pool.run(1, one_rank, str(tiny_config), options, init=False) == [0]
+    (folder / "outcome.json").unlink()
+    error = PermissionError(13, "Permission denied", "/mnt/file")
+    found = pool.run(
+        2, stale, str(tiny_config), options, module, name, rank, "step-000001", error, init=False
+    )
+    says = "/mnt/file cannot be used (Permission denied); mend that and start the same command again"
+    assert (found, message(folder)) == ([2, 2], says)
 
 
 def test_a_token_that_no_vocabulary_has_in_a_validation(pool, tiny_config, copied, tmp_path):
@@ -252,6 +281,28 @@ def test_a_checkpoint_that_one_rank_cannot_read_stays_and_counts(pool, tmp_path)
     )
     assert pool.run(2, sound, [str(tmp_path)], None) == [(str(checkpoint_path(tmp_path, 2)), [note])] * 2
     assert (broken.parent / DAMAGED).exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"step"', '"stop"'), ('"fingerprints": [\n  "', '"fingerprints": [\n  "!'), ("{", "[")],
+)
+def test_a_changed_state_of_the_same_size_is_damage(tiny_config, tmp_path, before, after):
+    """What every rank reads before they meet."""
+    folder = tmp_path / "run"
+    options = ["budget.steps=6", "checkpoint.every=2", f"run.folder={folder}"]
+    assert one_rank(str(tiny_config), options) == 0
+    shutil.rmtree(checkpoint_path(folder, 6))
+    newest = checkpoint_path(folder, 4)
+    state = (newest / "state.json").read_text()
+    changed = state.replace(before, after, 1)[: len(state)]
+    assert changed != state
+    (newest / "state.json").write_text(changed)
+    assert one_rank(str(tiny_config), [*options, "checkpoint.every=6"], "auto") == 0
+    log = (folder / "logs/attempt-2/rank-0.log").read_text()
+    assert f"{newest} is damaged (state.json has another checksum than when it was written)" in log
+    assert f"continuing {checkpoint_path(folder, 2)} at step 2" in log
+    assert (newest / DAMAGED).exists()
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "step-000002"])

@@ -54,3 +54,32 @@ def test_a_cpu_has_no_memory_snapshot(tmp_path, calls):
     run(tmp_path, 20, "cpu")
     assert calls == []
     assert (tmp_path / "profile" / "rank-0.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [("folder", "File exists"), ("trace", "cannot open it"), ("memory", "Is a directory")],
+)
+def test_a_profile_that_cannot_be_written_costs_no_training(
+    tmp_path, monkeypatch, caplog, calls, broken, reason
+):
+    target = tmp_path / "profile"
+
+    def dump(path: str) -> None:
+        calls.append(("dump", path))
+        if broken == "memory":
+            raise IsADirectoryError(21, "Is a directory", path)
+
+    def export(_, path: str) -> None:
+        if broken == "trace":
+            raise RuntimeError("cannot open it\nand more")
+
+    if broken == "folder":
+        target.write_text("a file")
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+    run(tmp_path, 20)
+    said = [record.message for record in caplog.records if record.name == "stepline"]
+    assert said == [f"the profile in {target} cannot be written ({reason}); training goes on without it"]
+    assert any(call[0] == "dump" for call in calls) == (broken == "memory")
+    assert calls[-1:] == ([] if broken == "folder" else [("record", (), {"enabled": None})])

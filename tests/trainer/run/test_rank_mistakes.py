@@ -1,8 +1,12 @@
 """Mistakes in how ranks are started, and which of them says so."""
 
+import contextlib
+import os
 import re
 import signal
 import socket
+import subprocess
+from unittest import mock
 
 import pytest
 import torch
@@ -75,6 +79,43 @@ def test_a_rank_alone_with_its_mistake_speaks(tiny_config, capsys, monkeypatch, 
         stop.note(signal.SIGTERM)
     assert run_training(str(tiny_config), ["parallel.shard=3"], "never", stop) == 2
     assert capsys.readouterr().err.count("\n") == (not stopped)
+
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+STEP |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("first", "ends", "said"),
+    [
+        ({}, False, True),
+        ({}, True, False),  # it has said the same
+        ({"SLURM_NODEID": "0"}, False, True),  # of another node
+        (None, False, True),  # out of sight, as in a container of its own
+    ],
+)
+def test_a_rank_alone_with_its_mistake_speaks_under_srun(tiny_config, capsys, monkeypatch, first, ends, said):
+    """Which lets the others be: the first rank of the node says what all find, and is gone then."""
+
+    def refused(*_, **__) -> None:
+        if ends:
+            neighbour.communicate()
+        raise UserError("a mistake")
+
+    monkeypatch.setattr(launch, "start_job", refused)
+    monkeypatch.setattr(launch, "ALONE_S", 1e9 if ends else 0.2)
+    with contextlib.ExitStack() as held:
+        if first is not None:
+            environment = os.environ | STEP | first | {"SLURM_LOCALID": "0", "SLURM_PROCID": "2"}
+            command = ["sh", "-c", "echo; read line"]
+            neighbour = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            held.callback(neighbour.communicate)
+            neighbour.stdout.readline()  # its environment is there
+        held.enter_context(mock.patch.dict(os.environ, STEP | {"SLURM_LOCALID": "1", "SLURM_PROCID": "3"}))
+        assert run_training(str(tiny_config), [], "never") == 2
+    assert capsys.readouterr().err == ("error: rank 3: a mistake\n" if said else "")
 
 
 @pytest.mark.parametrize("ours", [True, False])
