@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch.distributed as dist
@@ -207,11 +208,20 @@ class Attempt:
         problem, trained_on = damage(self.verifier, self.group)
         if trained_on:
             problem += f"; what was trained since step {self.first_step} is given up"
-            if self.job.world.rank == 0:
-                for checkpoint in complete_checkpoints(self.job.folder):
-                    if step_of(checkpoint) > self.first_step:
-                        retire(checkpoint, SUPERSEDED)
+            if self.job.world.rank == 0 and (left := self._give_up()):
+                problem += f" (remove {', '.join(map(str, left))} by hand: it cannot be set aside)"
         raise UserError(problem)
+
+    def _give_up(self) -> list[Path]:
+        """Takes the checkpoints of this attempt out of those that count; returns those that the system keeps."""
+        left = []
+        for checkpoint in visible_checkpoints(self.job.folder):
+            if step_of(checkpoint) > self.first_step:
+                try:
+                    retire(checkpoint, SUPERSEDED)
+                except OSError:
+                    left.append(checkpoint)
+        return left
 
     def _save_failed(self, why: str) -> None:
         self.watch.alert("Checkpoint failed", why, "error")
