@@ -15,8 +15,11 @@ def is_rank() -> bool:
     return own and "RANK" not in os.environ and "WORLD_SIZE" not in os.environ and int(os.environ[TASKS]) > 1
 
 
-def first_of_node() -> list[int]:
-    """The processes of the first task of this one's node, as far as they can be seen."""
+def neighbours() -> list[int] | None:
+    """The processes of the first task of this rank's node, as far as they can be seen; None for that task, and where
+    srun has started no ranks."""
+    if not is_rank() or int(os.environ["SLURM_LOCALID"]) == 0:
+        return None
     return [int(path.name) for path in Path("/proc").glob("[0-9]*") if is_first_of_node(int(path.name))]
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from stepline.comm import slurm
 from stepline.trainer.cli_cluster import doctor, submit
 from stepline.trainer.cli_hf import export, import_folder
 from stepline.trainer.cli_laws import laws_app, sweep
@@ -151,7 +152,8 @@ def train(
     """
     from stepline.trainer.run.signals import StopSignal
 
-    stop = None if dry_run else StopSignal.install()  # before torch, which takes seconds to import
+    # before torch, which takes seconds to import
+    stop, neighbours = None if dry_run else StopSignal.install(), slurm.neighbours()
     from stepline.trainer.config_io import load_config
 
     try:  # so that a mistake in it is told at once, not after torch's import
@@ -169,7 +171,7 @@ def train(
     if dry_run:
         raise typer.Exit(show(config, overrides or [], resume))
     try:
-        code = run_training(config, overrides or [], resume, stop)
+        code = run_training(config, overrides or [], resume, stop, neighbours)
     except Exception:
         traceback.print_exc()
         code = 1
@@ -249,22 +251,23 @@ OF_ALL_RANKS = ("train", "eval", "doctor")
 
 
 def main() -> None:
-    """Entry point of `stepline`: a user's mistake is one sentence on standard error, of one rank, and exit code 2."""
-    silent = sys.argv[1:2] and sys.argv[1] in OF_ALL_RANKS and not speaks()
+    """Entry point of `stepline`: a user's mistake is one sentence on standard error, and exit code 2; what ranks find
+    before they meet is said by one of each node."""
+
+    def say(problem: object) -> None:
+        if speaks() or not (sys.argv[1:2] and sys.argv[1] in OF_ALL_RANKS):
+            print(f"error: {problem}", file=sys.stderr)
+
     try:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
-        if not silent:
-            print(f"error: {error}", file=sys.stderr)
+        say(error)
     except UsageError as error:
         # Without arguments a group of commands has already shown its help.
-        if type(error).__name__ != "NoArgsIsHelpError" and not silent:
-            sentence = usage_sentence(error, typer.main.get_command(app), sys.argv[1:])
-            print(f"error: {sentence}", file=sys.stderr)
+        if type(error).__name__ != "NoArgsIsHelpError":
+            say(usage_sentence(error, typer.main.get_command(app), sys.argv[1:]))
     except OSError as error:
-        problem = refused_by_system(error)
-        if not silent:
-            print(f"error: {problem}", file=sys.stderr)
+        say(refused_by_system(error))
     except typer.Abort:  # Ctrl-C, in older versions of typer
         sys.exit(130)
     sys.exit(USER_ERROR)

@@ -48,7 +48,7 @@ def _shipped(path: Path, otherwise: str) -> Path:
 def find_base(base: str, path: Path) -> Path:
     """The base that the config at `path` names: a file beside it, or a shipped config."""
     try:
-        base = str(with_home(base))
+        base = str(with_home(base)) if base.startswith("~") else base
     except ValueError as error:
         raise UserError(f"{path}: base: {error}") from None
     for candidate in (path.parent / base, path.parent / f"{base}.yaml"):

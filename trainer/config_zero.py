@@ -73,7 +73,7 @@ class DeepSpeedConfig(Section):
     reduce_scatter: bool | None = None
     """Reduce each gradient to the rank that keeps it, not to all."""
     allgather_partitions: bool | None = None
-    """Stages 1 and 2: gather updated weights by all-gathers, not broadcasts."""
+    """DeepSpeed takes it; 0.19 does nothing by it."""
     log_trace_cache_warnings: bool | None = None
     """Stage 3: say when modules run in another order than before."""
 

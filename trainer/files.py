@@ -10,6 +10,17 @@ from pathlib import Path
 from stepline.trainer.errors import UserError
 
 
+class NoLocks(UserError):
+    """A file system that cannot lock files."""
+
+
+def copy_key(path: Path) -> tuple[int, int, int]:
+    """What tells a node's own copy of a file from another node's; nodes that share one have the same."""
+    status = path.stat()
+    # `cp -a` onto two fresh disks may give both copies one number and one time, but not one time of the copying
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
 def write_whole(path: Path, text: str, *, durable: bool = True) -> None:
     """Writes a file so that it is whole or absent; what it raises leaves nothing behind.
 
@@ -95,7 +106,7 @@ def locked(path: Path, wait: bool) -> Iterator[int | None]:
         except BlockingIOError:
             yield None
         except OSError as error:
-            raise UserError(
+            raise NoLocks(
                 f"{path.parent} is on a file system that cannot lock files ({error.strerror}); choose another folder"
             ) from None
         else:

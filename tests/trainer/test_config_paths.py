@@ -49,6 +49,13 @@ def test_a_base_in_the_home_folder(home, file, tmp_path):
         load_config(str(tmp_path / "child.yaml"))
 
 
+def test_a_base_beside_the_config_that_is_called_so(home, file, tmp_path):
+    (tmp_path / "sub").mkdir()
+    file.rename(tmp_path / "sub" / "~base.yaml")
+    (tmp_path / "sub" / "child.yaml").write_text("base: ./~base.yaml\n")
+    assert load_config(str(tmp_path / "sub" / "child.yaml"))[0].optimizer.beta2 == 0.99
+
+
 def test_a_folder_that_is_called_so_is_one_when_it_is_read_again(home, file, tmp_path):
     config, origins = load_config(str(file), ["data.path=./~d", "run.folder=t"])
     assert config.data.path == tmp_path / "~d"

@@ -172,6 +172,23 @@ def test_what_the_system_refuses_is_one_sentence(monkeypatch, capsys, words, fil
     assert said == f"error: {file}: File name too long; mend that and start the same command again\n"
 
 
+@pytest.mark.parametrize("met", [False, True])
+def test_what_one_rank_alone_meets_is_said(monkeypatch, capsys, met):
+    """Once ranks have met: before, its node's first rank says the same."""
+    import torch.distributed as dist
+
+    def fails(*_, **__):
+        monkeypatch.setattr(dist, "is_initialized", lambda: met)
+        raise PermissionError(13, "Permission denied", "/mnt/file")
+
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("stepline.trainer.cli.app", fails)
+    assert run(monkeypatch, "eval", "runs/mine") == 2
+    said = "error: /mnt/file: Permission denied; mend that and start the same command again\n" if met else ""
+    assert capsys.readouterr().err == said
+
+
 def test_an_error_of_no_file_is_no_mistake(monkeypatch):
     def fails(*_, **__):
         raise BrokenPipeError(32, "Broken pipe")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stepline.trainer.data.parts import write_json
 from stepline.trainer.errors import UserError
-from stepline.trainer.files import locked
+from stepline.trainer.files import NoLocks, locked
 
 TOKENIZER_NAME = "tokenizer-name.json"  # while building: names the file or sub-folder of the tokenizer
 
@@ -33,9 +33,9 @@ def only_one(partial: Path) -> Iterator[None]:
     with ExitStack() as held:
         try:
             mine = held.enter_context(locked(partial / "lock", wait=False))
-        except UserError:  # a file system without locks: nothing is left there
+        except NoLocks:  # nothing is left there
             if [path.name for path in partial.iterdir()] == ["lock"]:
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         if mine is None:
             raise UserError(f"another `stepline prepare` is writing {partial}; wait for it")

@@ -15,6 +15,7 @@ import numpy as np
 
 from stepline.trainer.config import Config
 from stepline.trainer.data.dataset import Meta
+from stepline.trainer.files import copy_key
 
 START_BYTES = 8 * 10**9
 """What a rank reads at most before the first step under `data.verify=auto`."""
@@ -157,9 +158,7 @@ class Verifier:
 
 def copy_of(metas: Sequence[Meta]) -> list[tuple[int, int, int]]:
     """What tells a node's own copy of the data from another node's; nodes that share one have the same."""
-    status = [(meta.path / "meta.json").stat() for meta in metas]
-    # `cp -a` onto two fresh disks may give both copies one number and one time, but not one time of the copying
-    return [(s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in status]
+    return [copy_key(meta.path / "meta.json") for meta in metas]
 
 
 def sharers(copies: Sequence[object], rank: int) -> tuple[int, int]:

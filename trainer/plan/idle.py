@@ -23,7 +23,6 @@ NEEDS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("parallel.zero.", "parallel.backend", ("zero",)),
     ("parallel.deepspeed.", "parallel.backend", ("zero",)),
     ("parallel.deepspeed.allgather_bucket_size", "parallel.zero.stage", (1, 2)),
-    ("parallel.deepspeed.allgather_partitions", "parallel.zero.stage", (1, 2)),
     ("parallel.deepspeed.sub_group_size", "parallel.zero.stage", (3,)),
     ("parallel.deepspeed.log_trace_cache_warnings", "parallel.zero.stage", (3,)),
     ("parallel.check_replicas_every", "parallel.backend", ("fsdp",)),
@@ -50,11 +49,8 @@ IDLE_WITH: tuple[tuple[str, str, Any], ...] = (
     *((f"parallel.demo.{key}", "parallel.demo.accumulate", "updates") for key in ("version", "phi", "alpha")),
     ("parallel.demo.ahead", "parallel.demo.accumulate", "gradients"),
     # What is published has no optimizer; beside accumulated gradients AdamW has the vectors, embedding and head.
-    *(
-        (f"optimizer.{key}", "parallel.demo.faithful", True)
-        for key in ("name", "beta1", "beta2", "eps", "momentum")
-    ),
-    *((f"optimizer.{key}", "parallel.demo.accumulate", "gradients") for key in ("name", "momentum")),
+    *((f"optimizer.{key}", "parallel.demo.faithful", True) for key in ("beta1", "beta2", "eps", "momentum")),
+    ("optimizer.momentum", "parallel.demo.accumulate", "gradients"),
     ("parallel.reshard_after_forward", "parallel.zero.stage", 1),
     ("parallel.reshard_after_forward", "parallel.zero.stage", 2),
     ("logging.eval_windows", "logging.eval_every", 0),

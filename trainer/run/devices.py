@@ -41,16 +41,22 @@ def hides_gpus(visible: str | None) -> bool:
     return visible is not None and not re.match(r"\s*\w", visible)
 
 
-def pick_device(asked: str, world: World) -> tuple[torch.device, list[str]]:
-    """The device of this rank, and what was done instead of what one would expect."""
+def pick_device(asked: str, world: World, option: str = "run.device=") -> tuple[torch.device, list[str]]:
+    """The device of this rank, and what was done instead of what one would expect; raises UserError.
+
+    option: by which it was asked for.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked != "cpu" and 0 < gpus < world.local_size and slurm.gave_gpus_to_tasks(gpus, world.local_size):
         return torch.device("cuda", 0), []
     if asked == "cuda" and gpus == 0:
-        raise UserError("run.device is cuda but this machine has no usable GPU; use run.device=cpu or auto")
+        raise UserError(
+            f"{option}cuda needs a GPU, and this machine has no usable one; use {option}cpu or auto"
+        )
     if asked == "cuda" and gpus < world.local_size:
         raise UserError(
-            f"run.device is cuda but this machine has {gpus} GPUs for {world.local_size} ranks; start {gpus} ranks"
+            f"{option}cuda needs a GPU for each rank, and this machine has {gpus} GPUs for {world.local_size} ranks; "
+            f"start {gpus} ranks"
         )
     if asked == "cpu" or gpus == 0:
         unused = (

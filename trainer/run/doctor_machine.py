@@ -54,10 +54,10 @@ def check_disk(folder: Path) -> Check:
             f"{there} cannot be written ({error.strerror}): a run keeps its files elsewhere, set run.folder"
         )
         return Check("disk", "broken", value, says)
-    model = usage.free / (CHECKPOINT_BYTES * (PERMANENT_ONES + EPHEMERAL_ONES + 1))
+    model = usage.free / (CHECKPOINT_BYTES * (PERMANENT_ONES + EPHEMERAL_ONES))
     says = f"{usage.free / GB:.1f} GB free at {there}, written at {speed / 1e6:.0f} MB/s; "
-    says += f"a run of up to {short(model, 2)} parameters fits with {PERMANENT_ONES} permanent checkpoints, "
-    says += f"{EPHEMERAL_ONES} ephemeral ones and the one being written"
+    says += f"a run of up to {short(model, 2)} parameters fits with {PERMANENT_ONES} permanent checkpoints "
+    says += f"and {EPHEMERAL_ONES} ephemeral ones"
     if model < LEAST_MODEL:
         return Check("disk", "warning", value, f"{says}: free some space")
     if inodes is not None and inodes < LEAST_INODES:

@@ -63,9 +63,9 @@ def run_eval(
         sources = find_sources(config, data, splits)
         device, notes = device_for(asked, world)
         if world.size > 1:
-            join(world, device, config.parallel.timeout_s)
+            join(world, device, config.parallel.timeout_s, "--device ")
             checkpoint = _same_checkpoint(checkpoint, world)
-    with must_fit(device):
+    with must_fit(device, "use --device cpu, or more ranks (torchrun), which share the model"):
         scores = score(checkpoint, config, sources, device, world, text_key)
     if world.size > 1:  # after an error the other ranks may be gone
         dist.destroy_process_group()

@@ -111,7 +111,9 @@ def generate_text(
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("--prompt is not valid UTF-8; give it as UTF-8 text") from None
-    device, _ = device_for(asked, World(0, 1, 0, 1))
+    device, notes = device_for(asked, World(0, 1, 0, 1))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     with must_fit(device):
         model, config, _ = load_run(path, device, fp8=False)
         settle(model)
@@ -140,11 +142,12 @@ def generate_text(
     before = ids[1:][-CONTEXT_OF_TEXT:]
     head = len(tokenizer.decode(before))
     said, new = "", []
-    for token in stream:
-        new.append(token)
-        text = tokenizer.decode([*before, *new])[head:]
-        # A character may need several byte tokens: wait until it is whole, and leave out bytes that become none.
-        if not text.endswith("\ufffd"):
-            text = text.replace("\ufffd", "")
-            yield text[len(said) :]
-            said = text
+    with must_fit(device):
+        for token in stream:
+            new.append(token)
+            text = tokenizer.decode([*before, *new])[head:]
+            # A character may need several byte tokens: wait until it is whole, and leave out bytes that become none.
+            if not text.endswith("\ufffd"):
+                text = text.replace("\ufffd", "")
+                yield text[len(said) :]
+                said = text

@@ -27,21 +27,16 @@ def device_for(asked: str, world: World) -> tuple[torch.device, list[str]]:
     UserError."""
     if asked not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device is {asked}; it must be auto, cpu or cuda")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda but this machine has no usable GPU; use cpu or auto")
-    return pick_device(asked, world)
+    return pick_device(asked, world, "--device ")
 
 
 @contextlib.contextmanager
-def must_fit(device: torch.device) -> Iterator[None]:
-    """Raises UserError where the GPU has not the memory for what is done within."""
+def must_fit(device: torch.device, instead: str = "use --device cpu") -> Iterator[None]:
+    """Raises UserError where the device has not the memory for what is done within."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} has not enough free memory for this model; use --device cpu, or share it among more ranks "
-            "(`torchrun … -m stepline.trainer eval`)"
-        ) from error
+        raise UserError(f"{device} has not enough free memory for this model; {instead}") from error
 
 
 def load_run(

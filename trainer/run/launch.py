@@ -45,16 +45,19 @@ REFUSED = "refused"
 log = logging.getLogger("stepline")
 
 
-def run_training(config: str, overrides: list[str], resume: str, stop: StopSignal | None = None) -> int:
+def run_training(
+    config: str, overrides: list[str], resume: str, stop: StopSignal | None = None,
+    neighbours: list[int] | None = None,
+) -> int:  # fmt: skip
     """One rank of `stepline train`; returns the exit code. A user's mistake is said by one rank of each node, or by
     the one that is alone with it.
 
-    stop: takes the signals that ask the run to save and leave.
+    stop: takes the signals that ask the run to save and leave. neighbours: `slurm.neighbours` when this one began.
     """
     stop = stop or StopSignal()
     says = speaks()  # asked before there is a process group
     # before the environment becomes that of a rank of torchrun's
-    neighbours = slurm.first_of_node() if slurm.is_rank() and not says else None
+    neighbours = slurm.neighbours() if neighbours is None else neighbours
     with contextlib.ExitStack() as held:
         try:
             world = launched_world(rendezvous=False)
@@ -116,7 +119,7 @@ def _alone(stop: StopSignal, neighbours: list[int] | None) -> bool:
     a little later. Where one rank ends, torchrun at once stops the rest. Srun lets them be, and the node's first rank,
     which says what all find, is gone.
 
-    neighbours: processes of that first rank when this one began, under srun.
+    neighbours: processes of that first rank when this one began, under srun; else None.
     """
     if neighbours is None and "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
@@ -210,9 +213,9 @@ def _run(job: Job, stop: StopSignal, number: int, stacks: TextIO) -> int:
         log.error("%s", traceback.format_exc())
         raise
     finally:
-        outcome["seconds"] = round(time.time() - started, 1)
+        outcome["seconds"] = round(time.time() - started, 3)
         if job.train_seconds is not None:
-            outcome["train_seconds"] = round(job.train_seconds, 1)
+            outcome["train_seconds"] = round(job.train_seconds, 3)
         outcome["launched_by"] = {stop.launcher: restarts()}
         if job.world.rank == 0 or code == FAILED:  # the rank that fails first knows why
             write_outcome(job.folder, number, code, **outcome)

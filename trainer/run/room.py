@@ -1,11 +1,11 @@
 """Whether the disk has room for the checkpoints that a run will write."""
 
-import math
 import shutil
 
 from stepline.trainer.config import Config
 from stepline.trainer.plan.sync_memory import checkpoint_bytes
 from stepline.trainer.plan.units import bytes_text
+from stepline.trainer.run.checkpoint import SPARE_BYTES
 from stepline.trainer.run.folder import nearest_folder
 from stepline.trainer.run.manifest import (
     SUPERSEDED,
@@ -20,34 +20,31 @@ from stepline.trainer.run.manifest import (
 def permanent_to_come(config: Config, step: int) -> int:
     """Permanent checkpoints that are written after `step`: one every so many steps, and the last step's."""
     steps, every = config.total_steps(), config.checkpoint.every
-    return max(0, -(-steps // every) - step // every)
+    return 0 if step >= steps else -(-steps // every) - step // every
 
 
 def short_of_room(config: Config, world: int, step: int) -> list[str]:
-    """A sentence where all checkpoints of a run that goes on from `step` do not fit on the disk of run.folder.
-
-    What they take the place of is on the disk already: ephemeral checkpoints, and those that no longer count.
-    """
-    run, minutes, every = config.run.folder, config.checkpoint.ephemeral_minutes, config.checkpoint.every
+    """A sentence where the permanent checkpoints of a run that goes on from `step` do not fit on the disk of
+    run.folder, once all that makes way for them has: ephemeral ones, and those that no longer count."""
+    run, every = config.run.folder, config.checkpoint.every
     permanent = permanent_to_come(config, step)
     if not permanent:
         return []
-    ephemeral = 0 if minutes is None or math.isinf(minutes) else config.checkpoint.keep
     try:
         there = nearest_folder(run / "checkpoints")
         free = shutil.disk_usage(there).free
         goes = [p for p in complete_checkpoints(run) if step_of(p) > step or is_ephemeral(p)]
         goes += visible_checkpoints(run, SUPERSEDED) + incomplete_checkpoints(run)
+        free += sum(file.stat().st_size for folder in goes for file in folder.iterdir())
     except OSError:  # which whoever writes there says
         return []
     size = checkpoint_bytes(config, world)
-    need, least = (size * (n + ephemeral + 1 - len(goes)) for n in (permanent, 1))
+    need = permanent * size + SPARE_BYTES
     if need <= free:
         return []
-    others = f"{ephemeral} ephemeral ones and" if ephemeral else "and"
-    first = "free some space" if least > free else f"raise checkpoint.every (now {every:,})"
+    first = f"raise checkpoint.every (now {every:,})" if size + SPARE_BYTES <= free else "free some space"
     return [
-        f"checkpoints will take about {bytes_text(need)} more, and {there} has {bytes_text(free)} free "
-        f"({permanent:,} permanent of {bytes_text(size)} each, which all stay, {others} the one being written): "
-        f"{first}, or put run.folder on another disk"
+        f"checkpoints will take about {bytes_text(need)} more, and {there} has {bytes_text(free)} for them "
+        f"({permanent:,} permanent of {bytes_text(size)} each, which all stay; ephemeral ones make way): {first}, or "
+        "put run.folder on another disk"
     ]

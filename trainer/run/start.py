@@ -94,9 +94,9 @@ def launched_world(*, rendezvous: bool = True) -> World:
     return world
 
 
-def join(world: World, device: torch.device, timeout_s: float) -> None:
+def join(world: World, device: torch.device, timeout_s: float, option: str = "run.device=") -> None:
     """Starts the process group, whose collectives end after `timeout_s` seconds and some more. Raises UserError where
-    that cannot be."""
+    that cannot be. option: by which a device is asked for."""
     try:
         start_process_group(world, device, timeout_s + SPARE_S)
     except dist.DistNetworkError as error:
@@ -113,7 +113,7 @@ def join(world: World, device: torch.device, timeout_s: float) -> None:
         ) from error
     except UnlikeDevices as error:
         raise UserError(
-            f"{error}; leave those nodes out, or set run.device=cpu for all (`stepline doctor` there says more)"
+            f"{error}; leave those nodes out, or give all {option}cpu (`stepline doctor` there says more)"
         ) from error
     except dist.DistBackendError as error:  # NCCL's, which connects at once
         if (found := re.search(r"Duplicate GPU detected.*", str(error))) is None:

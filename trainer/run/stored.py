@@ -13,9 +13,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from stepline.comm.gather import gathered
+from stepline.trainer.data.verify import sharers
 from stepline.trainer.errors import Unreadable, UserError
+from stepline.trainer.files import copy_key
 from stepline.trainer.run.manifest import (
     DAMAGED,
+    MANIFEST,
     complete_checkpoints,
     damaged,
     damages,
@@ -83,25 +86,35 @@ def load_tensors(
 
 
 def damages_by_all(checkpoint: Path, group: dist.ProcessGroup | None = None) -> list[str]:
-    """What is wrong with a checkpoint's files, of which each rank reads a share, where the checkpoint is for it. A
-    collective; raises UserError on all ranks where one of them cannot read its part, or sees no checkpoint there."""
+    """What is wrong with a checkpoint's files, where it is for each rank; a collective.
 
-    def mine() -> list[str]:
-        try:
-            checkpoint.stat()
-        except OSError as error:
-            raise Unreadable(checkpoint, error) from error
-        return damages(checkpoint, dist.get_rank(group), dist.get_world_size(group))
-
-    return sorted({problem for part in gathered(together(mine, group), group) for problem in part})
+    The ranks that see the same copy share the reading of it. Raises UserError on all ranks where one of them cannot
+    read its part, or sees no checkpoint there.
+    """
+    return [problem for _, problem in _found_by_all(checkpoint, group)]
 
 
 def check_by_all(checkpoints: Sequence[Path], group: dist.ProcessGroup | None = None) -> None:
-    """Raises UserError on all ranks where one of these is damaged. A collective, with as many on every rank: the ranks
-    share the reading."""
+    """Raises UserError on all ranks where one of these is damaged, in any rank's copy. A collective, with as many on
+    every rank; the reading is shared as by `damages_by_all`."""
     for checkpoint in checkpoints:
-        if problems := damages_by_all(checkpoint, group):
-            raise damaged(checkpoint, problems[0])
+        if found := _found_by_all(checkpoint, group):
+            raise damaged(Path(found[0][0]), found[0][1])
+
+
+def _found_by_all(checkpoint: Path, group: dist.ProcessGroup | None) -> list[tuple[str, str]]:
+    """(the path of a copy, what is wrong there), alike on all ranks."""
+
+    def copy() -> tuple[int, int, int] | None:
+        try:
+            checkpoint.stat()
+            return copy_key(checkpoint / MANIFEST) if (checkpoint / MANIFEST).exists() else None
+        except OSError as error:
+            raise Unreadable(checkpoint, error) from error
+
+    place = sharers(gathered(together(copy, group), group), dist.get_rank(group))
+    mine = together(lambda: [(str(checkpoint), problem) for problem in damages(checkpoint, *place)], group)
+    return sorted({problem for part in gathered(mine, group) for problem in part})
 
 
 def sound_checkpoint(

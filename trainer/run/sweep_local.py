@@ -4,6 +4,7 @@ A start costs about 4 s, which a process that stays alive would save; one proces
 leak or a stopped run away from the others. Imports no torch.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -145,7 +146,8 @@ class LocalRunner:
         return [
             sys.executable, *(launcher if self.sweep.ranks > 1 else ()), "-m", "stepline.trainer",
             "train", str(self.sweep.config), *run.overrides(),
-            f"run.folder={self.sweep.folder(run).absolute()}",  # a folder that is called `~` is no home
+            # absolute, as a folder that is called `~` is no home; quoted, as a value is YAML
+            f"run.folder={json.dumps(str(self.sweep.folder(run).absolute()))}",
         ]  # fmt: skip
 
     def _environment(self, slot: int) -> dict[str, str]:

@@ -123,7 +123,8 @@ def read_result(folder: Path) -> Result:
     Anything else that is not `done` raises RunFailed.
     """
     outcome = read_outcome(folder)
-    seconds = outcome.get("train_seconds", 0.0)  # not there where the watchdog ended the run
+    # the former is not there where the watchdog ended the run, or where an older version did
+    seconds = outcome.get("train_seconds", outcome.get("seconds", 0.0))
     if outcome.get("diverged"):
         return Result(None, True, seconds, outcome["message"])
     if outcome.get("status") != "done" or "val_loss" not in outcome:

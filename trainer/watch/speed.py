@@ -32,16 +32,22 @@ class Speedometer:
         self.device, self.world_size = device, world_size
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.step, self.started, self.idle = start_step, time.perf_counter(), 0.0
-        self._trained_s = trained_s
+        self._trained_s, self._pauses = trained_s, False
 
     @contextlib.contextmanager
     def paused(self):
         """Time inside is not training time; what the GPU still has to train is."""
+        if self._pauses:  # the outer one counts
+            yield
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        yield
-        self.idle += time.perf_counter() - start
+        self._pauses, start = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._pauses = False
+            self.idle += time.perf_counter() - start
 
     def trained_s(self) -> float:
         """Seconds of training until now, those of `trained_s` included."""

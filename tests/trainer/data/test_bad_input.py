@@ -267,6 +267,26 @@ def test_a_file_system_without_locks(tmp_path, tokenizer_file, monkeypatch, code
     assert partial.exists() == kept
 
 
+def test_a_lock_of_another_user_is_left_as_it_is(tmp_path, tokenizer_file, monkeypatch) -> None:
+    """Of a `prepare` that has just begun, whose folder holds nothing else."""
+    (tmp_path / "x.jsonl").write_bytes(GOOD)
+    lock, honest = tmp_path / "out.partial" / "lock", os.open
+    lock.parent.mkdir()
+    lock.touch()
+
+    def refused(path, *more):
+        if Path(path) == lock:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return honest(path, *more)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(
+        UserError, match=r"the lock file .*lock cannot be opened \(Permission denied\); make it one"
+    ):
+        prepare([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=tokenizer_file, progress=False)
+    assert lock.exists()
+
+
 def test_folders_that_are_no_data_folders(tmp_path, tokenizer_file) -> None:
     with pytest.raises(UserError, match=r"no prepared data folder \(no meta\.json\); run `stepline prepare`"):
         load_meta(tmp_path)

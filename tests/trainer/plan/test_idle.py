@@ -85,7 +85,12 @@ def said(tmp_path):
         ("parallel.demo.density=.1", [DEMO], [DEMO, "parallel.demo.kept=3"], "beside parallel.demo.kept"),
         ("optimizer.beta2=.9", [DEMO], [DEMO, FAITHFUL], f"with {FAITHFUL}"),
         ("optimizer.beta2=.9", ["optimizer.name=muon"], [DEMO, FAITHFUL], f"with {FAITHFUL}"),
-        ("optimizer.name=muon", [DEMO], [DEMO, GRADIENTS], f"with {GRADIENTS}"),
+        (
+            "optimizer.momentum=.9",
+            [DEMO, "optimizer.name=muon"],
+            [DEMO, "optimizer.name=muon", GRADIENTS],
+            f"with {GRADIENTS}",
+        ),
         ("precision.fp8_scales=tensor", [FP8], [], f"without {FP8}"),
         ("sparse.forward=dense", [SPARSE, FP8], [SPARSE], f"without {FP8}"),
         ("sparse.dense_fraction=.1", [SPARSE], [], f"without {SPARSE}"),

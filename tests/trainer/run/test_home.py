@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from stepline.trainer.cli import app
+from stepline.trainer.config_yaml import parse_overrides
 from stepline.trainer.run.launch import run_training
 from stepline.trainer.run.manifest import complete_checkpoints
 from stepline.trainer.run.sweep import run_sweep
@@ -46,8 +47,11 @@ def test_a_refused_config_is_noted_in_the_run_of_the_home_folder(tiny_config, tm
 
 def test_a_sweep_in_a_folder_of_that_name_stays_there(request_of, tmp_path, monkeypatch):
     """As of `--output=~/sweep`, which no shell expands: its runs are where it looks for them."""
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "exp #3, a: b"  # YAML's signs are of the name
+    here.mkdir()
+    monkeypatch.chdir(here)
     run_sweep(request_of(output=Path("~/sweep"), slurm=True, print_only=True), as_json=False)
     runner = LocalRunner(open_sweep(Path("~/sweep")), jobs=1, threads=1, gpus=[], rate=None, say=print)
     first = runner.sweep.runs[0]
-    assert runner.command(first)[-1] == f"run.folder={tmp_path / '~' / 'sweep' / 'runs' / first.name}"
+    said = parse_overrides([runner.command(first)[-1]])
+    assert said == {"run.folder": str(here / "~" / "sweep" / "runs" / first.name)}

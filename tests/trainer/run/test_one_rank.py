@@ -29,7 +29,7 @@ from stepline.trainer.run.manifest import (
     complete_checkpoints,
     step_of,
 )
-from stepline.trainer.run.stored import sound_checkpoint
+from stepline.trainer.run.stored import check_by_all, sound_checkpoint
 
 
 def one_rank(config: str, options: list[str], resume: str = "never") -> int:
@@ -303,6 +303,31 @@ def test_a_changed_state_of_the_same_size_is_damage(tiny_config, tmp_path, befor
     assert f"{newest} is damaged (state.json has another checksum than when it was written)" in log
     assert f"continuing {checkpoint_path(folder, 2)} at step 2" in log
     assert (newest / DAMAGED).exists()
+
+
+def copies_checked(folders: list[str]) -> str:
+    """What is said of each rank's own copy of a checkpoint."""
+    try:
+        check_by_all([checkpoint_path(Path(folders[dist.get_rank() % len(folders)]), 3)])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_each_copy_of_a_checkpoint_is_read_whole(pool, tmp_path):
+    """A node may have its own of the one that a run starts from."""
+    pool.run(2, saves, str(tmp_path / "first"), 0)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    folders = [str(tmp_path / "first"), str(tmp_path / "second")]
+    assert pool.run(4, copies_checked, folders) == [""] * 4
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        broken = checkpoint_path(tmp_path / "second", 3) / name
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        (said,) = set(pool.run(4, copies_checked, folders))
+        assert said.startswith(f"the checkpoint {broken.parent} is damaged")
+        assert f"({name} has another checksum" in said
+        broken.write_bytes(whole)
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "step-000002"])

@@ -221,7 +221,7 @@ def test_one_node_without_its_gpus(monkeypatch):
 
     monkeypatch.setattr(start, "start_process_group", unlike)
     with pytest.raises(
-        UserError, match=r"^1 of 2 ranks have no usable GPU \(on b\); leave those nodes out, or set"
+        UserError, match=r"^1 of 2 ranks have no usable GPU \(on b\); leave those nodes out, or give all run"
     ):
         start.join(World(0, 2, 0, 1), torch.device("cuda", 0), 10.0)
 

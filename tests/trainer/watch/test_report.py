@@ -316,6 +316,17 @@ def test_checkpoints_that_exist_are_shown_among_many_that_are_gone(make):
     assert (found[0].text, found[0].count) == ("299 checkpoints that are no longer kept are not shown", 299)
 
 
+@pytest.mark.parametrize("kept", [200, 201])
+def test_no_line_stands_for_one_event(make, kept):
+    """That would be as long."""
+    folder = make("mine", rows_of(3))
+    log_of(folder, [f"INFO saving permanent step {step}; training waited 0.1 s" for step in range(1, 202)])
+    for step in range(202 - kept, 202):
+        checkpoint_at(folder, step, "permanent")
+    found = [e for e in read_run(folder, "mine").events if e.kind == "checkpoint"]
+    assert [(e.step, e.count) for e in found] == [(step, 1) for step in range(1, 202)]
+
+
 def test_of_many_warnings_the_first_and_the_last_are_shown(make):
     folder = make("mine", rows_of(3))
     log_of(folder, [f"WARNING slow at step {step}" for step in range(1, 1251)] + ["ERROR error: broken"])

@@ -100,10 +100,12 @@ def fewer(events: Sequence[Event]) -> list[Event]:
     """At most MOST of each kind and how many are left out: deleted checkpoints first, then those in the middle."""
     many = [kind for kind, count in Counter(event.kind for event in events).items() if count > MOST]
     gone = [i for i, event in enumerate(events) if event.gone and event.kind in many]
+    gone = gone if len(gone) > 1 else []  # a line that says so would save none
+    hidden = set(gone)
     left_out = [(gone, "{:,} checkpoints that are no longer kept are not shown")]
     for kind in many:
-        places = [i for i, event in enumerate(events) if event.kind == kind and not event.gone]
-        if len(places) > MOST:
+        places = [i for i, event in enumerate(events) if event.kind == kind and i not in hidden]
+        if len(places) > MOST + 1:
             left_out.append((places[MOST // 2 : -(MOST // 2)], "{:,} more of this kind are not shown"))
     shown: list[Event | None] = list(events)
     for places, text in left_out:
