@@ -204,7 +204,12 @@ def _sentence(problem: dict[str, Any]) -> str:
     keys, given, kind = _key(problem), problem.get("input"), problem["type"]
     key, section = ".".join(keys), section_of(keys[:-1])
     if kind in UNKNOWN_KEY:
-        return f"unknown key '{key}'{nearest(keys[-1], section.model_fields if section else ())}"
+        known = section.model_fields if section else ()
+        sections = {name: section_of([name]) for name in known if len(keys) == 1}
+        there = [name for name, of in sections.items() if of is not None and key in of.model_fields]
+        if len(there) == 1:
+            return f"unknown key '{key}'; did you mean '{there[0]}.{key}'?"
+        return f"unknown key '{key}'{nearest(keys[-1], known)}"
     if kind == "missing":
         return f"'{key}' is missing"
     if kind == "value_error":

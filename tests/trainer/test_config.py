@@ -94,6 +94,7 @@ def test_the_written_config_reads_back_and_names_every_origin(tmp_path, file):
     ("override", "sentence"),
     [
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        ("steps=5", "unknown key 'steps'; did you mean 'budget.steps'?"),
         ("optimzer.lr=1", "unknown key 'optimzer'; did you mean 'optimizer'?"),
         ("optimizer.guard.sgma=2", "unknown key 'optimizer.guard.sgma'; did you mean 'sigma'?"),
         ("data.sources=[{path: a, wight: 2}]", "unknown key 'data.sources.0.wight'; did you mean 'weight'?"),

@@ -30,6 +30,18 @@ def nobody_to_agree_with(config: Config, world: int) -> list[str]:
     ]
 
 
+def empty_windows(config: Config, world: int) -> list[str]:
+    """Where a micro-batch is larger than what a rank has of a batch: it is filled up with windows without loss."""
+    windows, micro_batch = config.budget.batch_tokens // config.data.seq_len, config.parallel.micro_batch
+    share = -(-windows // world)
+    if micro_batch <= share:
+        return []
+    return [
+        f"parallel.micro_batch={micro_batch} is more than the {share} {'window' if share == 1 else 'windows'} that a "
+        f"rank has of each batch: {micro_batch - share} are computed for nothing; lower it, or raise budget.batch_tokens"
+    ]
+
+
 def untrained_router(config: Config) -> list[str]:
     """Where a mixture's loss says nothing to its router: the one chosen expert's weight is then always 1."""
     moe = config.model.moe

@@ -140,7 +140,12 @@ def resolve(
     settle("checkpoint", "every", max(1, steps // 10), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
     if config.logging.eval_windows == "auto":  # null has a meaning
-        settle("logging", "eval_windows", auto_eval_windows(config), "a twentieth of the computing")
+        windows = auto_eval_windows(config)
+        least = windows == LEAST_EVAL_WINDOWS
+        how = (
+            f"at least {LEAST_EVAL_WINDOWS}" if least else "a twentieth of the computing, or all of the split"
+        )
+        settle("logging", "eval_windows", windows, how)
     crowded += check_warmup(config.schedule.warmup_steps, steps)
     crowded += check_dense_end(config.sparse.dense_fraction, steps)
     # Who sets all three by hand, and who resumes, has no use for what the laws say.

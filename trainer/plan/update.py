@@ -31,7 +31,7 @@ def muon_temporaries(blocks: Group, shard: int, item: int, master: int) -> int:
         mine = Group(tuple(shapes)).shard(shard) * item  # this rank's rows of every matrix
         here = before + mine
         peak = max(peak, here + _orthogonalize(Counter(shapes), mine, shard, item))
-        largest = max(Group((shape,)).shard(shard) for shape in shapes) * master
+        largest = max((Group((shape,)).shard(shard) for shape in shapes), default=0) * master
         peak = max(peak, here + mine + 2 * largest)  # rows, updates, and a parameter's new value
         before = 2 * mine  # lives until the next bucket's replace it
     return peak

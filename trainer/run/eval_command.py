@@ -73,7 +73,12 @@ def run_eval(
         return
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(json.dumps({"checkpoint": str(checkpoint), **report(scores)}) if as_json else table(scores))
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint), **report(scores)}))
+        return
+    read = dict.fromkeys("text" if source.text else f"split {source.split}" for source in sources)
+    print(f"{checkpoint}, {', '.join(read)}")
+    print(table(scores))
 
 
 def evaluate_run(path: Path, data: Path, split: str = "val") -> dict[str, float]:

@@ -21,7 +21,12 @@ from stepline.trainer.data.dataset import Meta, load_for_run
 from stepline.trainer.errors import DoesNotFit, UserError
 from stepline.trainer.files import write_whole
 from stepline.trainer.hf.adapters import check_adapters
-from stepline.trainer.plan.effects import nobody_to_agree_with, repeated_corpus, unwanted_effects
+from stepline.trainer.plan.effects import (
+    empty_windows,
+    nobody_to_agree_with,
+    repeated_corpus,
+    unwanted_effects,
+)
 from stepline.trainer.plan.expect import Expected, expected_final_loss, kept_budget, kept_expectation
 from stepline.trainer.plan.idle import idle_keys
 from stepline.trainer.plan.planner import Plan
@@ -151,6 +156,7 @@ def start_job(
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins, step_of(resume_from))
     check_installed(config)
+    check_adapters(config)
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
     settler(config, origins)("run", "device", device.type, "machine")
@@ -181,14 +187,17 @@ def start_job(
             raise
         refused, (config, origins) = error, asked
         plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus, law)
-    check_adapters(config)
     notes += warnings + idle_keys(config, origins) + unwanted_effects(config)
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
     check_products_of_batch(config, device)
     notes += products_done_instead(config, device)
     notes += repeated_corpus(config.total_steps() * config.budget.batch_tokens, corpus)
-    notes += nobody_to_agree_with(config, world.size)
+    notes += nobody_to_agree_with(config, world.size) + empty_windows(config, world.size)
+    if resume_from is None and resume == "auto" and _has_rows(config.run.folder / "metrics.jsonl"):
+        notes.append(
+            f"{config.run.folder} has rows of earlier attempts and no checkpoint: the run starts anew"
+        )
     notes += short_of_room(config, world.size, 0 if resume_from is None else step_of(resume_from))
 
     chosen = resume not in ("auto", "never")
@@ -209,6 +218,10 @@ def start_job(
                 f"(fingerprints {_short(job.fingerprints)} and {_short(held)}); give the same data or start a new run"
             )
     return job
+
+
+def _has_rows(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _short(fingerprints: list[str]) -> str:

@@ -46,7 +46,7 @@ class Alerts:
         if skipped > self._skipped:
             count = skipped - self._skipped
             steps = "a NaN or a spike was skipped" if count == 1 else f"{count} NaNs or spikes were skipped"
-            self.say("Spike", f"{steps} up to step {row['step']}, {skipped} in the whole run")
+            self.say("Spike", f"{steps} up to step {row['step']}, {skipped} in the run so far")
         self._skipped = skipped
         if (loss := row.get("val_loss")) is not None:
             self._validated(row["step"], loss, row.get("val_tokens"))

@@ -29,11 +29,12 @@ def test_all_validations_compute_a_twentieth_of_the_training(sources, every):
     forwards = config.total_steps() // config.logging.eval_every * sources * windows * WINDOW
     trained = 3 * config.total_steps() * config.budget.batch_tokens  # a backward is two forwards
     assert forwards / trained == pytest.approx(0.05, abs=windows**-1 * 0.05)
-    assert origins["logging.eval_windows"] == "a twentieth of the computing"
+    assert origins["logging.eval_windows"] == "a twentieth of the computing, or all of the split"
 
 
 def test_short_runs_validate_on_enough_and_what_is_set_stays():
-    assert resolved(tokens=20 * 16 * WINDOW)[0].logging.eval_windows == 64
+    config, origins = resolved(tokens=20 * 16 * WINDOW)
+    assert (config.logging.eval_windows, origins["logging.eval_windows"]) == (64, "at least 64")
     assert resolved(eval_every=0)[0].logging.eval_windows == round(3 * 0.05 * 1600 * 16)
     for windows in (None, 7):
         config, origins = resolved(eval_windows=windows)

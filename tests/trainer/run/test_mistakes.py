@@ -16,6 +16,7 @@ from stepline.trainer.run.eval_command import evaluate_run, run_eval
 from stepline.trainer.run.folder import check_folder
 from stepline.trainer.run.generate import generate_text
 from stepline.trainer.run.launch import dry_run, run_training
+from stepline.trainer.run.start import start_job
 from stepline.trainer.watch.metrics import read_metrics
 
 ONE = World(0, 1, 0, 1)
@@ -253,3 +254,28 @@ def test_saved_config_is_complete(tiny_config, tmp_path):
     ]
     for name in ("metrics.jsonl", "environment.json", "outcome.json", "logs/attempt-1/rank-0.log"):
         assert (folder / name).is_file(), name
+
+
+def test_what_a_start_says_of_the_batch_and_of_earlier_rows(tiny_config, tmp_path):
+    """A batch of 6 windows: of a micro-batch of 16 ten are filled up; rows whose checkpoints are gone make way."""
+    options = [f"run.folder={tmp_path / 'run'}", "budget.batch_tokens=192", "data.seq_len=32"]
+
+    def said(*more: str) -> str:
+        return "\n".join(start_job(str(tiny_config), [*options, *more], "auto", World(0, 1, 0, 1)).notes)
+
+    assert (
+        "parallel.micro_batch=16 is more than the 6 windows that a rank has of each batch: 10 are computed for "
+        "nothing; lower it, or raise budget.batch_tokens"
+    ) in said("parallel.micro_batch=16")
+    assert "computed for nothing" not in said("parallel.micro_batch=6")
+    assert "computed for nothing" not in said("parallel.micro_batch=auto")
+    assert "starts anew" not in said()
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3, "loss": 4.0}\n')
+    assert f"{tmp_path / 'run'} has rows of earlier attempts and no checkpoint: the run starts anew" in said()
+
+
+def test_adapters_alone_with_muon_and_standard_blocks(tiny_config, tmp_path):
+    options = [f"run.folder={tmp_path / 'run'}", "optimizer.only=adapters", "optimizer.name=muon"]
+    with pytest.raises(UserError, match=r"^optimizer.only=adapters needs model.blocks=revffn"):
+        start_job(str(tiny_config), options, "auto", World(0, 1, 0, 1))

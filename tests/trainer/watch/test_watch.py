@@ -55,8 +55,8 @@ def test_a_spike_is_said_when_the_guard_has_skipped_more(sent, said, clock):
         watch.row({"step": step, "skipped": skipped})
         clock.now += alerts.AGAIN_S
     assert sent == [
-        ("Spike", "a NaN or a spike was skipped up to step 2, 3 in the whole run", "warn"),
-        ("Spike", "2 NaNs or spikes were skipped up to step 4, 5 in the whole run", "warn"),
+        ("Spike", "a NaN or a spike was skipped up to step 2, 3 in the run so far", "warn"),
+        ("Spike", "2 NaNs or spikes were skipped up to step 4, 5 in the run so far", "warn"),
     ]
     assert said == [f"Spike: {text}" for _, text, _ in sent]
 
@@ -69,8 +69,8 @@ def test_one_title_is_said_once_in_ten_minutes(sent, said, clock):
     watch.say("Training stopped", "too many", "error")
     spikes = [text for title, text, _ in sent if title == "Spike"]
     assert spikes == [
-        "a NaN or a spike was skipped up to step 1, 1 in the whole run",
-        "a NaN or a spike was skipped up to step 601, 601 in the whole run (599 more since it was said last)",
+        "a NaN or a spike was skipped up to step 1, 1 in the run so far",
+        "a NaN or a spike was skipped up to step 601, 601 in the run so far (599 more since it was said last)",
     ]
     assert sent[-1] == ("Training stopped", "too many", "error")
     assert len(said) == 3
