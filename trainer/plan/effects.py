@@ -38,7 +38,8 @@ def empty_windows(config: Config, world: int) -> list[str]:
         return []
     return [
         f"parallel.micro_batch={micro_batch} is more than the {share} {'window' if share == 1 else 'windows'} that a "
-        f"rank has of each batch: {micro_batch - share} are computed for nothing; lower it, or raise budget.batch_tokens"
+        f"rank has of each batch: {micro_batch - share} are computed for nothing; lower it, or raise "
+        "budget.batch_tokens"
     ]
 
 

@@ -156,7 +156,6 @@ def start_job(
         saved = read_run_config(config.run.folder)
         config, origins = merge_for_resume(saved, config, origins, step_of(resume_from))
     check_installed(config)
-    check_adapters(config)
     device, notes = pick_device(config.run.device, world)
     notes = damage + notes
     settler(config, origins)("run", "device", device.type, "machine")
@@ -187,6 +186,7 @@ def start_job(
             raise
         refused, (config, origins) = error, asked
         plan, warnings = resolve(config, origins, replace(machine, memory_bytes=None), corpus, law)
+    check_adapters(config)
     notes += warnings + idle_keys(config, origins) + unwanted_effects(config)
     if config.precision.compute == "bf16" and device.type == "cpu":
         notes.append("bf16 products on a CPU are about 100 times slower than fp32")
