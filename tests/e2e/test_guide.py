@@ -45,7 +45,9 @@ def test_every_command_of_the_guide(stepline, corpus, tmp_path, monkeypatch):
     assert "done at step 4" in said["train"][1]
     assert "is finished" in said["train"][2]
     assert "perplexity" in said["eval"][0]
-    assert [line.split()[0] for line in said["eval"][1].splitlines()] == [
+    head, *lines = said["eval"][1].splitlines()
+    assert head == "runs/mine/checkpoints/step-000004, split val, split train"
+    assert [line.split()[0] for line in lines] == [
         "mine:val", "mine:train", "notes:val", "notes:train", "together",
     ]  # fmt: skip
     assert '"bytes"' in said["eval"][2]
