@@ -16,7 +16,7 @@ from stepline.trainer.cli_laws import laws_app, sweep
 from stepline.trainer.cli_options import Device, Json, Overrides
 from stepline.trainer.cli_report import report
 from stepline.trainer.cli_usage import UsageError, usage_sentence
-from stepline.trainer.errors import USER_ERROR, UserError, refused_by_system, speaks
+from stepline.trainer.errors import USER_ERROR, UserError, mistake_of, speaks
 
 app = typer.Typer(
     name="stepline",
@@ -159,7 +159,7 @@ def train(
     try:  # so that a mistake in it is told at once, not after torch's import
         load_config(config, overrides or [])
     except (UserError, OSError) as error:
-        mistake = refused_by_system(error) if isinstance(error, OSError) else error
+        mistake = mistake_of(error)
         if not dry_run and speaks():
             from stepline.trainer.run.refusal import note_refusal
 
@@ -260,14 +260,12 @@ def main() -> None:
 
     try:
         sys.exit(app(standalone_mode=False))
-    except UserError as error:
-        say(error)
     except UsageError as error:
         # Without arguments a group of commands has already shown its help.
         if type(error).__name__ != "NoArgsIsHelpError":
             say(usage_sentence(error, typer.main.get_command(app), sys.argv[1:]))
-    except OSError as error:
-        say(refused_by_system(error))
+    except (UserError, OSError) as error:
+        say(mistake_of(error))
     except typer.Abort:  # Ctrl-C, in older versions of typer
         sys.exit(130)
     sys.exit(USER_ERROR)

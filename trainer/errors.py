@@ -30,8 +30,11 @@ class Unreadable(UserError):
         super().__init__(f"{path} cannot be read ({why}); mend that and start the same command again")
 
 
-def refused_by_system(error: OSError) -> UserError:
-    """What the system refuses to do with a file, as a sentence; raises the error itself where it is of no file."""
+def mistake_of(error: UserError | OSError) -> UserError:
+    """A user's mistake as it is, and what the system refuses to do with a file as a sentence; raises the error itself
+    where it is of no file."""
+    if isinstance(error, UserError):
+        return error
     if error.filename is None:
         raise error
     return UserError(f"{error.filename}: {error.strerror}; mend that and start the same command again")

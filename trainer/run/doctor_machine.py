@@ -19,7 +19,7 @@ GB = 1e9
 CHECKPOINT_BYTES = 12
 """Of a parameter: its fp32 value and AdamW's two moments."""
 PERMANENT_ONES, EPHEMERAL_ONES = 10, CheckpointConfig().keep
-"""What a run has on the disk at its end by default, beside the checkpoint that is being written."""
+"""What a run has on the disk at its end by default."""
 LEAST_DISK, LEAST_MODEL, LEAST_FILES, LEAST_INODES = 100e6, 125e6, 1024, 10_000
 SLOW_WRITE = 50e6
 """Bytes per second below which checkpoints are worth a warning."""

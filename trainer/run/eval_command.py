@@ -28,14 +28,13 @@ from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import USER_ERROR, Unreadable, UserError
 from stepline.trainer.run.evaluate import Score, evaluate
-from stepline.trainer.run.infer import device_for, load_run, must_fit, tokenizer_path
+from stepline.trainer.run.infer import ALONE, device_for, load_run, must_fit, tokenizer_path
 from stepline.trainer.run.manifest import find_checkpoint, run_of
 from stepline.trainer.run.start import join, launched_world
 from stepline.trainer.run.stored import check_by_all
 
 TOKENS_AT_ONCE = 8192
 """Of a micro-batch."""
-ALONE = World(0, 1, 0, 1)
 
 
 @dataclass(frozen=True)

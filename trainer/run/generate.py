@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepline.comm.mesh import World
 from stepline.kernels.sparse24 import sparse_weight
 from stepline.models.cache import KVCache
 from stepline.models.sparse_linear import mode_of, sparse_weights
 from stepline.models.transformer import Transformer
 from stepline.trainer.errors import UserError
-from stepline.trainer.run.infer import device_for, load_run, must_fit, run_tokenizer
+from stepline.trainer.run.infer import ALONE, device_for, load_run, must_fit, run_tokenizer
 
 CONTEXT_OF_TEXT = 8
 """Tokens of the prompt before which new ones are decoded."""
@@ -111,7 +110,7 @@ def generate_text(
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("--prompt is not valid UTF-8; give it as UTF-8 text") from None
-    device, notes = device_for(asked, World(0, 1, 0, 1))
+    device, notes = device_for(asked, ALONE)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     with must_fit(device):

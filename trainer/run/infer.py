@@ -21,6 +21,8 @@ from stepline.trainer.run.manifest import find_checkpoint, read_state, run_of
 from stepline.trainer.run.sparsity import Sparsity
 from stepline.trainer.run.state import load_weights
 
+ALONE = World(0, 1, 0, 1)
+
 
 def device_for(asked: str, world: World) -> tuple[torch.device, list[str]]:
     """The device of --device, auto, cpu or cuda, and what was done instead of what one would expect; raises

@@ -21,7 +21,7 @@ from stepline.trainer.errors import (
     ToBeContinued,
     TrainingStopped,
     UserError,
-    refused_by_system,
+    mistake_of,
     speaks,
 )
 from stepline.trainer.run.alike import check_ranks_alike
@@ -87,7 +87,7 @@ def run_training(
             number, stacks = start_logs(job)
             _keep_tokenizer(job)
         except (UserError, OSError) as error:
-            mistake = refused_by_system(error) if isinstance(error, OSError) else error
+            mistake = mistake_of(error)
             if says or _alone(stop, neighbours):
                 print(f"error: {'' if says else _rank()}{mistake}", file=sys.stderr)
                 held.close()
