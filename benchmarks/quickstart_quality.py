@@ -39,7 +39,8 @@ def plain_loop(seconds: float, lr: float, split: str) -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from stepline.trainer.data.dataset import load_meta
-    from stepline.trainer.data.loader import TrainLoader, ValidationLoader
+    from stepline.trainer.data.held_out import ValidationLoader
+    from stepline.trainer.data.loader import TrainLoader
 
     torch.manual_seed(0)
     torch.set_num_threads(2)

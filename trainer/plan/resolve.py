@@ -8,6 +8,7 @@ from stepline.models.flops import parameter_counts
 from stepline.trainer.config import Config, dense_from
 from stepline.trainer.config_io import Origins
 from stepline.trainer.errors import UserError
+from stepline.trainer.plan.eval_windows import auto_eval_windows
 from stepline.trainer.plan.kind import kind_of
 from stepline.trainer.plan.laws import STEP_LAW, StepLaw
 from stepline.trainer.plan.memory import fit_layout
@@ -18,9 +19,6 @@ from stepline.trainer.plan.zero import Settle, check_zero, settle_zero
 
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 8_192}
 """Tokens beyond which a larger micro-batch is not faster."""
-
-EVAL_SHARE, LEAST_EVAL_WINDOWS = 0.05, 64
-"""What validations during a run may compute, of what training does; windows of one, at least."""
 
 
 @dataclass(frozen=True)
@@ -140,25 +138,11 @@ def resolve(
     settle("checkpoint", "every", max(1, steps // 10), "a tenth of the run")
     settle("logging", "eval_every", max(1, steps // 10), "a tenth of the run")
     if config.logging.eval_windows == "auto":  # null has a meaning
-        windows = auto_eval_windows(config)
-        least = windows == LEAST_EVAL_WINDOWS
-        how = (
-            f"at least {LEAST_EVAL_WINDOWS}" if least else "a twentieth of the computing, or all of the split"
-        )
-        settle("logging", "eval_windows", windows, how)
+        settle("logging", "eval_windows", *auto_eval_windows(config))
     crowded += check_warmup(config.schedule.warmup_steps, steps)
     crowded += check_dense_end(config.sparse.dense_fraction, steps)
     # Who sets all three by hand, and who resumes, has no use for what the laws say.
     return plan, crowded + (list(plan.warnings) if planned else [])
-
-
-def auto_eval_windows(config: Config) -> int:
-    """Windows of one validation, of each source, of which all together compute EVAL_SHARE of what training does: a
-    token's forward is a third of its training."""
-    steps, every = config.total_steps(), config.logging.eval_every
-    validations = max(1, steps // every if every else 0) * max(1, len(config.data.folders()))
-    windows = steps * config.budget.batch_tokens / config.data.seq_len
-    return max(LEAST_EVAL_WINDOWS, round(3 * EVAL_SHARE * windows / validations))
 
 
 def check_dense_end(fraction: float, steps: int) -> list[str]:

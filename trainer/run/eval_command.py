@@ -23,7 +23,7 @@ from stepline.trainer.config import Config
 from stepline.trainer.config_io import read_run_config
 from stepline.trainer.data.dataset import check_held_out, load_meta, source_names
 from stepline.trainer.data.discover import discover
-from stepline.trainer.data.loader import ValidationLoader
+from stepline.trainer.data.held_out import ValidationLoader
 from stepline.trainer.data.prepare import prepare
 from stepline.trainer.data.tokenizer import load_tokenizer
 from stepline.trainer.errors import USER_ERROR, Unreadable, UserError

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stepline.comm.host_copy import to_device
-from stepline.trainer.data.loader import ValidationLoader
+from stepline.trainer.data.held_out import ValidationLoader
 from stepline.trainer.run.step import all_sum
 
 

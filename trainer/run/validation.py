@@ -8,7 +8,7 @@ import torch.distributed as dist
 from stepline.comm.fsdp import forget_gathered
 from stepline.trainer.config import Config
 from stepline.trainer.data.dataset import source_names
-from stepline.trainer.data.loader import ValidationLoader
+from stepline.trainer.data.held_out import ValidationLoader
 from stepline.trainer.errors import Unreadable
 from stepline.trainer.run.evaluate import evaluate
 from stepline.trainer.run.state import TrainState

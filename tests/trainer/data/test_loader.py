@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepline.trainer.data.dataset import TokenSplit
-from stepline.trainer.data.loader import IGNORE, Batch, TrainLoader, ValidationLoader
+from stepline.trainer.data.held_out import ValidationLoader
+from stepline.trainer.data.loader import IGNORE, Batch, TrainLoader
 from stepline.trainer.errors import UserError
 
 SEQ = 4
